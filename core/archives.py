@@ -1,0 +1,63 @@
+"""Directories as single stored objects: an adapter is a tar.gz, a checkpoint a tar. Built by us, read back by us."""
+
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+from core.ids import new_token
+from core.storage import ObjectDamaged, Storage, StoredObject, fetch
+
+
+def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path) -> StoredObject:
+    """Archive the files of `directory` (flat, names sorted, no owner or time, so equal content gives equal bytes) and store
+    it under `key`; a key ending in .gz is compressed. `scratch_dir` must exist and holds the archive while it is written."""
+    scratch = scratch_dir / f".{new_token()}.tar"
+    try:
+        if key.endswith(".gz"):
+            with tarfile.open(scratch, "w:gz", compresslevel=1) as archive:
+                _add_files(archive, directory)
+        else:
+            with tarfile.open(scratch, "w") as archive:
+                _add_files(archive, directory)
+        return storage.write_file(key, scratch)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) -> Path:
+    """The stored directory, unpacked at `destination`, whole or not at all; at once where it is there already.
+
+    Raises ObjectDamaged where the archive's hash differs or it can't be unpacked.
+    """
+    if destination.exists():
+        return destination
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    unpacked = destination.parent / f".{destination.name}.{new_token()}"
+    archive_path = unpacked.with_suffix(".tar")
+    try:
+        fetch(storage, key, archive_path, sha256)
+        unpacked.mkdir()
+        with tarfile.open(archive_path) as archive:
+            archive.extractall(unpacked, filter="data")
+        try:
+            unpacked.rename(destination)
+        except OSError:
+            if not destination.exists():  # else another thread or process was faster, with the same content
+                raise
+    except tarfile.TarError as error:
+        raise ObjectDamaged(f"{key} can't be unpacked: {error}") from error
+    finally:
+        archive_path.unlink(missing_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
+    return destination
+
+
+def _add_files(archive: tarfile.TarFile, directory: Path) -> None:
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or path.is_symlink():
+            raise ValueError(f"{path} is not a plain file; archives hold plain files only")
+        entry = tarfile.TarInfo(path.name)
+        entry.size = os.stat(path).st_size
+        with path.open("rb") as file:
+            archive.addfile(entry, file)

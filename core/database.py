@@ -1,0 +1,112 @@
+"""Connections and transactions, the same code on SQLite and Postgres.
+
+`transaction()` lives in services: it commits and closes, and only then does the service ring the doorbell and return.
+Leases are compared with the database's clock alone (`database_now()`): machines' clocks differ. Times are unix seconds.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, Float, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.sql.functions import FunctionElement
+
+import core.tables.registry  # noqa: F401  (so that every foreign key finds its table, whichever tables a caller imports)
+from core.errors import Unavailable
+
+
+class database_now(FunctionElement[float]):
+    """The database's clock in unix seconds, advancing within a transaction."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(database_now, "sqlite")
+def _sqlite_now(element: database_now, compiler: Any, **options: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(database_now, "postgresql")
+def _postgres_now(element: database_now, compiler: Any, **options: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+def parse_database_url(url: str) -> URL:
+    """A SQLAlchemy URL with the driver that is installed here; makes the directory of a SQLite file."""
+    parsed = make_url(url)
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    return parsed
+
+
+class Database:
+    """One pool of connections. `url` is a SQLAlchemy URL of SQLite (a local file) or Postgres (psycopg)."""
+
+    def __init__(self, url: str, *, pool_timeout_seconds: float = 5) -> None:
+        parsed = parse_database_url(url)
+        self.engine: Engine
+        if parsed.get_backend_name() == "sqlite":
+            self.engine = create_engine(parsed, pool_size=20, max_overflow=20, pool_timeout=pool_timeout_seconds)
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            self.engine = create_engine(parsed, pool_pre_ping=True, pool_size=20, max_overflow=20, pool_timeout=pool_timeout_seconds)
+        self._write = sessionmaker(self.engine, expire_on_commit=False)
+        self._read = sessionmaker(self.engine.execution_options(read_only=True), expire_on_commit=False)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A transaction that writes: commits at the end of the block, rolls back on an exception."""
+        with _unavailable_when_exhausted(), self._write() as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that only reads: never takes SQLite's write lock."""
+        with _unavailable_when_exhausted(), self._read() as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextmanager
+def _unavailable_when_exhausted() -> Iterator[None]:
+    """A full pool, a lost connection or a database that stays locked is a 503 that clients retry."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise Unavailable("the server is busy: no database connection became free in time") from error
+    except OperationalError as error:
+        raise Unavailable("the database can't be reached or is busy") from error
+
+
+def _prepare_sqlite(connection: DBAPIConnection, record: Any) -> None:
+    connection.isolation_level = None  # transactions begin where _begin_sqlite says
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout = 10000")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A write transaction takes the lock at its start: upgrading a read lock later fails at once instead of waiting."""
+    read_only = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+def unix_now() -> float:
+    """This machine's clock, for `created_at` columns. Never for leases."""
+    return time.time()

@@ -1,0 +1,55 @@
+"""The doorbell: a Celery message that says "look for work" and nothing else.
+
+The database says who runs a job. A lost message costs latency, never a job: workers poll as well. So a broker that is
+down is no error for the caller of `ring`.
+"""
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from prometheus_client import Counter
+
+from core.logging import get_logger
+from core.settings import Settings
+
+LOOK_FOR_WORK = "worker.look_for_work"
+
+log = get_logger(__name__)
+failed_rings = Counter("sdft_doorbell_failures", "Nudges that could not be published because the broker was unreachable.")
+
+
+def celery_application(settings: Settings) -> Celery:
+    """The Celery application shared by the API (which only sends) and the worker (which registers the tasks)."""
+    app = Celery("sdft", broker=settings.resolved_redis_url)
+    app.conf.update(
+        task_ignore_result=True,
+        result_backend=None,
+        task_serializer="json",
+        accept_content=["json"],
+        task_acks_late=False,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "visibility_timeout": 3600,
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "retry_on_timeout": True,
+        },
+    )
+    return app
+
+
+def ring(app: Celery) -> bool:
+    """Tell the workers to look for work. Call after the commit. Returns False where the broker can't be reached."""
+    try:
+        app.send_task(LOOK_FOR_WORK, retry=False)
+    except OperationalError as error:
+        failed_rings.inc()
+        log.warning("doorbell_failed", error=str(error))
+        return False
+    return True

@@ -1,0 +1,121 @@
+"""Errors that a client sees. Each class carries its status and code; one handler renders them.
+
+ServiceError (500 server_error)
+├── BadRequest (400 invalid_request_error)
+│   └── InvalidFile (400 invalid_training_file)
+├── AuthenticationFailed (401)
+├── NotFound (404 not_found)
+│   └── ModelNotFound (404 model_not_found)
+├── MethodNotAllowed (405)
+├── Conflict (409)                    never retried: `x-should-retry: false`
+├── RequestTooLarge (413)
+├── RangeNotSatisfiable (416)
+├── Unavailable (503)                 retried by clients after `retry-after`
+│   └── InferenceUnavailable (503 inference_unavailable)
+├── InferenceFailed (502 inference_failed)
+└── StorageFull (507 storage_full)
+"""
+
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = "server_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+        self.headers = headers or {}
+        self.extra = extra or {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code, **self.extra}}
+
+
+class BadRequest(ServiceError):
+    status = 400
+    type = "invalid_request_error"
+    default_code: ClassVar[str | None] = None
+
+
+class InvalidFile(BadRequest):
+    default_code = "invalid_training_file"
+
+
+class AuthenticationFailed(ServiceError):
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+
+class NotFound(ServiceError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    default_code = "model_not_found"
+
+
+class MethodNotAllowed(ServiceError):
+    status = 405
+    type = "invalid_request_error"
+    default_code = "method_not_allowed"
+
+
+class Conflict(ServiceError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.headers = {"x-should-retry": "false", **self.headers}
+
+
+class RequestTooLarge(ServiceError):
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class RangeNotSatisfiable(ServiceError):
+    status = 416
+    type = "invalid_request_error"
+    default_code = "range_not_satisfiable"
+
+
+class Unavailable(ServiceError):
+    status = 503
+    default_code = "service_unavailable"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.headers = {"retry-after": "2", **self.headers}
+
+
+class InferenceUnavailable(Unavailable):
+    default_code = "inference_unavailable"
+
+
+class InferenceFailed(ServiceError):
+    status = 502
+    default_code = "inference_failed"
+
+
+class StorageFull(ServiceError):
+    status = 507
+    default_code = "storage_full"

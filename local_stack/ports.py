@@ -1,0 +1,33 @@
+"""TCP ports on this machine."""
+
+import errno
+import socket
+
+from local_stack.errors import StackError
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises StackError, naming the port, where a server couldn't listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the API's own socket: closed connections don't count
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StackError(f"port {port} on {host} is in use by another program; choose another with --port") from error
+        raise StackError(f"can't listen on {host} port {port}: {error}; choose others with --host and --port") from error
+
+
+def free_local_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def service_url(host: str, port: int) -> str:
+    """The URL under which this machine reaches a server that listens on `host`."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host) or (f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"

@@ -1,0 +1,47 @@
+"""The resolved configuration of one training run, as it stands in `config.json`. Torch-free."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised
+
+
+class TrainingConfig(BaseModel):
+    """Everything a trainer needs to know besides the data. Nothing in it is "auto" but dtype, device and temperature,
+    which depend on the machine and the model and are settled, and reported, by the trainer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    method: Literal["sdft", "supervised"]
+    base_model: str
+    base_model_dir: Path
+    seed: int
+    sdft: ResolvedSdft | None = None
+    supervised: ResolvedSupervised | None = None
+    teacher_template: str = "example"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int | None = None
+    rollout_sample_every_steps: int = 10
+
+    @property
+    def hyperparameters(self) -> ResolvedSupervised:
+        chosen = self.sdft if self.method == "sdft" else self.supervised
+        if chosen is None:
+            raise ConfigurationError(f"config.json has no section for the method {self.method!r}")
+        return chosen
+
+
+def read_config(path: Path) -> TrainingConfig:
+    """Raises ConfigurationError naming the first field that is wrong."""
+    try:
+        return TrainingConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path} does not exist") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigurationError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,0 +1,222 @@
+"""Training lines: what one JSONL line may look like, and every way in which it can be wrong.
+
+A line is `{"messages": [...], "tools"?: [...], "context"?: "..."}` whose last message is the assistant's (the
+demonstration), or `{"prompt": "...", "completion": "...", "context"?: "..."}`. Problems are collected, never raised
+one by one: the caller reports up to `MAX_REPORTED_PROBLEMS` of them with their line numbers. Torch-free; used by the
+API while an upload streams, by the worker before a job queues and by the trainer.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_REPORTED_PROBLEMS = 100
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MESSAGE_KEYS = frozenset({"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"})
+LINE_KEYS = frozenset({"messages", "tools", "context", "prompt", "completion", "parallel_tool_calls"})
+
+
+@dataclass(frozen=True)
+class DatasetLimits:
+    max_line_bytes: int = 1 << 20
+    max_lines: int = 1_000_000
+    max_messages: int = 512
+    max_json_depth: int = 32
+
+
+@dataclass(frozen=True)
+class DatasetProblem:
+    """One reason why a line can't be used. `line` counts from 1; `code` is one of the names in docs/dataset_format.md."""
+
+    line: int
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One usable line: the conversation before the answer, and the answer that only the teacher is shown."""
+
+    line: int
+    prompt: list[dict[str, Any]]
+    answer: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
+    context: str | None = None
+
+
+@dataclass
+class DatasetReader:
+    """Parses lines as they arrive and keeps count of what was wrong. Feed raw lines without their newline."""
+
+    limits: DatasetLimits = field(default_factory=DatasetLimits)
+    line_count: int = 0
+    problem_count: int = 0
+    problems: list[DatasetProblem] = field(default_factory=list)
+
+    def feed(self, raw: bytes) -> Demonstration | None:
+        """Parse one line. Returns None where the line is blank or has a problem (recorded in `problems`)."""
+        self.line_count += 1
+        line = self.line_count
+        if line == 1 and raw.startswith(b"\xef\xbb\xbf"):
+            raw = raw[3:]
+        raw = raw.removesuffix(b"\r")
+        if line == self.limits.max_lines + 1:
+            self.report(line, "too_many_lines", f"the file has more than {self.limits.max_lines:,} lines")
+        if line > self.limits.max_lines or not raw.strip():
+            return None
+        parsed = parse_line(raw, line, self.limits)
+        if isinstance(parsed, Demonstration):
+            return parsed
+        self.report(line, parsed.code, parsed.message)
+        return None
+
+    def report(self, line: int, code: str, message: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < MAX_REPORTED_PROBLEMS:
+            self.problems.append(DatasetProblem(line, code, message))
+
+
+def read_dataset(lines: Iterable[bytes], limits: DatasetLimits | None = None) -> tuple[list[Demonstration], DatasetReader]:
+    """Read a whole file. Returns the usable demonstrations, and the reader with the problems of the others."""
+    reader = DatasetReader(limits or DatasetLimits())
+    demonstrations = [d for d in (reader.feed(raw.rstrip(b"\n")) for raw in lines) if d is not None]
+    return demonstrations, reader
+
+
+def summarise_problems(problems: list[DatasetProblem], problem_count: int) -> str:
+    """One message naming the lines, for the `message` of an error (which is all that the stock client shows)."""
+    shown = "; ".join(str(problem) for problem in problems[:5])
+    rest = problem_count - min(5, len(problems))
+    return f"{shown}; and {rest} more" if rest else shown
+
+
+def parse_line(raw: bytes, line: int, limits: DatasetLimits) -> Demonstration | DatasetProblem:
+    """Parse and check one line of bytes."""
+    if len(raw) > limits.max_line_bytes:
+        return DatasetProblem(line, "line_too_long", f"the line is longer than {limits.max_line_bytes:,} bytes")
+    if b"\x00" in raw:
+        return DatasetProblem(line, "invalid_encoding", "the line holds a NUL byte; the file must be UTF-8 text")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return DatasetProblem(line, "invalid_encoding", f"not valid UTF-8 at byte {error.start} of the line")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        return DatasetProblem(line, "invalid_json", f"not valid JSON ({reason})")
+    except RecursionError:
+        return DatasetProblem(line, "json_too_deep", f"JSON nested deeper than {limits.max_json_depth} levels")
+    if _depth(value) > limits.max_json_depth:
+        return DatasetProblem(line, "json_too_deep", f"JSON nested deeper than {limits.max_json_depth} levels")
+    if "\\u" in text and _has_lone_surrogate(value):
+        return DatasetProblem(line, "invalid_encoding", "the text holds half of a surrogate pair")
+    return _parse_value(value, line, limits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _depth(value: Any) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max((_depth(child) for child in children), default=0)
+
+
+def _has_lone_surrogate(value: Any) -> bool:
+    return any(0xD800 <= ord(character) <= 0xDFFF for text in _strings(value) for character in text)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+
+
+def _parse_value(value: Any, line: int, limits: DatasetLimits) -> Demonstration | DatasetProblem:
+    if not isinstance(value, dict):
+        return DatasetProblem(line, "data_type", f"the line must be a JSON object, not {_json_type(value)}")
+    if unknown := sorted(set(value) - LINE_KEYS):
+        return DatasetProblem(line, "unrecognized_key", f'unknown key "{unknown[0]}"; known are messages, tools, context, prompt, completion')
+    context, tools = value.get("context"), value.get("tools")
+    if context is not None and not (isinstance(context, str) and context.strip()):
+        return DatasetProblem(line, "invalid_context", '"context" must be a non-empty string')
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return DatasetProblem(line, "invalid_tools", '"tools" must be a list of objects')
+    if "messages" in value and ("prompt" in value or "completion" in value):
+        return DatasetProblem(line, "ambiguous_line", 'give "messages" or "prompt" and "completion", not both')
+    if "prompt" in value or "completion" in value:
+        messages: Any = []
+        for key, role in (("prompt", "user"), ("completion", "assistant")):
+            if not isinstance(value.get(key), str) or not value[key].strip():
+                return DatasetProblem(line, "missing_content", f'"{key}" must be a non-empty string')
+            messages.append({"role": role, "content": value[key]})
+    else:
+        messages = value.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return DatasetProblem(line, "missing_messages_list", '"messages" must be a non-empty list')
+    if len(messages) > limits.max_messages:
+        return DatasetProblem(line, "too_many_messages", f"more than {limits.max_messages} messages")
+    for position, message in enumerate(messages):
+        if problem := _message_problem(message, line, f"messages[{position}]"):
+            return problem
+    return _split_conversation(messages, line, tools or None, context)
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _message_problem(message: Any, line: int, where: str) -> DatasetProblem | None:
+    if not isinstance(message, dict):
+        return DatasetProblem(line, "data_type", f"{where} must be an object, not {_json_type(message)}")
+    if "role" not in message:
+        return DatasetProblem(line, "message_missing_key", f'{where} has no "role"')
+    if unknown := sorted(set(message) - MESSAGE_KEYS):
+        return DatasetProblem(line, "message_unrecognized_key", f'{where} has the unknown key "{unknown[0]}"')
+    role = message["role"]
+    if role not in ROLES:
+        return DatasetProblem(line, "unrecognized_role", f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}")
+    calls = message.get("tool_calls")
+    if calls is not None and not (role == "assistant" and isinstance(calls, list) and calls and all(isinstance(c, dict) for c in calls)):
+        return DatasetProblem(line, "invalid_tool_calls", f"{where}.tool_calls must be a non-empty list on an assistant message")
+    content = message.get("content")
+    if isinstance(content, list):
+        return DatasetProblem(line, "data_type", f"{where}.content must be a string; content parts are not supported")
+    if content is None and (calls or message.get("function_call")):
+        return None
+    if content is None:
+        code = "missing_content" if "content" in message else "message_missing_key"
+        return DatasetProblem(line, code, f'{where} has no "content"')
+    if not isinstance(content, str) or (not content and role != "system"):
+        return DatasetProblem(line, "missing_content", f"{where}.content must be a non-empty string")
+    if message.get("weight") not in (None, 0, 1):
+        return DatasetProblem(line, "invalid_weight", f"{where}.weight must be 0 or 1")
+    return None
+
+
+def _split_conversation(messages: list[dict[str, Any]], line: int, tools: list[dict[str, Any]] | None, context: str | None) -> Demonstration | DatasetProblem:
+    answer = messages[-1]
+    if answer["role"] != "assistant":
+        return DatasetProblem(
+            line, "example_missing_assistant_message", f"the last message must be the assistant's (the demonstration), not the {answer['role']}'s"
+        )
+    if answer.get("weight") == 0:
+        return DatasetProblem(line, "example_missing_assistant_message", "the last assistant message has weight 0, so nothing would be learned")
+    prompt = messages[:-1]
+    if not any(message["role"] in ("user", "tool", "function") for message in prompt):
+        return DatasetProblem(line, "missing_prompt", "there is no user message before the demonstration")
+    if not isinstance(answer.get("content"), str) and "function_call" in answer:
+        return DatasetProblem(line, "unsupported_function_call", 'the deprecated "function_call" is not supported; use "tool_calls"')
+    return Demonstration(line, prompt, answer, tools, context)

@@ -1,0 +1,62 @@
+"""Errors that cross the run directory: typed in the trainer, rendered by the service.
+
+    EngineError                 code            who must act
+    ├── DatasetError            invalid_dataset     the user: the data
+    ├── ConfigurationError      invalid_configuration  the user or the operator
+    ├── BaseModelError          base_model_unusable    the operator
+    ├── CheckpointDamaged       checkpoint_damaged     nobody: an older checkpoint is used
+    ├── NumericalError          numerical_error        the user: learning rate, precision
+    ├── OutOfMemory             out_of_memory          the user: batch size, completion length
+    ├── DiskFull                disk_full              the operator
+    └── LeaseExpired            lease_expired          nobody: another attempt continues
+
+Torch-free.
+"""
+
+from typing import Any
+
+
+class EngineError(Exception):
+    """Base of all errors a trainer reports. `code` and `param` reach the job's `error` object unchanged."""
+
+    code = "engine_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "message": self.message, "param": self.param}
+
+
+class DatasetError(EngineError):
+    code = "invalid_dataset"
+
+
+class ConfigurationError(EngineError):
+    code = "invalid_configuration"
+
+
+class BaseModelError(EngineError):
+    code = "base_model_unusable"
+
+
+class CheckpointDamaged(EngineError):
+    code = "checkpoint_damaged"
+
+
+class NumericalError(EngineError):
+    code = "numerical_error"
+
+
+class OutOfMemory(EngineError):
+    code = "out_of_memory"
+
+
+class DiskFull(EngineError):
+    code = "disk_full"
+
+
+class LeaseExpired(EngineError):
+    code = "lease_expired"

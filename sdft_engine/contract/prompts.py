@@ -1,0 +1,239 @@
+"""Prompts as token ids: the base model's own chat template, and what the teacher is shown.
+
+Everything that turns messages into token ids goes through `ChatFormat`: student and teacher prompts in the trainer,
+token counts in the worker, chat requests in the inference server. There is no second code path that could disagree.
+
+The teacher's prompt is the student's prompt in which the last user turn is replaced according to a template:
+
+- `example`: the question, the demonstration as an example of a response, and the request for a response of one's own
+  (the paper's form, arXiv 2601.19897 section 3, in our words);
+- `history`: the question and the demonstration as an earlier exchange of the conversation, then the question again;
+- `history_twice`: that exchange stands twice; small models copy the demonstration far more reliably from it;
+- any text holding `{demonstration}`, with `{question}`, `{context}` as further fields.
+
+Torch-free: jinja2 in its sandbox and the `tokenizers` library.
+"""
+
+import json
+import string
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from sdft_engine.contract.dataset import Demonstration
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError
+
+NAMED_TEMPLATES = ("example", "history", "history_twice")
+TEMPLATE_FIELDS = frozenset({"question", "demonstration", "context"})
+
+EXAMPLE_TEMPLATE = """{question}
+
+Here is an example of a good response to this question:
+
+{demonstration}
+
+Now give a response of your own to the question, including your thinking if the question needs any."""
+
+CONTEXT_PREFIX = """Use the following information:
+
+{context}
+
+"""
+ASK_AGAIN = "Please answer the question again: {question}"
+CONTINUE_AFTER_TOOL = "Continue from the tool result above."
+
+
+def check_teacher_template(template: str) -> None:
+    """Raise ConfigurationError unless `template` is a known name or a usable text."""
+    if template in NAMED_TEMPLATES:
+        return
+    try:
+        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ConfigurationError(f"teacher_template is not a valid template: {error}", param="method.sdft.teacher_template") from error
+    fields = {name or "" for name, _, _ in parsed}
+    if any(format_spec or conversion for _, format_spec, conversion in parsed):
+        raise ConfigurationError("teacher_template may not use format specifications", param="method.sdft.teacher_template")
+    if unknown := sorted(fields - TEMPLATE_FIELDS):
+        raise ConfigurationError(
+            f"teacher_template has the unknown field {{{unknown[0]}}}; known are {', '.join(sorted(TEMPLATE_FIELDS))}",
+            param="method.sdft.teacher_template",
+        )
+    if "demonstration" not in fields:
+        raise ConfigurationError(
+            f"teacher_template must be one of {', '.join(NAMED_TEMPLATES)} or a text with {{demonstration}}", param="method.sdft.teacher_template"
+        )
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A base model's tokenizer and chat template.
+
+    `eos_token_ids` holds every id that ends an answer: those of the generation config and the tokenizer's own.
+    """
+
+    tokenizer: Tokenizer
+    template: jinja2.Template
+    eos_token_ids: frozenset[int]
+    context_length: int
+    special_tokens: dict[str, str]
+
+    @classmethod
+    def from_directory(cls, model_dir: Path) -> "ChatFormat":
+        """Load from a transformers model directory. Raises BaseModelError naming the file that is missing or unusable."""
+        try:
+            tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+            config = json.loads((model_dir / "config.json").read_text())
+            tokenizer_config = json.loads((model_dir / "tokenizer_config.json").read_text())
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise BaseModelError(f"the tokenizer in {model_dir} can't be read: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        special_tokens = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in tokenizer_config.items()
+            if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value
+        }
+        eos_token_ids = _eos_token_ids(model_dir, config)
+        if (own := tokenizer.token_to_id(special_tokens.get("eos_token", ""))) is not None:
+            eos_token_ids |= {own}
+        if not eos_token_ids:
+            raise BaseModelError(f"{model_dir} names no end-of-sequence token")
+        context_length = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+        if not context_length:
+            raise BaseModelError(f"{model_dir / 'config.json'} has no max_position_embeddings")
+        return cls(tokenizer, _compile_template(_template_source(model_dir, tokenizer_config)), frozenset(eos_token_ids), context_length, special_tokens)
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, generate: bool = True) -> str:
+        """The conversation as text, ending where the assistant's answer starts if `generate`."""
+        shown = [_for_template(message) for message in messages]
+        try:
+            return self.template.render(messages=shown, tools=tools, add_generation_prompt=generate, **self.special_tokens)
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise ConfigurationError(f"the base model's chat template refuses this conversation: {error}", param="messages") from error
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def prompt_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        return self.encode(self.render(messages, tools))
+
+    def answer_ids(self, demonstration: Demonstration) -> list[int]:
+        """Token ids of the demonstrated answer, up to and including its end-of-sequence token.
+
+        Raises ConfigurationError where the template rewrites the conversation so that the answer is not a suffix.
+        """
+        before = self.render(demonstration.prompt, demonstration.tools)
+        whole = self.render([*demonstration.prompt, demonstration.answer], demonstration.tools, generate=False)
+        if not whole.startswith(before) or not whole[len(before) :].strip():
+            raise ConfigurationError(f"line {demonstration.line}: the base model's chat template can't show this answer after its prompt")
+        ids = self.encode(whole[len(before) :])
+        for position, token_id in enumerate(ids):
+            if token_id in self.eos_token_ids and position > 0:
+                return ids[: position + 1]
+        return ids
+
+    def student_prompt_ids(self, demonstration: Demonstration) -> list[int]:
+        return self.prompt_ids(demonstration.prompt, demonstration.tools)
+
+    def teacher_prompt_ids(self, demonstration: Demonstration, template: str) -> list[int]:
+        return self.prompt_ids(teacher_messages(demonstration, template), demonstration.tools)
+
+
+def teacher_messages(demonstration: Demonstration, template: str) -> list[dict[str, Any]]:
+    """The conversation that the teacher sees. System messages, earlier turns and tool results are kept."""
+    prompt = demonstration.prompt
+    ends_with_user = prompt[-1]["role"] == "user"
+    question = prompt[-1]["content"] if ends_with_user else CONTINUE_AFTER_TOOL
+    context = CONTEXT_PREFIX.format(context=demonstration.context) if demonstration.context else ""
+    if template in ("history", "history_twice"):
+        exchange = [demonstration.answer] if not ends_with_user else [prompt[-1], demonstration.answer]
+        again = {"role": "user", "content": context + ASK_AGAIN.format(question=question)}
+        repeats = [[*prompt, demonstration.answer]]
+        if template == "history_twice":
+            repeats.append(exchange if ends_with_user else [again, demonstration.answer])
+        return [*[message for part in repeats for message in part], again]
+    text = EXAMPLE_TEMPLATE if template == "example" else template
+    shown = text.format(question=question, demonstration=answer_text(demonstration.answer), context=demonstration.context or "")
+    if template == "example":
+        shown = context + shown
+    kept = prompt[:-1] if ends_with_user else prompt
+    return [*kept, {"role": "user", "content": shown}]
+
+
+def answer_text(answer: dict[str, Any]) -> str:
+    """A demonstration as text: its content, or its tool calls as JSON."""
+    if isinstance(answer.get("content"), str) and answer["content"]:
+        return str(answer["content"])
+    return json.dumps(answer["tool_calls"], ensure_ascii=False)
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """As chat templates expect: string content, tool-call arguments as objects, no training weights."""
+    shown = {key: value for key, value in message.items() if key != "weight"}
+    if shown.get("content") is None:
+        shown["content"] = ""
+    if isinstance(shown.get("tool_calls"), list):
+        shown["tool_calls"] = [_parsed_arguments(call) for call in shown["tool_calls"]]
+    return shown
+
+
+def _parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _eos_token_ids(model_dir: Path, config: dict[str, Any]) -> set[int]:
+    found: set[int] = set()
+    generation_path = model_dir / "generation_config.json"
+    generation = json.loads(generation_path.read_text()) if generation_path.exists() else {}
+    for source in (generation, config):
+        value = source.get("eos_token_id")
+        found |= set(value) if isinstance(value, list) else {value} if value is not None else set()
+    return found
+
+
+def _template_source(model_dir: Path, tokenizer_config: dict[str, Any]) -> str:
+    template_path = model_dir / "chat_template.jinja"
+    if template_path.exists():
+        return template_path.read_text()
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list):
+        source = next((item["template"] for item in source if item.get("name") == "default"), None)
+    if not source:
+        raise BaseModelError(f"{model_dir} has no chat template; only instruct models can be served and trained")
+    return str(source)
+
+
+def _compile_template(source: str) -> jinja2.Template:
+    """The environment that transformers renders chat templates in, from its documented behaviour."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise BaseModelError(f"the chat template is not valid jinja: {error}") from error
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

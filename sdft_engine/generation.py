@@ -1,0 +1,258 @@
+"""Batched decoding, shared by rollouts and by the inference server.
+
+`DecodingBatch` is continuous: sequences join between steps, rows of different adapters share a batch, a sequence that
+ended leaves at once. Prompts are padded on the left; positions and mask are kept per row, so a row's logits do not depend
+on its neighbours (up to floating point). Sampling noise is drawn per sequence from its own seed: the same seed gives the
+same tokens whatever else is in the batch.
+"""
+
+import hashlib
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sdft_engine.lora import RowGroup
+from sdft_engine.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """`temperature` 0 is greedy. `logprobs`: None, or how many of the likeliest alternatives to record beside each token's
+    own log-probability (of the unscaled distribution, as vLLM reports it). `logit_bias` by token id."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer being decoded. `token_ids` includes the stop token that ended it."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    adapter: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __post_init__(self) -> None:
+        if self.params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(self.params.seed)
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        if token_id in self.params.stop_token_ids:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.params.max_new_tokens:
+            self.finish_reason = "length"
+
+
+class DecodingBatch:
+    """Sequences that are decoded together. Every method must be called from one thread."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.active: list[Sequence] = []
+        self._cache: DynamicCache | None = None
+        self._mask_BT = torch.zeros(0, 0, dtype=torch.long, device=model.device)
+
+    @torch.inference_mode()
+    def add(self, sequences: Rows[Sequence]) -> None:
+        """Prefill, sample each sequence's first token, and let those that go on join the batch."""
+        if not sequences:
+            return
+        cache, mask_BT = DynamicCache(), _left_padding_mask([len(s.prompt_ids) for s in sequences], self.model.device)
+        width = mask_BT.shape[1]
+        input_ids_BT = torch.tensor([[0] * (width - len(s.prompt_ids)) + s.prompt_ids for s in sequences], device=self.model.device)
+        self._advance(sequences, input_ids_BT, mask_BT, cache)
+        self._join(list(sequences), cache, mask_BT)
+        self._drop_finished()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token for every active sequence; those that ended leave."""
+        if not self.active:
+            return
+        assert self._cache is not None
+        input_ids_B1 = torch.tensor([[s.token_ids[-1]] for s in self.active], device=self.model.device)
+        self._mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(len(self.active), 1)], dim=1)
+        self._advance(self.active, input_ids_B1, self._mask_BT, self._cache)
+        self._drop_finished()
+
+    @torch.inference_mode()
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out before its end (its client left)."""
+        self._keep([row for row, other in enumerate(self.active) if other is not sequence])
+
+    def _advance(self, sequences: Rows[Sequence], input_ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache) -> None:
+        positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids_BT.shape[1] :]
+        padded = bool((mask_BT == 0).any())
+        with self._adapters_of(sequences):
+            hidden_BTH = self.model.hidden_states(input_ids_BT, attention_mask=mask_BT if padded else None, position_ids=positions_BT, past_key_values=cache)
+        logits_BV = self.model.logits(hidden_BTH[:, -1])
+        for sequence, token_id in zip(sequences, sample(logits_BV, sequences), strict=True):
+            sequence.append(token_id)
+
+    def _adapters_of(self, sequences: Rows[Sequence]):  # type: ignore[no-untyped-def]
+        names = {s.adapter for s in sequences}
+        adapters = self.model.adapters
+        if len(names) == 1:
+            name = names.pop()
+            if name is not None and name == adapters.routing.folded:
+                return _unchanged()
+            return adapters.use(name)
+        rows = {name: [row for row, s in enumerate(sequences) if s.adapter == name] for name in names if name is not None}
+        return adapters.use([RowGroup(name, torch.tensor(index, device=self.model.device)) for name, index in rows.items()])
+
+    def _join(self, sequences: list[Sequence], cache: DynamicCache, mask_BT: Tensor) -> None:
+        if self._cache is None or not self.active:
+            self.active, self._cache, self._mask_BT = sequences, cache, mask_BT
+            return
+        width = max(self._mask_BT.shape[1], mask_BT.shape[1])
+        for mine, new in zip(self._cache.layers, cache.layers, strict=True):
+            mine.keys = torch.cat([_pad_left(mine.keys, width), _pad_left(new.keys, width)])
+            mine.values = torch.cat([_pad_left(mine.values, width), _pad_left(new.values, width)])
+        self._mask_BT = torch.cat([_pad_mask(self._mask_BT, width), _pad_mask(mask_BT, width)])
+        self.active = self.active + sequences
+
+    def _drop_finished(self) -> None:
+        if any(s.finish_reason for s in self.active):
+            self._keep([row for row, s in enumerate(self.active) if s.finish_reason is None])
+
+    def _keep(self, rows: list[int]) -> None:
+        """Keep these rows, and of the columns those that some row still uses."""
+        if len(rows) == len(self.active):
+            return
+        self.active = [self.active[row] for row in rows]
+        if not rows or self._cache is None:
+            self._cache, self._mask_BT = None, self._mask_BT[:0, :0]
+            return
+        index = torch.tensor(rows, device=self.model.device)
+        self._mask_BT = self._mask_BT[index]
+        first = int((self._mask_BT.sum(dim=0) > 0).nonzero()[0])
+        self._mask_BT = self._mask_BT[:, first:]
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[index, :, first:].contiguous()
+            layer.values = layer.values[index, :, first:].contiguous()
+
+
+class _unchanged:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def decode_all(model: LanguageModel, sequences: Rows[Sequence], max_batch: int = 64) -> None:
+    """Decode every sequence to its end, at most `max_batch` at a time."""
+    batch = DecodingBatch(model)
+    waiting = list(sequences)
+    while waiting or batch.active:
+        room = max_batch - len(batch.active)
+        if waiting and room > 0:
+            batch.add(waiting[:room])
+            waiting = waiting[room:]
+        batch.step()
+
+
+@torch.inference_mode()
+def score(model: LanguageModel, token_ids: list[int], adapter: str | None, top: int = 0) -> tuple[list[float], list[dict[int, float]]]:
+    """Natural log-probabilities of `token_ids[1:]` given what precedes each, and the `top` likeliest alternatives."""
+    with model.adapters.use(adapter):
+        hidden_TH = model.hidden_states(torch.tensor([token_ids[:-1]], device=model.device))[0]
+    own: list[float] = []
+    alternatives: list[dict[int, float]] = []
+    targets = torch.tensor(token_ids[1:], device=model.device)
+    for start in range(0, len(hidden_TH), 256):
+        logps_NV = model.logits(hidden_TH[start : start + 256]).log_softmax(dim=-1)
+        own += logps_NV.gather(1, targets[start : start + 256, None])[:, 0].tolist()
+        if top:
+            values, indices = logps_NV.topk(top, dim=-1)
+            alternatives += [dict(zip(i, v, strict=True)) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+    return own, alternatives
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from any parts, so that noise depends on (seed, step, row) and on nothing else."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def sample(logits_BV: Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """Choose one token per row by that row's parameters, recording log-probabilities where asked."""
+    for row, sequence in enumerate(sequences):
+        if sequence.params.logprobs is not None:
+            _record(logits_BV[row], sequence.params.logprobs, sequence)
+    chosen = [_choose(_adjusted(logits_BV[row], sequence), sequence) for row, sequence in enumerate(sequences)]
+    for row, sequence in enumerate(sequences):
+        if sequence.params.logprobs is not None:
+            own = (logits_BV[row, chosen[row]] - logits_BV[row].logsumexp(dim=-1)).item()
+            sequence.logprobs.append(own)
+    return chosen
+
+
+def _record(logits_V: Tensor, top: int, sequence: Sequence) -> None:
+    if not top:
+        sequence.top_logprobs.append({})
+        return
+    values, indices = (logits_V - logits_V.logsumexp(dim=-1)).topk(top)
+    sequence.top_logprobs.append(dict(zip(indices.tolist(), values.tolist(), strict=True)))
+
+
+def _adjusted(logits_V: Tensor, sequence: Sequence) -> Tensor:
+    """Bias and repetition penalties as OpenAI defines them: subtracted from the logits by count and by presence."""
+    params = sequence.params
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
+        bias = torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
+        logits_V = logits_V.index_add(0, ids, bias)
+    if (params.frequency_penalty or params.presence_penalty) and sequence.token_ids:
+        ids, counts = torch.tensor(sequence.token_ids, device=logits_V.device).unique(return_counts=True)
+        logits_V = logits_V.index_add(0, ids, -(params.frequency_penalty * counts + params.presence_penalty).to(logits_V.dtype))
+    return logits_V
+
+
+def _choose(logits_V: Tensor, sequence: Sequence) -> int:
+    """Greedy, or a draw by the exponential race: argmax of p / e with e ~ Exp(1) is distributed as p."""
+    params = sequence.params
+    if params.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = (logits_V / params.temperature).softmax(dim=-1)
+    if params.top_p < 1:
+        probabilities_V = _nucleus(probabilities_V, params.top_p)
+    noise_V = torch.empty(probabilities_V.shape).exponential_(generator=sequence.generator).to(logits_V.device)
+    return int((probabilities_V / noise_V).argmax())
+
+
+def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:
+    """Zero all but the smallest set of likeliest tokens whose mass reaches `top_p`."""
+    ordered, index = probabilities_V.sort(descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return probabilities_V.index_fill(0, index[before >= top_p], 0.0)
+
+
+def _left_padding_mask(lengths: list[int], device: torch.device) -> Tensor:
+    width = max(lengths)
+    return torch.tensor([[0] * (width - length) + [1] * length for length in lengths], device=device)
+
+
+def _pad_left(states_BhTd: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(states_BhTd, (0, 0, width - states_BhTd.shape[2], 0))
+
+
+def _pad_mask(mask_BT: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(mask_BT, (width - mask_BT.shape[1], 0))

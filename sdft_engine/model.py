@@ -1,0 +1,102 @@
+"""A base model in memory: transformer, LM head, chat format, and its LoRA adapters."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError
+from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.lora import LoraAdapters
+
+
+@dataclass
+class LanguageModel:
+    """`network` is the transformers model; everything here calls its decoder and its LM head apart, so that logits exist
+    only for the positions that are needed."""
+
+    network: Any
+    decoder: nn.Module
+    head: nn.Module
+    adapters: LoraAdapters
+    chat_format: ChatFormat
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def folds_adapters(self) -> bool:
+        """Whether passes without gradients fold the adapter into a second copy of the weights. In float32 on a CPU that is
+        exact to rounding and saves more than it costs; in bfloat16 it would round the adapter away, and GPU memory is dear."""
+        return self.device.type == "cpu" and self.dtype == torch.float32
+
+    def hidden_states(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
+        """Final hidden states (B, T, H). Without an attention mask, rows are causal and padding belongs on the right."""
+        hidden: Tensor = self.decoder(input_ids=input_ids_BT, use_cache="past_key_values" in inputs, **inputs).last_hidden_state
+        return hidden
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """float32 logits (N, V) of hidden states, with the model's own scale and soft cap where it has one."""
+        logits_NV = self.head(hidden_NH.to(self.dtype)).float()
+        config = self.network.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits_NV = logits_NV * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits_NV = logits_NV / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        return logits_NV
+
+
+def load_base_model(model_dir: Path, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
+    """Load a prepared base model. Its weights are frozen. Raises BaseModelError, ConfigurationError (no such device)."""
+    from transformers import AutoModelForCausalLM
+
+    chat_format = ChatFormat.from_directory(model_dir)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=chosen_dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"the base model in {model_dir} can't be loaded: {error}") from error
+    network.eval().requires_grad_(False).to(chosen_device)
+    head = network.get_output_embeddings()
+    return LanguageModel(network, network.base_model, head, LoraAdapters(network, head), chat_format, chosen_device, chosen_dtype)
+
+
+def choose_device(device: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigurationError("device is set to cuda, but torch sees no CUDA device", param="device")
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` measures on a CPU: bfloat16 is several times faster than float32 on one and hundreds of times slower on the next."""
+    if dtype != "auto":
+        return torch.float32 if dtype == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if matmul_seconds(torch.bfloat16) * 1.3 < matmul_seconds(torch.float32) else torch.float32
+
+
+def matmul_seconds(dtype: torch.dtype, budget_seconds: float = 0.05) -> float:
+    """Fastest observed time of one (128, 512) x (512, 512) product within the budget (at least two tries)."""
+    a, b = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    start = time.perf_counter()
+    fastest = float("inf")
+    tries = 0
+    while tries < 2 or time.perf_counter() - start < budget_seconds:
+        before = time.perf_counter()
+        a @ b
+        fastest = min(fastest, time.perf_counter() - before)
+        tries += 1
+    return fastest
+
+
+def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
+    return "float32" if dtype == torch.float32 else "bfloat16"

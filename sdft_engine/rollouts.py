@@ -1,0 +1,56 @@
+"""On-policy rollouts: the student answers its prompts in its own words."""
+
+import json
+from collections.abc import Sequence as Rows
+from pathlib import Path
+
+from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.model import LanguageModel
+from sdft_engine.step import Rollout
+from sdft_engine.teacher import STUDENT
+
+
+def sample_rollouts(
+    model: LanguageModel,
+    rows: Rows[int],
+    student_prompts: Rows[list[int]],
+    teacher_prompts: Rows[list[int]],
+    *,
+    max_completion_tokens: int,
+    temperature: float,
+    seed: int,
+    step: int,
+) -> list[Rollout]:
+    """One completion per row, ending at any end-of-sequence id. The noise depends on (seed, step, row) alone."""
+    sequences = [
+        Sequence(
+            student_prompts[row],
+            SamplingParams(max_completion_tokens, temperature, seed=seed_of(seed, step, row), stop_token_ids=model.chat_format.eos_token_ids),
+            adapter=STUDENT,
+        )
+        for row in rows
+    ]
+    with model.adapters.use(STUDENT, fold=model.folds_adapters):
+        decode_all(model, sequences)
+    return [
+        Rollout(row, student_prompts[row], teacher_prompts[row], sequence.token_ids, sequence.finish_reason == "stop")
+        for row, sequence in zip(rows, sequences, strict=True)
+    ]
+
+
+def write_rollouts(path: Path, model: LanguageModel, rollouts: list[Rollout], per_token: dict[int, list[float]]) -> None:
+    """One JSON line a rollout: its text, its tokens and their divergence (nats) from the teacher."""
+    path.parent.mkdir(exist_ok=True)
+    lines = []
+    for position, rollout in enumerate(rollouts):
+        tokens = [model.chat_format.tokenizer.id_to_token(token) for token in rollout.completion_ids]
+        divergence = [round(value, 5) for value in per_token[position]]
+        record = {
+            "row": rollout.row,
+            "completion": model.chat_format.decode(rollout.completion_ids),
+            "finished": rollout.finished,
+            "tokens": tokens,
+            "per_token_divergence": divergence,
+        }
+        lines.append(json.dumps(record, ensure_ascii=False))
+    path.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,203 @@
+"""One training step's loss and gradient: SDFT's per-token divergence on rollouts, or cross-entropy on demonstrations.
+
+The LM head runs on completion positions only, a chunk at a time: in each chunk the loss is differentiated at once down to
+the hidden states, and only their gradient (N, H) is kept. So no (B, T, V) tensor ever exists, and the head is not computed
+twice. The head is frozen, which makes this exact.
+
+The loss is the mean over a sequence's loss tokens, then the mean over the sequences of the batch, as in the paper's released
+code; a sequence without loss tokens (a clipped rollout) counts as zero.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sdft_engine.batching import ScoredText, completion_hidden_states, passes
+from sdft_engine.divergences import DIVERGENCES, entropy
+from sdft_engine.model import LanguageModel
+from sdft_engine.teacher import STUDENT
+
+CHUNK_ELEMENTS = 1 << 23
+"""Logits held at a time: 8M floats, 32 MiB."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer and the two prompts it is scored after."""
+
+    row: int
+    student_prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    completion_ids: list[int]
+    finished: bool
+    """It ended by itself; False: cut off at max_completion_tokens."""
+
+    def loss_mask(self, skip_first_tokens: int, mask_clipped: bool) -> list[bool]:
+        """Tokens that give loss: all but the first min(skip, length // 4), and none of a clipped rollout if those are masked."""
+        length = len(self.completion_ids)
+        skip = min(skip_first_tokens, length // 4)
+        return [offset >= skip and (self.finished or not mask_clipped) for offset in range(length)]
+
+
+@dataclass
+class TokenStatistics:
+    """Sums and extremes over the loss tokens of a step, filled chunk by chunk."""
+
+    loss: float = 0.0
+    loss_tokens: int = 0
+    correct_tokens: int = 0
+    entropy_sum: float = 0.0
+    divergence_max: float = 0.0
+    reward_sum: float = 0.0
+    teacher_seconds: float = 0.0
+    student_seconds: float = 0.0
+    per_token: dict[int, list[float]] = field(default_factory=dict)
+    """Divergence of every completion token, by the rollout's position in the batch."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How many padded tokens a pass may hold: with gradients, and without."""
+
+    student_tokens: int = 2048
+    teacher_tokens: int = 4096
+
+
+def sdft_gradient(
+    model: LanguageModel, rollouts: list[Rollout], masks: list[list[bool]], teacher_adapter: str, divergence: str, temperature: float, budget: Precision
+) -> TokenStatistics:
+    """Add the gradient of the SDFT loss to the student's factors. Both logits are divided by the sampling temperature."""
+    statistics = TokenStatistics()
+    start = time.perf_counter()
+    teacher_NH = _teacher_hidden_states(model, rollouts, teacher_adapter, budget.teacher_tokens)
+    statistics.teacher_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
+    weights = [[flag / sum(mask) / len(rollouts) if flag else 0.0 for flag in mask] for mask in masks]
+    function = DIVERGENCES[divergence]
+    for rows in passes(texts, budget.student_tokens):
+        targets = _tensor([token for row in rows for token in rollouts[row].completion_ids], model.device)
+        weights_N = _tensor([weight for row in rows for weight in weights[row]], model.device)
+        teacher_rows_NH = torch.cat([teacher_NH[row] for row in rows])
+        divergences: list[Tensor] = []
+
+        def chunk_loss(
+            hidden_NH: Tensor,
+            part: slice,
+            targets: Tensor = targets,
+            weights_N: Tensor = weights_N,
+            teacher: Tensor = teacher_rows_NH,
+            out: list[Tensor] = divergences,
+        ) -> Tensor:
+            with torch.no_grad():
+                teacher_logps_NV = (model.logits(teacher[part]) / temperature).log_softmax(dim=-1)
+            student_logps_NV = (model.logits(hidden_NH) / temperature).log_softmax(dim=-1)
+            divergence_N = function(teacher_logps_NV, student_logps_NV)
+            _observe(statistics, divergence_N.detach(), teacher_logps_NV, student_logps_NV.detach(), targets[part], weights_N[part])
+            out.append(divergence_N.detach())
+            return (divergence_N * weights_N[part]).sum()
+
+        statistics.loss += _backward_through_head(model, [texts[row] for row in rows], chunk_loss)
+        _file_per_token(statistics, rows, rollouts, torch.cat(divergences))
+    statistics.student_seconds = time.perf_counter() - start
+    return statistics
+
+
+def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: Precision) -> TokenStatistics:
+    """Add the gradient of the cross-entropy of the demonstrations to the student's factors."""
+    statistics = TokenStatistics()
+    start = time.perf_counter()
+    for rows in passes(texts, budget.student_tokens):
+        chosen = [texts[row] for row in rows]
+        targets = _tensor([token for text in chosen for token in text.completion_ids], model.device)
+        weights_N = _tensor([1 / len(text.completion_ids) / len(texts) for text in chosen for _ in text.completion_ids], model.device)
+
+        def chunk_loss(hidden_NH: Tensor, part: slice, targets: Tensor = targets, weights_N: Tensor = weights_N) -> Tensor:
+            logps_NV = model.logits(hidden_NH).log_softmax(dim=-1)
+            own_N = logps_NV.gather(1, targets[part, None])[:, 0]
+            statistics.loss_tokens += len(own_N)
+            statistics.correct_tokens += int((logps_NV.argmax(dim=-1) == targets[part]).sum())
+            statistics.entropy_sum += float(entropy(logps_NV.detach()).sum())
+            return -(own_N * weights_N[part]).sum()
+
+        statistics.loss += _backward_through_head(model, chosen, chunk_loss)
+    statistics.student_seconds = time.perf_counter() - start
+    return statistics
+
+
+@torch.no_grad()
+def demonstration_loss(model: LanguageModel, texts: list[ScoredText], adapter: str, max_padded_tokens: int) -> tuple[float, float]:
+    """Mean token cross-entropy (nats) and mean token accuracy of demonstrations under an adapter, for validation."""
+    loss, correct, count = 0.0, 0, 0
+    for rows in passes(texts, max_padded_tokens):
+        chosen = [texts[row] for row in rows]
+        with model.adapters.use(adapter):
+            hidden_NH = completion_hidden_states(model, chosen)
+        targets = _tensor([token for text in chosen for token in text.completion_ids], model.device)
+        for part in _chunks(len(hidden_NH), model.network.config.vocab_size):
+            logps_NV = model.logits(hidden_NH[part]).log_softmax(dim=-1)
+            loss -= float(logps_NV.gather(1, targets[part, None]).sum())
+            correct += int((logps_NV.argmax(dim=-1) == targets[part]).sum())
+        count += len(targets)
+    return loss / count, correct / count
+
+
+def _teacher_hidden_states(model: LanguageModel, rollouts: list[Rollout], adapter: str, max_padded_tokens: int) -> list[Tensor]:
+    """Per rollout, the teacher's hidden states (length, H) over the same token ids."""
+    texts = [ScoredText(rollout.teacher_prompt_ids, rollout.completion_ids) for rollout in rollouts]
+    found: dict[int, Tensor] = {}
+    with torch.no_grad(), model.adapters.use(adapter, fold=model.folds_adapters):
+        for rows in passes(texts, max_padded_tokens):
+            hidden_NH = completion_hidden_states(model, [texts[row] for row in rows])
+            parts = hidden_NH.split([len(texts[row].completion_ids) for row in rows])
+            found.update(zip(rows, parts, strict=True))
+    return [found[row] for row in range(len(texts))]
+
+
+def _backward_through_head(model: LanguageModel, texts: list[ScoredText], chunk_loss: Callable[[Tensor, slice], Tensor]) -> float:
+    """Forward the student, differentiate each chunk down to its hidden states, then these once through the decoder."""
+    with model.adapters.use(STUDENT):
+        hidden_NH = completion_hidden_states(model, texts)
+        gradient_NH = torch.zeros_like(hidden_NH)
+        total = 0.0
+        for part in _chunks(len(hidden_NH), model.network.config.vocab_size):
+            leaf_NH = hidden_NH[part].detach().requires_grad_()
+            loss = chunk_loss(leaf_NH, part)
+            loss.backward()  # type: ignore[no-untyped-call]
+            gradient_NH[part] = leaf_NH.grad
+            total += loss.item()
+        hidden_NH.backward(gradient_NH)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _observe(
+    statistics: TokenStatistics, divergence_N: Tensor, teacher_logps_NV: Tensor, student_logps_NV: Tensor, targets_N: Tensor, weights_N: Tensor
+) -> None:
+    counted = weights_N > 0
+    statistics.loss_tokens += int(counted.sum())
+    if not counted.any():
+        return
+    own = student_logps_NV.gather(1, targets_N[:, None])[:, 0]
+    shown = teacher_logps_NV.gather(1, targets_N[:, None])[:, 0]
+    statistics.reward_sum += float((shown - own)[counted].sum())
+    statistics.entropy_sum += float(entropy(student_logps_NV)[counted].sum())
+    statistics.correct_tokens += int((student_logps_NV.argmax(dim=-1) == teacher_logps_NV.argmax(dim=-1))[counted].sum())
+    statistics.divergence_max = max(statistics.divergence_max, float(divergence_N[counted].max()))
+
+
+def _file_per_token(statistics: TokenStatistics, rows: list[int], rollouts: list[Rollout], divergences_N: Tensor) -> None:
+    parts = divergences_N.split([len(rollouts[row].completion_ids) for row in rows])
+    for row, part in zip(rows, parts, strict=True):
+        statistics.per_token[row] = part.tolist()
+
+
+def _chunks(count: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _tensor(values: list[int] | list[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)

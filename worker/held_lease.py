@@ -1,0 +1,145 @@
+"""A claim kept alive from a thread of its own, whatever its holder is busy with: tokens, uploads, a slow trainer.
+
+Every heartbeat the lease is renewed; about every second the row is read for a cancellation. `deadline` is when this
+machine must have stopped working on the job if no renewal gets through, a margin before anybody else may claim it.
+"""
+
+import contextvars
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.errors import Unavailable
+from core.jobs.transitions import Claim, LeaseLost, renew_lease
+from core.logging import get_logger
+from core.tables.jobs import Job
+from sdft_engine.contract.run_directory import StopReason
+from worker.resources import Resources
+
+MARGIN = 0.2
+"""Share of the lease that is left when the deadline is over: for clocks that run unevenly and for a slow stop."""
+RETRY_SECONDS = 0.5
+
+log = get_logger(__name__)
+
+
+class StopRequested(Exception):
+    """The holder is asked to let go of the job: because of a cancellation, or because this worker ends."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class HeldLease:
+    """`claimed_at` is this machine's unix time just before the claim was made. `on_change` is told whenever `deadline`
+    or `stop` changed, from the lease's own thread, and once at the start."""
+
+    def __init__(self, resources: Resources, claim: Claim, claimed_at: float, on_change: Callable[["HeldLease"], None] | None = None) -> None:
+        self.claim = claim
+        self.stop: StopReason | None = None
+        self._resources = resources
+        self._lease_seconds = resources.settings.lease_seconds
+        self._heartbeat_seconds = resources.settings.heartbeat_seconds
+        self._renewed_at = claimed_at
+        self._on_change = on_change
+        self._lost = threading.Event()
+        self._settled = threading.Event()
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._keep,), name=f"lease-{claim.job_id[-6:]}", daemon=True)
+
+    @property
+    def deadline(self) -> float:
+        return self._renewed_at + self._lease_seconds * (1 - MARGIN)
+
+    def __enter__(self) -> "HeldLease":
+        self._tell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._settled.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raises LeaseLost once the job is not ours any more, or may not be."""
+        if self._lost.is_set() or time.time() > self.deadline:
+            self._lost.set()
+            raise LeaseLost(f"job {self.claim.job_id} is no longer held by this attempt")
+
+    def check_wanted(self) -> None:
+        """Raises LeaseLost, or StopRequested where the holder should let go."""
+        self.check()
+        if self.stop is not None:
+            raise StopRequested(self.stop)
+
+    def write(self, change: Callable[[Session], None]) -> None:
+        """Run `change` in a transaction, again while the database can't be reached. Raises LeaseLost."""
+        while not self.try_write(change):
+            time.sleep(RETRY_SECONDS)
+
+    def try_write(self, change: Callable[[Session], None]) -> bool:
+        """Run `change` in a transaction. Returns False where the database can't be reached. Raises LeaseLost."""
+        self.check()
+        try:
+            with self._resources.database.transaction() as session:
+                change(session)
+        except Unavailable as error:
+            log.warning("database_unreachable", error=error.message, seconds_left=round(self.deadline - time.time(), 1))
+            return False
+        except LeaseLost:
+            self._lost.set()
+            raise
+        return True
+
+    def settle(self, change: Callable[[Session], None]) -> None:
+        """The last write: `change` lets go of the job. No renewal follows. Raises LeaseLost."""
+        self._settled.set()
+        self._thread.join()
+        self.write(change)
+
+    def _keep(self) -> None:
+        tick_seconds = min(1.0, self._heartbeat_seconds)
+        while not self._settled.wait(tick_seconds):
+            before = (self._renewed_at, self.stop)
+            try:
+                self._look()
+            except Unavailable as error:
+                log.warning("lease_not_renewed", error=error.message, seconds_left=round(self.deadline - time.time(), 1))
+            except LeaseLost:
+                self._lost.set()
+            if self._lost.is_set() or time.time() > self.deadline:
+                self._lost.set()
+                log.warning("lease_lost")
+                return
+            if before != (self._renewed_at, self.stop):
+                self._tell()
+
+    def _look(self) -> None:
+        """Renew the lease where it is time, else only read the row."""
+        asked_at = time.time()
+        if asked_at - self._renewed_at >= self._heartbeat_seconds:
+            with self._resources.database.transaction() as session:
+                requested = renew_lease(session, self.claim, self._lease_seconds)
+            self._renewed_at = asked_at
+        else:
+            with self._resources.database.reading() as session:
+                row = session.execute(select(Job.stop_requested, Job.lease_token).where(Job.id == self.claim.job_id)).one_or_none()
+            if row is None or row.lease_token != self.claim.lease_token:
+                raise LeaseLost(f"job {self.claim.job_id} is no longer held by this attempt")
+            requested = row.stop_requested
+        if requested == "cancel":
+            self.stop = "cancel"
+        elif self._resources.stopping.is_set():
+            self.stop = "requeue"
+
+    def _tell(self) -> None:
+        if self._on_change is None:
+            return
+        try:
+            self._on_change(self)
+        except OSError as error:  # a full disk: the trainer then stops by itself at the deadline that it knows
+            log.error("control_not_written", error=str(error))

@@ -1,0 +1,56 @@
+"""What one worker process has, made once and shared by its threads."""
+
+import sys
+import threading
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from celery import Celery
+
+from core.database import Database
+from core.inference_client import InferenceClient
+from core.settings import Settings, get_settings
+from core.storage import LocalStorage, Storage
+
+TRAINER_COMMAND = (sys.executable, "-m", "sdft_engine.train")
+"""Called with the run directory as its only argument."""
+
+VALIDATION_SLOTS = 2
+"""Jobs that one worker validates at a time, beside the training slots: validation never waits behind training."""
+
+
+@dataclass
+class Resources:
+    settings: Settings
+    database: Database
+    storage: Storage
+    inference: InferenceClient
+    doorbell: Celery
+    trainer_command: tuple[str, ...] = TRAINER_COMMAND
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Set when the process was told to end: nothing new is claimed, what runs is handed back."""
+    training_slots: threading.Semaphore = field(init=False)
+    validation_slots: threading.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.training_slots = threading.Semaphore(self.settings.training_slots)
+        self.validation_slots = threading.Semaphore(VALIDATION_SLOTS)
+
+
+def threads_needed(settings: Settings) -> int:
+    """Threads of the Celery pool: one for every job that is trained and one for every job that is validated at a time."""
+    return settings.training_slots + VALIDATION_SLOTS
+
+
+@lru_cache
+def resources_of(app: Celery) -> Resources:
+    """This process's resources. First called before the pool's threads run, so they all get the same."""
+    settings = get_settings()
+    return Resources(
+        settings=settings,
+        database=Database(settings.resolved_database_url),
+        storage=LocalStorage(settings.storage_dir),
+        inference=InferenceClient(settings),
+        doorbell=app,
+        trainer_command=TRAINER_COMMAND,
+    )

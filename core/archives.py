@@ -1,9 +1,11 @@
 """Directories as single stored objects: an adapter is a tar.gz, a checkpoint a tar. Built by us, read back by us."""
 
+import gzip
 import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import IO
 
 from core.ids import new_token
 from core.storage import ObjectDamaged, Storage, StoredObject, fetch
@@ -14,12 +16,12 @@ def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Pa
     it under `key`; a key ending in .gz is compressed. `scratch_dir` must exist and holds the archive while it is written."""
     scratch = scratch_dir / f".{new_token()}.tar"
     try:
-        if key.endswith(".gz"):
-            with tarfile.open(scratch, "w:gz", compresslevel=1) as archive:
-                _add_files(archive, directory)
-        else:
-            with tarfile.open(scratch, "w") as archive:
-                _add_files(archive, directory)
+        with scratch.open("wb") as file:
+            if key.endswith(".gz"):
+                with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed:  # neither name nor time
+                    _write_tar(compressed, directory)
+            else:
+                _write_tar(file, directory)
         return storage.write_file(key, scratch)
     finally:
         scratch.unlink(missing_ok=True)
@@ -34,7 +36,7 @@ def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) 
         return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     unpacked = destination.parent / f".{destination.name}.{new_token()}"
-    archive_path = unpacked.with_suffix(".tar")
+    archive_path = unpacked.with_name(f"{unpacked.name}.tar")
     try:
         fetch(storage, key, archive_path, sha256)
         unpacked.mkdir()
@@ -53,11 +55,12 @@ def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) 
     return destination
 
 
-def _add_files(archive: tarfile.TarFile, directory: Path) -> None:
-    for path in sorted(directory.iterdir()):
-        if not path.is_file() or path.is_symlink():
-            raise ValueError(f"{path} is not a plain file; archives hold plain files only")
-        entry = tarfile.TarInfo(path.name)
-        entry.size = os.stat(path).st_size
-        with path.open("rb") as file:
-            archive.addfile(entry, file)
+def _write_tar(target: IO[bytes] | gzip.GzipFile, directory: Path) -> None:
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        for path in sorted(directory.iterdir()):
+            if not path.is_file() or path.is_symlink():
+                raise ValueError(f"{path} is not a plain file; archives hold plain files only")
+            entry = tarfile.TarInfo(path.name)
+            entry.size = os.stat(path).st_size
+            with path.open("rb") as file:
+                archive.addfile(entry, file)

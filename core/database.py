@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.sql.functions import FunctionElement
 
 import core.tables.registry  # noqa: F401  (so that every foreign key finds its table, whichever tables a caller imports)
-from core.errors import Unavailable
+from core.errors import StorageFull, Unavailable
 
 
 class database_now(FunctionElement[float]):
@@ -88,6 +88,11 @@ def _unavailable_when_exhausted() -> Iterator[None]:
     except PoolTimeout as error:
         raise Unavailable("the server is busy: no database connection became free in time") from error
     except OperationalError as error:
+        sqlite_error = getattr(error.orig, "sqlite_errorname", None)
+        if sqlite_error == "SQLITE_ERROR":  # a wrong statement or a missing table, which no retry will mend
+            raise
+        if sqlite_error == "SQLITE_FULL":
+            raise StorageFull("the server's disk is full; nothing was stored") from error
         raise Unavailable("the database can't be reached or is busy") from error
 
 

@@ -4,9 +4,12 @@ The database says who runs a job. A lost message costs latency, never a job: wor
 down is no error for the caller of `ring`.
 """
 
+import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 from prometheus_client import Counter
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from core.logging import get_logger
 from core.settings import Settings
@@ -39,6 +42,11 @@ def celery_application(settings: Settings) -> Celery:
             "socket_keepalive": True,
             "health_check_interval": 25,
             "retry_on_timeout": True,
+            # Publishing gives up quickly (kombu's own default is 6 s); consumers have their own, endless retries.
+            "max_retries": 2,
+            "interval_start": 0,
+            "interval_step": 0.1,
+            "interval_max": 0.1,
         },
     )
     return app
@@ -53,3 +61,14 @@ def ring(app: Celery) -> bool:
         log.warning("doorbell_failed", error=str(error))
         return False
     return True
+
+
+def broker_answers(settings: Settings, timeout_seconds: float = 1) -> bool:
+    """Whether the broker answers a ping, by a connection of its own: Celery's would retry for a while."""
+    url = settings.resolved_redis_url.replace("redis+socket://", "unix://", 1)
+    timeouts = {"socket_timeout": timeout_seconds, "socket_connect_timeout": timeout_seconds}
+    with redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **timeouts) as client:
+        try:
+            return bool(client.ping())
+        except redis.RedisError:
+            return False

@@ -96,14 +96,17 @@ class InferenceClient:
 
     @asynccontextmanager
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """POST a request that streams: its status and its bytes as they come. Leaving the block cancels the request."""
+        """POST a request that streams: its status and its bytes as they come. Leaving the block cancels the request.
+
+        Raises InferenceUnavailable before the first byte, InferenceFailed where the bytes end too early.
+        """
         request = self._asynchronous().build_request("POST", path, json=body)
         try:
             answer = await self._asynchronous().send(request, stream=True)
         except httpx2.HTTPError as error:
             raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
         try:
-            yield answer.status_code, answer.aiter_raw()
+            yield answer.status_code, _bytes_of(answer)
         finally:
             await answer.aclose()
 
@@ -116,6 +119,14 @@ class InferenceClient:
         if self._async is not None:
             await self._async.aclose()
         self._sync.close()
+
+
+async def _bytes_of(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_bytes():
+            yield chunk
+    except httpx2.HTTPError as error:
+        raise InferenceFailed("the connection to the inference server broke in the middle of the answer") from error
 
 
 def _json_of(answer: httpx2.Response) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def configure_logging(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for every request to the inference server
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

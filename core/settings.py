@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from core.base_models import DEFAULT_BASE_MODELS, BaseModelEntry
@@ -54,6 +54,19 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
+
+    @field_validator("base_models")
+    @classmethod
+    def _unique_ids(cls, value: list[BaseModelEntry]) -> list[BaseModelEntry]:
+        if len({entry.id for entry in value}) != len(value):
+            raise ValueError("two base models have the same id")
+        return value
+
+    @model_validator(mode="after")
+    def _heartbeat_within_lease(self) -> "Settings":
+        if self.heartbeat_seconds >= self.lease_seconds:
+            raise ValueError("heartbeat_seconds must be less than lease_seconds, or every lease is lost")
+        return self
 
     @property
     def resolved_database_url(self) -> str:

@@ -60,7 +60,7 @@ class Storage(Protocol):
 def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:
     """Copy an object to a local file, whole or not at all. Raises ObjectDamaged where the hash differs."""
     digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{new_token()}.tmp")
     try:
         with temporary.open("wb") as file:
             for chunk in storage.read(key):

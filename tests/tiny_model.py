@@ -59,7 +59,7 @@ def build_tiny_model(directory: Path) -> Path:
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=512, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False))
     if tokenizer.get_vocab_size() != 512:
         raise ValueError("every id that the model can sample needs a token: give the tokenizer a longer corpus")
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>"
     )
     wrapped.chat_template = CHAT_TEMPLATE
@@ -81,7 +81,7 @@ def build_tiny_model(directory: Path) -> Path:
         pad_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=2)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=2)  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)
     wrapped.save_pretrained(directory)
     (directory / "prepared.json").write_text("{}")

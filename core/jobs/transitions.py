@@ -145,27 +145,24 @@ def finish_cancellation(session: Session, claim: Claim) -> None:
 
 
 def request_cancellation(session: Session, job_id: str) -> bool:
-    """Cancel a job: at once where nobody holds it, else by asking its holder. Returns False on a finished job."""
-    session.execute(select(Job.id).where(Job.id == job_id).with_for_update())  # a holder letting go between the two updates
-    at_once = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.status.not_in(TERMINAL_STATUSES), Job.lease_token.is_(None))
-        .values(status="cancelled", finished_at=unix_now(), stop_requested="cancel", estimated_finish_at=None)
-        .execution_options(synchronize_session=False)
-    )
-    if at_once.rowcount:  # type: ignore[attr-defined]
+    """Cancel a job: at once where nobody holds it, else by asking its holder. Returns False on a finished or unknown job."""
+    job = select(Job.status, Job.lease_token, Job.stop_requested).where(Job.id == job_id)
+    row = session.execute(job.with_for_update()).one_or_none()  # locked: a holder may be letting go at this moment
+    if row is None or row.status in TERMINAL_STATUSES:
+        return False
+    changes: dict[str, Any] = {"stop_requested": "cancel"}
+    if row.lease_token is None:
+        changes |= {"status": "cancelled", "finished_at": unix_now(), "phase": None, "estimated_finish_at": None}
         append_event(session, job_id, "The job was cancelled")
-        return True
-    asked = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.status.not_in(TERMINAL_STATUSES))
-        .values(stop_requested="cancel")
-        .returning(Job.id)
-        .execution_options(synchronize_session=False)
-    ).one_or_none()
-    if asked is not None:
+    elif row.stop_requested is None:
         append_event(session, job_id, "Cancellation requested; the job stops at its next step")
-    return asked is not None
+    session.execute(update(Job).where(Job.id == job_id).values(**changes).execution_options(synchronize_session=False))
+    return True
+
+
+def lease_has_expired(session: Session) -> bool:
+    """Whether `release_expired_leases` would find any job; only reads, so that looking often costs no write lock."""
+    return session.scalar(select(Job.id).where(Job.lease_until < database_now(), Job.status.not_in(TERMINAL_STATUSES)).limit(1)) is not None
 
 
 def release_expired_leases(session: Session, max_lost_leases: int) -> list[str]:
@@ -185,7 +182,7 @@ def release_expired_leases(session: Session, max_lost_leases: int) -> list[str]:
             fail(session, claim, {"code": "worker_lost", "message": message, "param": None})
         else:
             status = "queued" if row.status == "running" else row.status
-            _held(session, claim, status=status, lease_token=None, lease_until=None, lost_leases=row.lost_leases + 1, phase=None)
+            _held(session, claim, status=status, lease_token=None, lease_until=None, lost_leases=row.lost_leases + 1, phase=None, estimated_finish_at=None)
             append_event(session, row.id, "The worker running this job was lost; the job goes back to the queue", level="warn")
     return [row.id for row in expired]
 

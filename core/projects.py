@@ -1,0 +1,112 @@
+"""Projects and the keys that open them.
+
+A key is `sdft_<id>_<secret><checksum>`: 8 characters that name its row, 43 that are secret (256 bits), and 6 that catch a
+mistyped or invented key before the database is asked. Only the SHA-256 of the whole key is kept.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import string
+import zlib
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from core.database import Database, unix_now
+from core.errors import BadRequest
+from core.ids import new_id, new_token
+from core.tables.projects import ApiKey, Project
+
+FIRST_PROJECT = "default"
+ALPHABET = string.digits + string.ascii_letters
+KEY = re.compile(r"(sdft_([0-9A-Za-z]{8})_[0-9A-Za-z]{43})([0-9A-Za-z]{6})")
+PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def create_project(session: Session, name: str) -> Project:
+    """A new project. Its name becomes part of its models' names. Raises BadRequest on a name that can't be that."""
+    if not PROJECT_NAME.fullmatch(name):
+        message = "a project's name has 1 to 64 letters, digits, dashes and underscores, starting with a letter or digit"
+        raise BadRequest(message, code="invalid_project_name", param="name")
+    project = Project(id=new_id("proj"), name=name, created_at=unix_now())
+    session.add(project)
+    session.flush()
+    return project
+
+
+def create_key(session: Session, project_id: str, name: str, expires_at: float | None = None) -> str:
+    """A new key of the project, in plain: this is the only time that anyone sees it. `expires_at` in unix seconds."""
+    key_id = "".join(secrets.choice(ALPHABET) for _ in range(8))
+    secret = "".join(secrets.choice(ALPHABET) for _ in range(43))
+    named = f"sdft_{key_id}_{secret}"
+    plain_key = named + _checksum(named)
+    session.add(ApiKey(id=key_id, project_id=project_id, name=name, key_sha256=_digest(plain_key), created_at=unix_now(), expires_at=expires_at))
+    session.flush()
+    return plain_key
+
+
+def find_key(session: Session, plain_key: str) -> ApiKey | None:
+    """The row of a valid key; None where it is malformed, unknown, expired or revoked."""
+    parts = KEY.fullmatch(plain_key)
+    if parts is None or not hmac.compare_digest(_checksum(parts[1]), parts[3]):
+        return None
+    key = session.get(ApiKey, parts[2])
+    if key is None or not hmac.compare_digest(key.key_sha256, _digest(plain_key)):
+        return None
+    if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= unix_now()):
+        return None
+    return key
+
+
+def ensure_first_key(database: Database, path: Path) -> str | None:
+    """On a database without projects: create the first project and a key for it, and write the key to `path` (mode 0600).
+
+    Returns the key, or None where a project exists already. Of several processes that do this at once, one succeeds.
+    """
+    with database.transaction() as session:
+        if session.scalar(select(Project.id).limit(1)) is not None:
+            return None
+        dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+        project = dialect.insert(Project).values(id=new_id("proj"), name=FIRST_PROJECT, created_at=unix_now())
+        project_id = session.scalar(project.on_conflict_do_nothing(index_elements=["name"]).returning(Project.id))
+        if project_id is None:
+            return None
+        plain_key = create_key(session, project_id, "first key")
+        _write_private(path, plain_key + "\n")  # before the commit: a key that nobody has been told would lock everyone out
+        return plain_key
+
+
+def _checksum(text: str) -> str:
+    """CRC-32 in base 62."""
+    value, digits = zlib.crc32(text.encode()), ""
+    for _ in range(6):
+        value, digit = divmod(value, 62)
+        digits = ALPHABET[digit] + digits
+    return digits
+
+
+def _digest(plain_key: str) -> str:
+    return hashlib.sha256(plain_key.encode()).hexdigest()
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{new_token()}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

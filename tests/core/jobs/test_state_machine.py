@@ -1,0 +1,138 @@
+"""Any order of events that workers, users and crashes can bring about, against a model of what should come of it."""
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule, run_state_machine_as_test
+
+from core.database import Database
+from core.jobs import transitions
+from core.jobs.transitions import Claim, LeaseLost
+from core.tables.jobs import TERMINAL_STATUSES
+from tests.rows import add_job, add_project, assert_sound, get_job
+
+MAX_LOST_LEASES = 3
+
+
+class Jobs(RuleBasedStateMachine):
+    """`held` maps a job to its living claim; `stale` collects claims that were lost or used up."""
+
+    database: Database
+    project_number = 0
+    claims: Bundle[Claim] = Bundle("claims")
+
+    @initialize()
+    def begin(self) -> None:
+        with self.database.transaction() as session:  # what earlier examples left must not be claimed here
+            while claim := transitions.claim_for_training(session, 3600) or transitions.claim_for_validation(session, 3600):
+                transitions.finish_cancellation(session, claim)
+        Jobs.project_number += 1
+        self.project_id = add_project(self.database, f"p{Jobs.project_number}")
+        self.jobs: list[str] = []
+        self.held: dict[str, Claim] = {}
+        self.tokens: set[str] = set()
+        self.final: dict[str, str] = {}
+
+    @rule(status=st.sampled_from(["validating_files", "queued"]))
+    def create(self, status: str) -> None:
+        self.jobs.append(add_job(self.database, self.project_id, status))
+
+    @rule(target=claims, validating=st.booleans())
+    def claim(self, validating: bool) -> Any:
+        with self.database.transaction() as session:
+            take = transitions.claim_for_validation if validating else transitions.claim_for_training
+            claim = take(session, 3600)
+        if claim is None:
+            return Claim("ftjob-none", "no token", 0, validating)
+        assert claim.job_id not in self.held, "claimed while another holds it"
+        assert claim.lease_token not in self.tokens, "a token was used twice"
+        self.tokens.add(claim.lease_token)
+        self.held[claim.job_id] = claim
+        return claim
+
+    def change(self, claim: Claim, action: Any, *arguments: Any) -> None:
+        """Apply a transition; it must succeed exactly if the claim is alive."""
+        alive = self.held.get(claim.job_id) == claim
+        try:
+            with self.database.transaction() as session:
+                action(session, claim, *arguments)
+            assert alive, "a stale claim was accepted"
+        except LeaseLost:
+            assert not alive, "a living claim was refused"
+        if alive and get_job(self.database, claim.job_id).lease_token is None:
+            del self.held[claim.job_id]
+
+    @rule(claim=claims)
+    def renew(self, claim: Claim) -> None:
+        self.change(claim, transitions.renew_lease, 3600)
+
+    @rule(claim=claims)
+    def progress(self, claim: Claim) -> None:
+        self.change(claim, lambda session, claim: transitions.record_progress(session, claim, step=1, phase="training"))
+
+    @rule(claim=claims)
+    def let_go(self, claim: Claim) -> None:
+        if claim.validating:
+            self.change(claim, transitions.release_validation)
+        else:
+            self.change(claim, transitions.requeue, "the worker restarts")
+
+    @rule(claim=claims)
+    def advance(self, claim: Claim) -> None:
+        if claim.validating:
+            self.change(claim, transitions.finish_validation, {}, 10)
+        else:
+            self.change(claim, transitions.succeed)
+
+    @rule(claim=claims)
+    def crash(self, claim: Claim) -> None:
+        if not claim.validating:
+            self.change(claim, transitions.requeue_after_crash, "the trainer died", MAX_LOST_LEASES)
+
+    @rule(claim=consumes(claims))
+    def fail(self, claim: Claim) -> None:
+        self.change(claim, transitions.fail, {"code": "x", "message": "x", "param": None})
+
+    @rule(claim=claims)
+    def stop_as_asked(self, claim: Claim) -> None:
+        job = get_job(self.database, claim.job_id) if claim.job_id in self.held else None
+        if job is not None and job.stop_requested:
+            self.change(claim, transitions.finish_cancellation)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if not self.jobs:
+            return
+        job_id = data.draw(st.sampled_from(self.jobs))
+        with self.database.transaction() as session:
+            accepted = transitions.request_cancellation(session, job_id)
+        assert accepted == (job_id not in self.final)
+
+    @rule(claim=claims)
+    def lose_worker(self, claim: Claim) -> None:
+        """The lease runs out and any other worker notices."""
+        if self.held.get(claim.job_id) != claim:
+            return
+        with self.database.transaction() as session:
+            transitions.renew_lease(session, claim, -1)
+            assert transitions.release_expired_leases(session, MAX_LOST_LEASES) == [claim.job_id]
+        del self.held[claim.job_id]
+
+    @invariant()
+    def every_job_is_sound(self) -> None:
+        for job_id in getattr(self, "jobs", ()):
+            assert_sound(self.database, job_id)
+            job = get_job(self.database, job_id)
+            living = self.held.get(job_id)
+            assert job.lease_token == (living.lease_token if living else None)
+            assert job.lost_leases <= MAX_LOST_LEASES
+            assert self.final.get(job_id, job.status) == job.status, "a finished job changed its status"
+            if job.status in TERMINAL_STATUSES:
+                self.final[job_id] = job.status
+
+
+def test_no_order_of_events_breaks_a_job(database: Database) -> None:
+    Jobs.database = database
+    checks = settings(max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    run_state_machine_as_test(Jobs, settings=checks)

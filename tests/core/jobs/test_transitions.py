@@ -1,0 +1,284 @@
+"""Each transition: when it may happen, what it writes, and that a stale holder writes nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from core.database import Database, database_now
+from core.jobs import transitions
+from core.jobs.events import append_event
+from core.jobs.transitions import Claim, LeaseLost
+from core.tables.jobs import TERMINAL_STATUSES, Job
+from tests.rows import add_job, add_project, assert_sound, get_job, messages_of
+
+ERROR = {"code": "invalid_dataset", "message": "line 3: no", "param": "training_file"}
+Change = Callable[[Session, Claim], object]
+
+
+@pytest.fixture
+def project_id(database: Database) -> str:
+    return add_project(database)
+
+
+@pytest.fixture
+def queued(database: Database, project_id: str) -> str:
+    return add_job(database, project_id)
+
+
+def train(database: Database, lease_seconds: float = 60) -> Claim:
+    with database.transaction() as session:
+        claim = transitions.claim_for_training(session, lease_seconds)
+    assert claim is not None
+    return claim
+
+
+def cancel(database: Database, job_id: str) -> bool:
+    with database.transaction() as session:
+        return transitions.request_cancellation(session, job_id)
+
+
+def columns_of(database: Database, job_id: str) -> dict[str, Any]:
+    with database.reading() as session:
+        return dict(session.execute(select(Job.__table__).where(Job.id == job_id)).one()._mapping)
+
+
+def seconds_left(database: Database, job_id: str) -> float:
+    with database.reading() as session:
+        return float(session.scalar(select(Job.lease_until - database_now()).where(Job.id == job_id)) or 0)
+
+
+def test_claims_take_the_oldest_job_of_their_kind(database: Database, project_id: str) -> None:
+    newer = add_job(database, project_id, created_at=20.0)
+    older = add_job(database, project_id, created_at=10.0)
+    unvalidated = add_job(database, project_id, "validating_files", created_at=5.0)
+    with database.transaction() as session:
+        validation = transitions.claim_for_validation(session, 60)
+        trainings = [transitions.claim_for_training(session, 60) for _ in range(3)]
+        assert transitions.claim_for_validation(session, 60) is None
+    assert validation is not None
+    assert (validation.job_id, validation.validating) == (unvalidated, True)
+    assert [claim and (claim.job_id, claim.attempt, claim.validating) for claim in trainings] == [(older, 1, False), (newer, 1, False), None]
+    assert get_job(database, unvalidated).status == "validating_files"
+
+
+def test_claim_starts_an_attempt_and_a_lease_on_the_database_clock(database: Database, queued: str) -> None:
+    claim = train(database, lease_seconds=60)
+    job = get_job(database, queued)
+    assert (job.status, job.attempt, job.lease_token) == ("running", 1, claim.lease_token)
+    assert job.started_at is not None
+    assert 50 < seconds_left(database, queued) <= 60
+
+
+def test_second_attempt_keeps_the_first_start_and_gets_a_fresh_token(database: Database, queued: str) -> None:
+    first = train(database)
+    started_at = get_job(database, queued).started_at
+    with database.transaction() as session:
+        transitions.requeue(session, first, "the worker restarts")
+    second = train(database)
+    job = get_job(database, queued)
+    assert (second.attempt, job.attempt, job.lost_leases) == (2, 2, 0)
+    assert job.started_at == started_at
+    assert second.lease_token != first.lease_token
+
+
+def test_renewal_extends_the_lease_from_now(database: Database, queued: str) -> None:
+    claim = train(database, lease_seconds=5)
+    with database.transaction() as session:
+        assert transitions.renew_lease(session, claim, 100) is None
+    assert 90 < seconds_left(database, queued) <= 100
+
+
+def test_renewal_tells_of_a_requested_cancellation(database: Database, queued: str) -> None:
+    claim = train(database)
+    assert cancel(database, queued)
+    with database.transaction() as session:
+        assert transitions.renew_lease(session, claim, 60) == "cancel"
+
+
+def test_validation_ends_in_the_queue_with_resolved_numbers(database: Database, project_id: str) -> None:
+    job_id = add_job(database, project_id, "validating_files", lost_leases=2)
+    with database.transaction() as session:
+        claim = transitions.claim_for_validation(session, 60)
+        assert claim is not None
+        transitions.finish_validation(session, claim, {"n_epochs": 3}, 42)
+    job = get_job(database, job_id)
+    assert (job.status, job.resolved_hyperparameters, job.total_steps, job.lost_leases) == ("queued", {"n_epochs": 3}, 42, 0)
+    assert_sound(database, job_id)
+    assert train(database).job_id == job_id
+
+
+def test_interrupted_validation_waits_for_another_worker(database: Database, project_id: str) -> None:
+    job_id = add_job(database, project_id, "validating_files")
+    with database.transaction() as session:
+        claim = transitions.claim_for_validation(session, 60)
+        assert claim is not None
+        transitions.release_validation(session, claim)
+    with database.transaction() as session:
+        again = transitions.claim_for_validation(session, 60)
+    assert again is not None
+    assert (again.job_id, get_job(database, job_id).lost_leases) == (job_id, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        (lambda s, c: transitions.succeed(s, c, fine_tuned_model="ft:x", step=9), "succeeded", "The job has successfully completed"),
+        (lambda s, c: transitions.fail(s, c, ERROR), "failed", "The job failed: line 3: no"),
+        (transitions.finish_cancellation, "cancelled", "The job was cancelled"),
+    ],
+)
+def test_endings(database: Database, queued: str, change: Change, status: str, message: str) -> None:
+    claim = train(database)
+    with database.transaction() as session:
+        transitions.record_progress(session, claim, phase="training", estimated_finish_at=1e9, step=3)
+        change(session, claim)
+    job = get_job(database, queued)
+    assert job.status == status
+    assert (job.phase, job.estimated_finish_at) == (None, None)
+    assert job.error == (ERROR if status == "failed" else None)
+    assert job.fine_tuned_model == ("ft:x" if status == "succeeded" else None)
+    assert messages_of(database, queued)[-1] == message
+    assert_sound(database, queued)
+
+
+STALE_CHANGES: dict[str, Callable[[Session, Claim], Any]] = {
+    "renew_lease": lambda s, c: transitions.renew_lease(s, c, 60),
+    "record_progress": lambda s, c: transitions.record_progress(s, c, step=7),
+    "assert_held": transitions.assert_held,
+    "finish_validation": lambda s, c: transitions.finish_validation(s, c, {}, 1),
+    "release_validation": transitions.release_validation,
+    "requeue": lambda s, c: transitions.requeue(s, c, "stale"),
+    "requeue_after_crash": lambda s, c: transitions.requeue_after_crash(s, c, "stale", 3),
+    "succeed": transitions.succeed,
+    "fail": lambda s, c: transitions.fail(s, c, ERROR),
+    "finish_cancellation": transitions.finish_cancellation,
+}
+
+
+@pytest.mark.parametrize("change", STALE_CHANGES.values(), ids=STALE_CHANGES)
+@pytest.mark.parametrize("now", ["held by another", "finished"])
+def test_stale_holder_writes_nothing(database: Database, queued: str, change: Change, now: str) -> None:
+    stale = train(database)
+    with database.transaction() as session:
+        transitions.requeue(session, stale, "lost")
+    current = train(database)
+    if now == "finished":
+        with database.transaction() as session:
+            transitions.succeed(session, current)
+    before, messages = columns_of(database, queued), messages_of(database, queued)
+
+    def write_and_change() -> None:
+        with database.transaction() as session:
+            append_event(session, queued, "written by the stale attempt")
+            change(session, stale)
+
+    with pytest.raises(LeaseLost):
+        write_and_change()
+    assert columns_of(database, queued) == before
+    assert messages_of(database, queued) == messages
+
+
+@pytest.mark.parametrize("status", ["validating_files", "queued"])
+def test_cancelling_a_job_that_nobody_holds_is_immediate(database: Database, project_id: str, status: str) -> None:
+    job_id = add_job(database, project_id, status)
+    assert cancel(database, job_id)
+    assert get_job(database, job_id).status == "cancelled"
+    assert_sound(database, job_id)
+    with database.transaction() as session:
+        assert transitions.claim_for_training(session, 60) is None
+        assert transitions.claim_for_validation(session, 60) is None
+
+
+@pytest.mark.parametrize("status", ["validating_files", "queued"])
+def test_cancelling_a_held_job_asks_its_holder_once(database: Database, project_id: str, status: str) -> None:
+    job_id = add_job(database, project_id, status)
+    with database.transaction() as session:
+        claim = transitions.claim_for_validation(session, 60) or transitions.claim_for_training(session, 60)
+    assert claim is not None
+    assert cancel(database, job_id)
+    assert cancel(database, job_id)
+    job = get_job(database, job_id)
+    assert (job.stop_requested, job.lease_token) == ("cancel", claim.lease_token)
+    assert messages_of(database, job_id) == ["Cancellation requested; the job stops at its next step"]
+    with database.transaction() as session:
+        transitions.finish_cancellation(session, claim)
+    assert get_job(database, job_id).status == "cancelled"
+    assert_sound(database, job_id)
+
+
+@pytest.mark.parametrize("status", TERMINAL_STATUSES)
+def test_finished_or_unknown_jobs_can_not_be_cancelled(database: Database, project_id: str, status: str) -> None:
+    job_id = add_job(database, project_id, status)
+    assert not cancel(database, job_id)
+    assert not cancel(database, "ftjob-unknown")
+    assert get_job(database, job_id).status == status
+    assert messages_of(database, job_id) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "change"),
+    [
+        ("validating_files", lambda s, c: transitions.finish_validation(s, c, {}, 1)),
+        ("validating_files", transitions.release_validation),
+        ("queued", lambda s, c: transitions.requeue(s, c, "the worker restarts")),
+        ("queued", lambda s, c: transitions.requeue_after_crash(s, c, "died", 3)),
+    ],
+)
+def test_job_with_a_requested_cancellation_never_goes_back_to_the_queue(database: Database, project_id: str, status: str, change: Change) -> None:
+    """There nobody could claim it any more, and it would wait for ever."""
+    job_id = add_job(database, project_id, status)
+    with database.transaction() as session:
+        claim = transitions.claim_for_validation(session, 60) or transitions.claim_for_training(session, 60)
+    assert claim is not None
+    cancel(database, job_id)
+    with database.transaction() as session:
+        change(session, claim)
+    assert get_job(database, job_id).status == "cancelled"
+    assert_sound(database, job_id)
+
+
+def test_crashes_are_charged_and_the_third_fails_the_job(database: Database, queued: str) -> None:
+    for expected in (1, 2):
+        with database.transaction() as session:
+            claim = transitions.claim_for_training(session, 60)
+            assert claim is not None
+            transitions.requeue_after_crash(session, claim, "the trainer was killed", 3)
+        job = get_job(database, queued)
+        assert (job.status, job.lost_leases, job.lease_token) == ("queued", expected, None)
+    with database.transaction() as session:
+        claim = transitions.claim_for_training(session, 60)
+        assert claim is not None
+        transitions.requeue_after_crash(session, claim, "the trainer was killed", 3)
+    job = get_job(database, queued)
+    assert job.status == "failed"
+    assert job.error == {"code": "trainer_crashed", "message": "the trainer was killed (tried 3 times)", "param": None}
+    assert_sound(database, queued)
+
+
+def test_waiting_for_work(database: Database, project_id: str) -> None:
+    def waiting() -> bool:
+        with database.reading() as session:
+            return transitions.waiting_for_work(session)
+
+    assert not waiting()
+    add_job(database, project_id)
+    assert waiting()
+    claim = train(database)
+    assert not waiting()
+    with database.transaction() as session:
+        transitions.requeue(session, claim, "the worker restarts")
+    assert waiting()
+
+
+def test_lease_token_and_time_go_together(database: Database, queued: str) -> None:
+    claim = train(database)
+    with database.transaction() as session:
+        transitions.requeue(session, claim, "the worker restarts")
+    job = get_job(database, queued)
+    assert (job.lease_token, job.lease_until, job.phase) == (None, None, None)
+    with database.transaction() as session:  # a clean row accepts the next claim
+        session.execute(update(Job).where(Job.id == queued).values(seed=2))
+    assert train(database).attempt == 2

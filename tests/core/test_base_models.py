@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from core.base_models import BaseModelEntry
+
+REVISION = "0123456789abcdef"
+
+
+@pytest.mark.parametrize("model_id", ["smollm2-135m-instruct", "A", "Qwen3.5_4B", "x" * 64])
+def test_usable_ids(model_id: str) -> None:
+    assert BaseModelEntry(id=model_id, source="/models/x").id == model_id
+
+
+@pytest.mark.parametrize("model_id", ["", "-x", ".hidden", "..", "a/b", "ft:a", "a b", "x" * 65, "ä", "a\n"])
+def test_ids_that_could_not_be_a_directory_or_part_of_a_model_name(model_id: str) -> None:
+    with pytest.raises(ValidationError, match="id"):
+        BaseModelEntry(id=model_id, source="/models/x")
+
+
+@pytest.mark.parametrize(("source", "revision"), [("/models/x", None), ("package:llm_x/x.gguf", None), ("hub:owner/name", REVISION)])
+def test_usable_sources(source: str, revision: str | None) -> None:
+    assert BaseModelEntry(id="x", source=source, revision=revision).source == source
+
+
+@pytest.mark.parametrize("source", ["", "owner/name", "relative/path", "file:///models/x", "https://example.org/model", "~/models"])
+def test_unknown_sources(source: str) -> None:
+    with pytest.raises(ValidationError, match="source must start with"):
+        BaseModelEntry(id="x", source=source)
+
+
+def test_hub_sources_are_pinned() -> None:
+    with pytest.raises(ValidationError, match="pinned revision"):
+        BaseModelEntry(id="x", source="hub:owner/name")
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(ValidationError, match="trust_remote_code"):
+        BaseModelEntry.model_validate({"id": "x", "source": "/x", "trust_remote_code": True})
+
+
+def test_directory_is_one_per_source_and_revision(tmp_path: Path) -> None:
+    entries = [
+        BaseModelEntry(id="x", source="/a"),
+        BaseModelEntry(id="x", source="/b"),
+        BaseModelEntry(id="x", source="hub:owner/name", revision="1"),
+        BaseModelEntry(id="x", source="hub:owner/name", revision="2"),
+    ]
+    directories = {entry.directory(tmp_path) for entry in entries}
+    assert len(directories) == 4
+    assert {directory.parent for directory in directories} == {tmp_path / "base_models"}
+    assert entries[0].directory(tmp_path) == BaseModelEntry(id="x", source="/a").directory(tmp_path)
+
+
+def test_prepared_means_that_the_mark_was_written(tmp_path: Path) -> None:
+    entry = BaseModelEntry(id="x", source="/a")
+    entry.directory(tmp_path).mkdir(parents=True)
+    assert not entry.is_prepared(tmp_path)
+    (entry.directory(tmp_path) / "prepared.json").write_text("{}")
+    assert entry.is_prepared(tmp_path)

@@ -1,0 +1,145 @@
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+from sqlalchemy import event, func, select, text
+from sqlalchemy.exc import DBAPIError
+
+from core.database import Database, database_now
+from core.errors import StorageFull, Unavailable
+from core.tables.projects import Project
+from tests.rows import add_project, get_job
+
+
+def count_projects(database: Database) -> int:
+    with database.reading() as session:
+        return session.scalar(select(func.count()).select_from(Project)) or 0
+
+
+def test_transaction_commits_at_the_end_of_its_block(database: Database) -> None:
+    with database.transaction() as session:
+        session.add(Project(id="proj-1", name="first", created_at=0))
+        assert count_projects(database) == 0
+    assert count_projects(database) == 1
+
+
+def test_transaction_rolls_back_on_an_exception(database: Database) -> None:
+    def fail_halfway() -> None:
+        with database.transaction() as session:
+            session.add(Project(id="proj-1", name="first", created_at=0))
+            session.flush()
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert count_projects(database) == 0
+
+
+def test_rows_stay_readable_after_the_commit(database: Database) -> None:
+    with database.transaction() as session:
+        project = Project(id="proj-1", name="first", created_at=0)
+        session.add(project)
+    assert project.name == "first"
+
+
+def test_database_clock_is_in_unix_seconds_and_advances_within_a_transaction(database: Database) -> None:
+    with database.reading() as session:
+        first = session.scalar(select(database_now()))
+        time.sleep(0.05)
+        second = session.scalar(select(database_now()))
+    assert first == pytest.approx(time.time(), abs=2)
+    assert 0.04 < second - first < 2
+
+
+def test_exhausted_pool_is_a_503_and_recovers(database_url: str) -> None:
+    database = Database(database_url, pool_timeout_seconds=0.1)
+    with ExitStack() as held:
+        for _ in range(40):
+            held.enter_context(database.reading()).execute(text("select 1"))
+        with pytest.raises(Unavailable) as caught, database.reading() as session:
+            session.execute(text("select 1"))
+    assert caught.value.status == 503
+    assert int(caught.value.headers["retry-after"]) > 0
+    assert count_projects(database) == 0
+    database.close()
+
+
+def test_unreachable_postgres_is_a_503() -> None:
+    database = Database("postgresql://nobody@/nothing?host=/nonexistent")
+    with pytest.raises(Unavailable), database.reading() as session:
+        session.execute(text("select 1"))
+
+
+def test_wrong_statement_is_not_taken_for_a_busy_database(database: Database) -> None:
+    with pytest.raises(DBAPIError), database.reading() as session:
+        session.execute(text("select * from no_such_table"))
+
+
+def test_foreign_keys_find_their_tables_whichever_a_caller_imports(sqlite_database: Database) -> None:
+    project_id = add_project(sqlite_database)
+    program = f"""
+from core.database import Database
+from core.tables.jobs import Job
+with Database({str(sqlite_database.engine.url)!r}).transaction() as session:
+    session.add(Job(id="ftjob-1", project_id={project_id!r}, status="queued", model="m", base_model="m",
+                    training_file_id="file-1", method={{}}, seed=0, created_at=0))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert get_job(sqlite_database, "ftjob-1").status == "queued"
+
+
+def test_sqlite_is_durable_and_checks_foreign_keys(sqlite_database: Database) -> None:
+    with sqlite_database.transaction() as session:
+        settings = {name: session.scalar(text(f"PRAGMA {name}")) for name in ("journal_mode", "synchronous", "foreign_keys")}
+    assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+def test_sqlite_writers_wait_for_each_other_and_lose_no_update(sqlite_database: Database) -> None:
+    """Reading and then writing in one transaction: without the lock at its start, this fails or loses updates."""
+    with sqlite_database.transaction() as session:
+        session.add(Project(id="proj-1", name="counter", created_at=0))
+
+    def add_25() -> None:
+        for _ in range(25):
+            with sqlite_database.transaction() as session:
+                project = session.get_one(Project, "proj-1")
+                project.created_at += 1
+
+    threads = [threading.Thread(target=add_25) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with sqlite_database.reading() as session:
+        assert session.get_one(Project, "proj-1").created_at == 200
+
+
+def test_sqlite_readers_do_not_wait_for_a_writer(sqlite_database: Database) -> None:
+    with sqlite_database.transaction() as session:
+        session.add(Project(id="proj-1", name="first", created_at=0))
+        session.flush()
+        started = time.monotonic()
+        assert count_projects(sqlite_database) == 0
+        assert time.monotonic() - started < 1
+
+
+def test_sqlite_that_stays_locked_is_a_503(sqlite_url: str, sqlite_database: Database) -> None:
+    impatient = Database(sqlite_url)
+    event.listen(impatient.engine, "connect", lambda connection, record: connection.execute("PRAGMA busy_timeout = 50"))
+    with sqlite_database.transaction() as holder:
+        holder.execute(select(1))
+        with pytest.raises(Unavailable), impatient.transaction() as session:
+            session.execute(select(1))
+    with impatient.transaction() as session:
+        session.add(Project(id="proj-1", name="first", created_at=0))
+    impatient.close()
+
+
+def test_full_disk_is_a_507(sqlite_database: Database) -> None:
+    event.listen(sqlite_database.engine, "connect", lambda connection, record: connection.execute("PRAGMA max_page_count = 40"))
+    with pytest.raises(StorageFull), sqlite_database.transaction() as session:
+        session.add(Project(id="proj-1", name="x" * 1_000_000, created_at=0))
+    assert count_projects(sqlite_database) == 0

@@ -1,0 +1,185 @@
+"""The client against a server that answers what a test tells it to: every status and every way of breaking off."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import InferenceFailed, InferenceUnavailable
+from core.inference_client import AdapterRefused, InferenceClient
+from core.settings import Settings
+
+MakeSettings = Callable[..., Settings]
+
+
+class Server(ThreadingHTTPServer):
+    """Answers every request with `status` and `content`; breaks off after `content` where `announced_bytes` is more."""
+
+    status = 200
+    content = b"{}"
+    announced_bytes: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[tuple[str, dict[str, Any] | None, str | None]] = []
+
+    def answers(self, status: int, body: Any, announced_bytes: int | None = None) -> None:
+        self.status = status
+        self.content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.announced_bytes = announced_bytes
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self._reply(None)
+
+    def do_POST(self) -> None:
+        self._reply(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+    def _reply(self, body: dict[str, Any] | None) -> None:
+        self.server.requests.append((self.path, body, self.headers.get("authorization")))
+        self.send_response(self.server.status)
+        self.send_header("content-length", str(self.server.announced_bytes or len(self.server.content)))
+        self.end_headers()
+        self.wfile.write(self.server.content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def client(server: Server, make_settings: MakeSettings) -> InferenceClient:
+    return InferenceClient(make_settings(inference_url=f"http://127.0.0.1:{server.server_port}/", inference_api_key="secret"))
+
+
+@pytest.fixture
+def lonely(make_settings: MakeSettings) -> InferenceClient:
+    """A client whose server does not exist."""
+    return InferenceClient(make_settings(inference_url="http://127.0.0.1:1"))
+
+
+async def read_stream(client: InferenceClient) -> tuple[int, bytes]:
+    async with client.stream("/v1/chat/completions", {"stream": True}) as (status, chunks):
+        return status, b"".join([chunk async for chunk in chunks])
+
+
+def test_health(client: InferenceClient, lonely: InferenceClient, server: Server) -> None:
+    assert client.healthy()
+    server.answers(503, {})
+    assert not client.healthy()
+    assert not lonely.healthy()
+
+
+def test_adapters_are_loaded_by_name_and_path(client: InferenceClient, server: Server) -> None:
+    client.load_adapter("a1", Path("/adapters/a1"))
+    assert server.requests == [("/v1/load_lora_adapter", {"lora_name": "a1", "lora_path": "/adapters/a1"}, "Bearer secret")]
+
+
+def test_adapter_that_is_loaded_already_is_fine(client: InferenceClient, server: Server) -> None:
+    server.answers(400, {"error": {"message": "The lora adapter 'a1' has already been loaded."}})
+    client.load_adapter("a1", Path("/adapters/a1"))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (400, {"error": {"message": "rank 512 is too large"}}, "rank 512 is too large"),
+        (404, {"message": "no such file"}, "no such file"),
+        (500, b"<html>Internal error</html>", "<html>Internal error</html>"),
+        (422, ["a", "list"], "a"),
+    ],
+)
+def test_refused_adapter_carries_the_servers_reason(client: InferenceClient, server: Server, status: int, body: Any, message: str) -> None:
+    server.answers(status, body)
+    with pytest.raises(AdapterRefused, match=message):
+        client.load_adapter("a1", Path("/adapters/a1"))
+
+
+@pytest.mark.parametrize("status", [200, 400, 404])
+def test_unloading_is_idempotent(client: InferenceClient, server: Server, status: int) -> None:
+    server.answers(status, {"error": {"message": "not loaded"}})
+    client.unload_adapter("a1")
+
+
+def test_unloading_that_fails_is_told(client: InferenceClient, server: Server) -> None:
+    server.answers(500, {"error": {"message": "broken"}})
+    with pytest.raises(AdapterRefused, match="broken"):
+        client.unload_adapter("a1")
+
+
+def test_log_probabilities_are_those_of_the_prompt_alone(client: InferenceClient, server: Server) -> None:
+    server.answers(200, {"choices": [{"logprobs": {"token_logprobs": [None, -0.5, -1.5, -9.0]}}]})
+    assert client.prompt_logprobs("a1", [5, 6, 7]) == [-0.5, -1.5]
+    path, body, _ = server.requests[0]
+    assert path == "/v1/completions"
+    assert body is not None
+    assert (body["model"], body["prompt"], body["echo"], body["temperature"]) == ("a1", [5, 6, 7], True, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (404, {"error": {"message": "unknown model"}}, AdapterRefused),
+        (500, {"error": {"message": "broken"}}, InferenceFailed),
+        (200, {"choices": []}, InferenceFailed),
+        (200, {"choices": [{"logprobs": None}]}, InferenceFailed),
+        (200, {"choices": [{"logprobs": {"token_logprobs": [None, None, -1]}}]}, InferenceFailed),
+        (200, b"no json", InferenceFailed),
+    ],
+)
+def test_answers_without_log_probabilities(client: InferenceClient, server: Server, status: int, body: Any, error: type[Exception]) -> None:
+    server.answers(status, body)
+    with pytest.raises(error):
+        client.prompt_logprobs("a1", [5, 6, 7])
+
+
+def test_complete_passes_the_answer_on_whatever_its_status(client: InferenceClient, server: Server) -> None:
+    server.answers(400, {"error": {"message": "too long"}})
+    answer = asyncio.run(client.complete("/v1/chat/completions", {"model": "a1"}))
+    assert (answer.status, answer.body) == (400, {"error": {"message": "too long"}})
+    assert server.requests == [("/v1/chat/completions", {"model": "a1"}, "Bearer secret")]
+
+
+def test_stream_passes_the_bytes_on(client: InferenceClient, server: Server) -> None:
+    server.answers(200, b"data: 1\n\ndata: [DONE]\n\n")
+    assert asyncio.run(read_stream(client)) == (200, b"data: 1\n\ndata: [DONE]\n\n")
+
+
+def test_stream_that_breaks_off_is_an_error_not_an_end(client: InferenceClient, server: Server) -> None:
+    server.answers(200, b"data: 1\n\n", announced_bytes=1000)
+    with pytest.raises(InferenceFailed, match="middle of the answer"):
+        asyncio.run(read_stream(client))
+
+
+def test_server_that_is_down_is_a_503(lonely: InferenceClient) -> None:
+    for call in (lambda: lonely.load_adapter("a", Path("/a")), lambda: lonely.unload_adapter("a"), lambda: lonely.prompt_logprobs("a", [1, 2])):
+        with pytest.raises(InferenceUnavailable) as caught:
+            call()
+        assert caught.value.status == 503
+    with pytest.raises(InferenceUnavailable):
+        asyncio.run(lonely.complete("/v1/completions", {}))
+    with pytest.raises(InferenceUnavailable):
+        asyncio.run(read_stream(lonely))
+
+
+def test_proxies_of_the_environment_are_not_asked(server: Server, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    assert InferenceClient(make_settings(inference_url=f"http://127.0.0.1:{server.server_port}")).healthy()

@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import pytest
+
+from core.archives import store_directory
+from core.inference_client import InferenceClient
+from core.served_adapters import load_into_server
+from core.settings import Settings
+from core.storage import LocalStorage, ObjectDamaged
+from core.tables.models import Model
+from tests.fixtures.scripted_inference import ScriptedInference
+from tests.fixtures.scripted_model import write_adapter
+
+
+def test_adapter_is_unpacked_where_the_server_reads_it_and_loaded_again_after_a_restart(settings: Settings, tmp_path: Path) -> None:
+    storage = LocalStorage(settings.storage_dir)
+    adapter_dir = tmp_path / "adapter"
+    adapter_dir.mkdir()
+    write_adapter(adapter_dir, 7)
+    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
+    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    for _ in range(2):  # the second time its directory is there, and the server has forgotten it
+        server = ScriptedInference("tiny")
+        server.start()
+        client = InferenceClient(settings.model_copy(update={"inference_url": server.url}))
+        load_into_server(model, storage, settings.served_adapters_dir, client)
+        assert server.adapters == {"serving-1": 7}
+        server.stop()
+    assert (settings.served_adapters_dir / "serving-1").is_dir()
+
+
+def test_damaged_archive_never_reaches_the_server(settings: Settings, tmp_path: Path) -> None:
+    storage = LocalStorage(settings.storage_dir)
+    writer = storage.open_writer("adapters/1.tar.gz")
+    writer.write(b"other bytes")
+    writer.commit()
+    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key="adapters/1.tar.gz", archive_sha256="0" * 64)
+    with pytest.raises(ObjectDamaged):
+        load_into_server(model, storage, settings.served_adapters_dir, InferenceClient(settings))

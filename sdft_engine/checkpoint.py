@@ -3,7 +3,7 @@
     adapter_config.json adapter_model.safetensors    the student, in PEFT's format
     teacher.safetensors      the teacher's factors (empty for a live teacher and for supervised runs)
     optimizer.safetensors    AdamW's moments and step counts by parameter name
-    training_state.json      step, trained tokens, the settled temperature
+    training_state.json      step, trained tokens, and what was settled at the start
     metrics.json             the StepMetrics of this step
     attestation.json         what a serving plane must reproduce
     manifest.json            SHA-256 of every other file
@@ -37,11 +37,12 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass
 class TrainingState:
-    """`temperature` is set once it is settled (sdft only)."""
+    """`temperature` and `mask_clipped_completions` are set once they are settled (sdft only)."""
 
     step: int = 0
     trained_tokens: int = 0
     temperature: float | None = None
+    mask_clipped_completions: bool | None = None
 
 
 def save_checkpoint(

@@ -8,6 +8,7 @@ same tokens whatever else is in the batch.
 
 import hashlib
 from collections.abc import Sequence as Rows
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,13 +109,13 @@ class DecodingBatch:
         for sequence, token_id in zip(sequences, sample(logits_BV, sequences), strict=True):
             sequence.append(token_id)
 
-    def _adapters_of(self, sequences: Rows[Sequence]):  # type: ignore[no-untyped-def]
+    def _adapters_of(self, sequences: Rows[Sequence]) -> AbstractContextManager[None]:
         names = {s.adapter for s in sequences}
         adapters = self.model.adapters
         if len(names) == 1:
             name = names.pop()
             if name is not None and name == adapters.routing.folded:
-                return _unchanged()
+                return nullcontext()
             return adapters.use(name)
         rows = {name: [row for row, s in enumerate(sequences) if s.adapter == name] for name in names if name is not None}
         return adapters.use([RowGroup(name, torch.tensor(index, device=self.model.device)) for name, index in rows.items()])
@@ -149,12 +150,6 @@ class DecodingBatch:
         for layer in self._cache.layers:
             layer.keys = layer.keys[index, :, first:].contiguous()
             layer.values = layer.values[index, :, first:].contiguous()
-
-
-class _unchanged:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exception: object) -> None: ...
 
 
 def decode_all(model: LanguageModel, sequences: Rows[Sequence], max_batch: int = 64) -> None:

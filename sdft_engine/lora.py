@@ -26,6 +26,18 @@ from sdft_engine.contract.errors import ConfigurationError
 PEFT_PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+UNSUPPORTED_OPTIONS = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "layer_replication",
+)
+"""PEFT's options that change what an adapter computes; ignoring one would serve something else than was trained."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +103,19 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = self.routing.active
         if active is not None and active == self.routing.folded:
-            assert self.folded_weight is not None
-            return linear(x, self.folded_weight, self.base.bias)
+            return linear(x, self.folded_weight, self.base.bias)  # type: ignore[arg-type]  # fold() has set it
         y = self.base(x)
         if active is None:
             return y
         if isinstance(active, str):
             return y + self.correction(x, active).to(y.dtype)
         for group in active:
-            if group.adapter in self.scaling:
-                y = y.index_add(0, group.rows, self.correction(x[group.rows], group.adapter).to(y.dtype))
+            y = y.index_add(0, group.rows, self.correction(x[group.rows], group.adapter).to(y.dtype))
         return y
 
 
 class LoraAdapters:
-    """All adapters of one model. Names must be usable as parameter names: no dots."""
+    """All adapters of one model. Names must be usable as parameter names: no dots, no attribute of torch's ParameterDict."""
 
     def __init__(self, model: nn.Module, output_embeddings: nn.Module | None) -> None:
         self.routing = Routing()
@@ -122,6 +132,8 @@ class LoraAdapters:
         """A new adapter of zero effect: B = 0 and, with a generator, A from Kaiming's uniform distribution."""
         if name in self.shapes:
             raise ConfigurationError(f"there is an adapter named {name!r} already")
+        if "." in name or hasattr(nn.ParameterDict(), name):
+            raise ConfigurationError(f"{name!r} can't be an adapter's name")
         self.shapes[name] = shape
         for layer in self.layers.values():
             layer.add(name, shape, trainable=trainable)
@@ -202,7 +214,7 @@ class LoraAdapters:
         self.add(name, shape, trainable=trainable)
         try:
             self.assign(name, values)
-        except ConfigurationError:
+        except BaseException:
             self.remove(name)
             raise
 
@@ -216,7 +228,7 @@ def read_adapter(directory: Path) -> tuple[LoraShape, dict[str, Tensor]]:
         raise ConfigurationError(f"no readable adapter in {directory.name}: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ConfigurationError("the adapter is not a LoRA adapter")
-    for option in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+    for option in UNSUPPORTED_OPTIONS:
         if config.get(option):
             raise ConfigurationError(f"the adapter uses {option}, which is not supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -226,5 +238,7 @@ def read_adapter(directory: Path) -> tuple[LoraShape, dict[str, Tensor]]:
     for key, value in tensors.items():
         if not (key.startswith(PEFT_PREFIX) and key.endswith((".lora_A.weight", ".lora_B.weight"))):
             raise ConfigurationError(f"the adapter holds the tensor {key}, which is not a LoRA factor")
+        if value.dim() != 2 or value.shape[0 if key.endswith(".lora_A.weight") else 1] != rank:  # before memory is taken for that rank
+            raise ConfigurationError(f"{key} has the shape {tuple(value.shape)}, which does not fit the adapter's rank {rank}")
         values[key.removeprefix(PEFT_PREFIX).removesuffix(".weight")] = value
     return LoraShape(rank, alpha), values  # type: ignore[arg-type]

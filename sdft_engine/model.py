@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
@@ -58,11 +59,19 @@ def load_base_model(model_dir: Path, *, device: str = "auto", dtype: str = "auto
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=chosen_dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=chosen_dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"the base model in {model_dir} can't be loaded: {error}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random ones
+        raise BaseModelError(f"the base model in {model_dir} can't be loaded: its files lack the weights of {missing[0]}")
     network.eval().requires_grad_(False).to(chosen_device)
     head = network.get_output_embeddings()
     return LanguageModel(network, network.base_model, head, LoraAdapters(network, head), chat_format, chosen_device, chosen_dtype)

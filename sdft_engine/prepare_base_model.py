@@ -7,10 +7,12 @@ Refused: models that bring code (`auto_map`, .py files) and pickled weights.
 """
 
 import argparse
+import errno
 import importlib.util
 import json
 import os
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -31,17 +33,19 @@ def prepare_base_model(base_model_id: str, source: str, revision: str | None, di
     with FileLock(directory.parent / f".{directory.name}.lock"):
         if (directory / PREPARED_MARK).exists():
             return directory
+        if directory.exists() and any(directory.iterdir()):  # never ours: ours appear whole
+            raise BaseModelError(f"base model {base_model_id} can't be prepared: {directory} is not empty and was not made by this command")
         temporary = directory.parent / f".{directory.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)
         try:
             _convert(base_model_id, source, revision, temporary)
             ChatFormat.from_directory(temporary)
             mark = {"id": base_model_id, "source": source, "revision": revision}
             (temporary / PREPARED_MARK).write_text(json.dumps(mark))
             temporary.rename(directory)
-        except OSError as error:
-            raise (DiskFull if error.errno == 28 else BaseModelError)(f"base model {base_model_id} can't be prepared: {error}") from error
+        except (OSError, ValueError, struct.error) as error:  # the last two: files that are not what their names say
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            raise (DiskFull if full else BaseModelError)(f"base model {base_model_id} can't be prepared: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return directory

@@ -59,7 +59,7 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True)
-class Precision:
+class PassBudget:
     """How many padded tokens a pass may hold: with gradients, and without."""
 
     student_tokens: int = 2048
@@ -67,7 +67,7 @@ class Precision:
 
 
 def sdft_gradient(
-    model: LanguageModel, rollouts: list[Rollout], masks: list[list[bool]], teacher_adapter: str, divergence: str, temperature: float, budget: Precision
+    model: LanguageModel, rollouts: list[Rollout], masks: list[list[bool]], teacher_adapter: str, divergence: str, temperature: float, budget: PassBudget
 ) -> TokenStatistics:
     """Add the gradient of the SDFT loss to the student's factors. Both logits are divided by the sampling temperature."""
     statistics = TokenStatistics()
@@ -106,7 +106,7 @@ def sdft_gradient(
     return statistics
 
 
-def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: Precision) -> TokenStatistics:
+def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: PassBudget) -> TokenStatistics:
     """Add the gradient of the cross-entropy of the demonstrations to the student's factors."""
     statistics = TokenStatistics()
     start = time.perf_counter()

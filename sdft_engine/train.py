@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 
 from sdft_engine.contract.errors import DiskFull, EngineError, OutOfMemory
-from sdft_engine.contract.run_directory import RunDirectory, StopReason, TrainingResult
+from sdft_engine.contract.run_directory import Control, RunDirectory, StopReason, TrainingResult
 
 EXIT_LEASE_EXPIRED = 75
 PR_SET_PDEATHSIG = 1
@@ -32,7 +32,6 @@ class Supervision:
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.stop: StopReason | None = None
-        self.parent = os.getppid()
 
     def start(self) -> None:
         signal.signal(signal.SIGTERM, self._terminated)
@@ -49,10 +48,15 @@ class Supervision:
             control = self.run.read_control()
             if control.stop is not None:
                 self.stop = control.stop
-            expired = control.lease_deadline is not None and time.time() > control.lease_deadline
-            if expired or (control.lease_deadline is not None and os.getppid() != self.parent):
+            if abandoned(control):
                 os._exit(EXIT_LEASE_EXPIRED)
             time.sleep(WATCH_SECONDS)
+
+
+def abandoned(control: Control) -> bool:
+    """Whether the lease ran out, or the supervisor is no longer this process's parent."""
+    expired = control.lease_deadline is not None and time.time() > control.lease_deadline
+    return expired or (control.supervisor_pid is not None and os.getppid() != control.supervisor_pid)
 
 
 def die_with_parent() -> None:
@@ -78,7 +82,7 @@ def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:
 def typed(error: Exception) -> EngineError:
     """The typed form of what torch and the system raise."""
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or any(said in text.lower() for said in ("out of memory", "can't allocate memory", "cannot allocate memory")):
         return OutOfMemory("not enough memory for a training step; lower batch_size, max_completion_tokens or lora_rank", param="method")
     if isinstance(error, OSError) and error.errno in (28, 122):
         return DiskFull("the disk is full; free space and start the job again")
@@ -90,10 +94,10 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     run = RunDirectory(parser.parse_args().run_dir.resolve())
     supervision = Supervision(run)
-    if run.read_control().lease_deadline is not None:
+    if run.read_control().supervisor_pid is not None:
         die_with_parent()
-        if os.getppid() == 1:  # the supervisor died before prctl
-            return EXIT_LEASE_EXPIRED
+    if abandoned(run.read_control()):  # among others, a supervisor that died before prctl
+        return EXIT_LEASE_EXPIRED
     supervision.start()
     result = run_training(run, supervision)
     run.write_result(result)

@@ -16,50 +16,24 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 
-from sdft_engine.attestation import Attestor
-from sdft_engine.batching import ScoredText
-from sdft_engine.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from sdft_engine.contract.config import TrainingConfig, read_config
-from sdft_engine.contract.dataset import Demonstration, read_dataset, summarise_problems
-from sdft_engine.contract.errors import DatasetError, NumericalError
-from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
+from sdft_engine.checkpoint import save_checkpoint
+from sdft_engine.contract.errors import NumericalError
+from sdft_engine.contract.hyperparameters import ResolvedSdft
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory, StopReason, TrainingResult, append_line
 from sdft_engine.export import write_final
-from sdft_engine.generation import seed_of
-from sdft_engine.lora import LoraShape, read_adapter
-from sdft_engine.model import LanguageModel, dtype_name, load_base_model
-from sdft_engine.rollouts import sample_rollouts, write_rollouts
-from sdft_engine.step import Precision, TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
-from sdft_engine.teacher import STUDENT, Teacher, automatic_temperature
+from sdft_engine.rollouts import write_rollouts
+from sdft_engine.schedule import learning_rate_at, rows_of_step
+from sdft_engine.session import Session, open_session, rollouts_of_step
+from sdft_engine.step import TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
+from sdft_engine.teacher import STUDENT
 
 BARREN_STEPS = 10
 """Steps without a single loss token after which a run is stopped: nothing would ever be learned."""
-
-
-@dataclass
-class Session:
-    """What a run holds in memory. `demonstrations` are in file order; `texts` pair student prompts with their answers."""
-
-    run: RunDirectory
-    config: TrainingConfig
-    model: LanguageModel
-    demonstrations: list[Demonstration]
-    texts: list[ScoredText]
-    teacher_prompts: list[list[int]]
-    validation: list[ScoredText]
-    teacher: Teacher | None
-    optimizer: torch.optim.Optimizer
-    attestor: Attestor
-    state: TrainingState
-    total_steps: int
-    budget: Precision
-    barren_steps: int = 0
 
 
 def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = lambda: None) -> TrainingResult:
@@ -112,7 +86,7 @@ def training_step(session: Session, step: int) -> StepMetrics:
     return StepMetrics(
         step=step,
         total_steps=session.total_steps,
-        epoch=step * session.config.hyperparameters.batch_size / len(session.demonstrations),
+        epoch=min(step * session.config.hyperparameters.batch_size / len(session.demonstrations), session.config.hyperparameters.n_epochs),
         gradient_norm=gradient_norm,
         adapter_norm=math.sqrt(sum(float(p.detach().square().sum()) for p in parameters)),
         learning_rate=learning_rate,
@@ -126,20 +100,13 @@ def training_step(session: Session, step: int) -> StepMetrics:
 def sdft_step(session: Session, step: int, rows: list[int]) -> dict[str, float]:
     """Roll out, score under student and teacher, add the gradient."""
     settings, teacher = session.config.sdft, session.teacher
-    assert isinstance(settings, ResolvedSdft) and teacher is not None and session.state.temperature is not None
+    assert isinstance(settings, ResolvedSdft)
+    assert teacher is not None
+    assert session.state.temperature is not None
     start = time.perf_counter()
-    rollouts = sample_rollouts(
-        session.model,
-        rows,
-        [text.prompt_ids for text in session.texts],
-        session.teacher_prompts,
-        max_completion_tokens=settings.max_completion_tokens,
-        temperature=session.state.temperature,
-        seed=session.config.seed,
-        step=step,
-    )
+    rollouts = rollouts_of_step(session, step, rows)
     rollout_seconds = time.perf_counter() - start
-    masks = [rollout.loss_mask(settings.skip_first_tokens, settings.mask_clipped_completions) for rollout in rollouts]
+    masks = [rollout.loss_mask(settings.skip_first_tokens, bool(session.state.mask_clipped_completions)) for rollout in rollouts]
     statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, settings.divergence, session.state.temperature, session.budget)
     if step == 1 or step % session.config.rollout_sample_every_steps == 0:
         write_rollouts(session.run.rollouts_dir / f"step_{step:06d}.jsonl", session.model, rollouts, statistics.per_token)
@@ -200,112 +167,12 @@ def write_checkpoint(session: Session, metrics: StepMetrics) -> None:
     save_checkpoint(directory, session.model, session.config.base_model, session.teacher, session.optimizer, session.state, metrics, attestation)
 
 
-def rows_of_step(step: int, batch_size: int, row_count: int, seed: int, n_epochs: int) -> list[int]:
-    """Rows of a step (1-based): epochs are seeded permutations laid end to end; the very last batch may be smaller."""
-    positions = range((step - 1) * batch_size, min(step * batch_size, row_count * n_epochs))
-    orders = {epoch: _epoch_order(epoch, row_count, seed) for epoch in {position // row_count for position in positions}}
-    return [orders[position // row_count][position % row_count] for position in positions]
-
-
-def _epoch_order(epoch: int, row_count: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(row_count, generator=torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))).tolist()
-    return order
-
-
-def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: float) -> float:
-    """Linear warm-up over ceil(warmup_ratio x total) steps, then a cosine towards zero, which is reached after the last step."""
-    warmup = math.ceil(warmup_ratio * total_steps)
-    if step <= warmup:
-        return peak * step / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, total_steps - warmup)))
-
-
-def open_session(run: RunDirectory) -> Session:
-    """Read configuration and data, load the model, build student, teacher and optimizer, restore a checkpoint."""
-    config = read_config(run.config_path)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    demonstrations = _read(run.train_path)
-    model = load_base_model(config.base_model_dir, device=config.device, dtype=config.dtype)
-    chat_format, settings = model.chat_format, config.hyperparameters
-    _add_student(run, config, model)
-    teacher = Teacher(model, config.sdft.teacher, config.sdft.ema_rate, config.sdft.teacher_start) if config.method == "sdft" and config.sdft else None
-    optimizer = torch.optim.AdamW(model.adapters.parameters(STUDENT).values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    session = Session(
-        run=run,
-        config=config,
-        model=model,
-        demonstrations=demonstrations,
-        texts=[ScoredText(chat_format.student_prompt_ids(d), chat_format.answer_ids(d)) for d in demonstrations],
-        teacher_prompts=[chat_format.teacher_prompt_ids(d, config.teacher_template) for d in demonstrations] if teacher else [],
-        validation=[
-            ScoredText(chat_format.student_prompt_ids(d), chat_format.answer_ids(d))
-            for d in (_read(run.validation_path) if run.validation_path.exists() else [])
-        ],
-        teacher=teacher,
-        optimizer=optimizer,
-        attestor=Attestor(model, demonstrations),
-        state=TrainingState(),
-        total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
-        budget=Precision(),
-    )
-    checkpoints = run.complete_checkpoints()
-    resume_dir = checkpoints[-1][1] if checkpoints else run.resume_dir if run.resume_dir.exists() else None
-    if resume_dir is not None:
-        session.state = load_checkpoint(resume_dir, model, teacher, optimizer)
-        run.append_event(f"Training resumed at step {session.state.step}", data={"step": session.state.step})
-    else:
-        run.append_event(f"Training started on {model.device} in {dtype_name(model.dtype)}: {session.total_steps} steps of {settings.batch_size}")
-    if teacher and session.state.temperature is None:
-        session.state.temperature = settle_temperature(session)
-    return session
-
-
-def settle_temperature(session: Session) -> float:
-    """The configured temperature, or the one that this teacher's confidence allows; reported as an event."""
-    settings, teacher = session.config.sdft, session.teacher
-    assert settings is not None and teacher is not None
-    if settings.temperature != "auto":
-        return settings.temperature
-    texts = [ScoredText(prompt, text.completion_ids) for prompt, text in zip(session.teacher_prompts, session.texts, strict=True)]
-    tau, measured = automatic_temperature(session.model, texts[:32], teacher.adapter, session.budget.teacher_tokens)
-    session.run.append_event(
-        f"Temperature settled at {tau:g}: the teacher reproduces {measured['greedy_token_accuracy']:.0%} of the demonstrations' tokens greedily, "
-        f"{measured[f'sampled_token_accuracy_at_{tau:g}']:.0%} when sampled so",
-        data={"resolved": {"temperature": tau}, **measured},
-    )
-    return tau
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> None:
-    """The parent's adapter, or a new one of zero effect."""
-    wanted = LoraShape(config.hyperparameters.lora_rank, config.hyperparameters.lora_alpha)
-    if not run.parent_adapter_dir.exists():
-        generator = torch.Generator().manual_seed(seed_of(config.seed, "adapter"))
-        model.adapters.add(STUDENT, wanted, trainable=True, generator=generator)
-        return
-    shape, _ = read_adapter(run.parent_adapter_dir)
-    if shape != wanted:
-        run.append_event(f"Continuing the parent's adapter: rank {shape.rank} and alpha {shape.alpha} are kept", level="warn")
-    model.adapters.load(STUDENT, run.parent_adapter_dir, trainable=True)
-
-
-def _read(path: Path) -> list[Demonstration]:
-    with path.open("rb") as lines:
-        demonstrations, reader = read_dataset(lines)
-    if reader.problem_count:
-        raise DatasetError(f"{path.name}: {summarise_problems(reader.problems, reader.problem_count)}", param="training_file")
-    if not demonstrations:
-        raise DatasetError(f"{path.name} has no demonstrations", param="training_file")
-    return demonstrations
-
-
-def _result(session: Session, outcome: str, stop: StopReason | None) -> TrainingResult:
+def _result(session: Session, outcome: Literal["succeeded", "stopped"], stop: StopReason | None) -> TrainingResult:
     state = session.state
     return TrainingResult(outcome=outcome, stop=stop, final_step=state.step, total_steps=session.total_steps, trained_tokens=state.trained_tokens)

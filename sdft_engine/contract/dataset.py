@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_REPORTED_PROBLEMS = 100
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAY_BE_EMPTY = ("system", "developer", "tool", "function")
 MESSAGE_KEYS = frozenset({"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"})
 LINE_KEYS = frozenset({"messages", "tools", "context", "prompt", "completion", "parallel_tool_calls"})
 
@@ -106,12 +107,13 @@ def parse_line(raw: bytes, line: int, limits: DatasetLimits) -> Demonstration | 
         return DatasetProblem(line, "invalid_encoding", f"not valid UTF-8 at byte {error.start} of the line")
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
+        too_deep = _depth(value) > limits.max_json_depth
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return DatasetProblem(line, "invalid_json", f"not valid JSON ({reason})")
     except RecursionError:
         return DatasetProblem(line, "json_too_deep", f"JSON nested deeper than {limits.max_json_depth} levels")
-    if _depth(value) > limits.max_json_depth:
+    if too_deep:
         return DatasetProblem(line, "json_too_deep", f"JSON nested deeper than {limits.max_json_depth} levels")
     if "\\u" in text and _has_lone_surrogate(value):
         return DatasetProblem(line, "invalid_encoding", "the text holds half of a surrogate pair")
@@ -191,15 +193,17 @@ def _message_problem(message: Any, line: int, where: str) -> DatasetProblem | No
     calls = message.get("tool_calls")
     if calls is not None and not (role == "assistant" and isinstance(calls, list) and calls and all(isinstance(c, dict) for c in calls)):
         return DatasetProblem(line, "invalid_tool_calls", f"{where}.tool_calls must be a non-empty list on an assistant message")
+    if message.get("function_call") is not None:
+        return DatasetProblem(line, "unsupported_function_call", f'{where}: the deprecated "function_call" is not supported; use "tool_calls"')
     content = message.get("content")
     if isinstance(content, list):
         return DatasetProblem(line, "data_type", f"{where}.content must be a string; content parts are not supported")
-    if content is None and (calls or message.get("function_call")):
+    if content is None and calls:
         return None
     if content is None:
         code = "missing_content" if "content" in message else "message_missing_key"
         return DatasetProblem(line, code, f'{where} has no "content"')
-    if not isinstance(content, str) or (not content and role != "system"):
+    if not isinstance(content, str) or not (content or calls or role in MAY_BE_EMPTY):
         return DatasetProblem(line, "missing_content", f"{where}.content must be a non-empty string")
     if message.get("weight") not in (None, 0, 1):
         return DatasetProblem(line, "invalid_weight", f"{where}.weight must be 0 or 1")
@@ -217,6 +221,4 @@ def _split_conversation(messages: list[dict[str, Any]], line: int, tools: list[d
     prompt = messages[:-1]
     if not any(message["role"] in ("user", "tool", "function") for message in prompt):
         return DatasetProblem(line, "missing_prompt", "there is no user message before the demonstration")
-    if not isinstance(answer.get("content"), str) and "function_call" in answer:
-        return DatasetProblem(line, "unsupported_function_call", 'the deprecated "function_call" is not supported; use "tool_calls"')
     return Demonstration(line, prompt, answer, tools, context)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Auto = Literal["auto"]
 Wire = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
@@ -42,9 +42,16 @@ class SupervisedHyperparameters(BaseModel):
     learning_rate: LearningRate | Auto = "auto"
     learning_rate_multiplier: Multiplier | Auto = "auto"
     lora_rank: int = Field(16, ge=1, le=256)
-    lora_alpha: int | Auto = Field("auto", ge=1, le=1024)
+    lora_alpha: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     checkpoint_every_steps: Interval | Auto = "auto"
+
+    @field_validator("learning_rate_multiplier")
+    @classmethod
+    def _scales_only_the_automatic_rate(cls, value: float | Auto, info: ValidationInfo) -> float | Auto:
+        if value != "auto" and info.data.get("learning_rate", "auto") != "auto":
+            raise ValueError("learning_rate_multiplier scales the automatic learning rate: give it or learning_rate, not both")
+        return value
 
 
 class SdftHyperparameters(SupervisedHyperparameters):
@@ -58,14 +65,15 @@ class SdftHyperparameters(SupervisedHyperparameters):
     teacher_start: Literal["parent", "base"] = "parent"
     temperature: Annotated[float, Field(ge=0.1, le=2)] | Auto = "auto"
     skip_first_tokens: int = Field(3, ge=0, le=32)
-    mask_clipped_completions: bool = True
+    mask_clipped_completions: bool | Auto = "auto"
     weight_decay: float = Field(0.0, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
     over_length: Literal["reject", "drop"] = "reject"
 
 
 class ResolvedSupervised(BaseModel):
-    """Numbers only. `temperature` of an sdft run may still be "auto": the trainer settles it by measuring the teacher."""
+    """Numbers only. Two values of an sdft run may still be "auto", because they depend on what the model does: the trainer
+    settles `temperature` by measuring the teacher and `mask_clipped_completions` by the student's first rollouts."""
 
     n_epochs: int
     batch_size: int
@@ -87,7 +95,7 @@ class ResolvedSdft(ResolvedSupervised):
     teacher_start: Literal["parent", "base"]
     temperature: float | Auto
     skip_first_tokens: int
-    mask_clipped_completions: bool
+    mask_clipped_completions: bool | Auto
     over_length: Literal["reject", "drop"]
 
 
@@ -108,8 +116,8 @@ def automatic_batch_size(rows: int) -> int:
 
 
 def automatic_epochs(rows: int, batch_size: int) -> int:
-    """The fewest passes that give 100 optimizer steps, within 1 to 50; one pass where it gives 100 already."""
-    return max(1, min(50, math.ceil(100 / math.ceil(rows / batch_size))))
+    """The fewest passes that fill 100 batches, at most 50; one pass where it fills them already."""
+    return min(50, math.ceil(100 * batch_size / rows))
 
 
 def automatic_learning_rate(hidden_size: int, lora_rank: int, lora_alpha: int) -> float:
@@ -156,7 +164,7 @@ def resolve_supervised(wire: SupervisedHyperparameters, statistics: DatasetStati
 
 
 def resolve_sdft(wire: SdftHyperparameters, statistics: DatasetStatistics) -> ResolvedSdft:
-    """Every automatic value as a number but the temperature, which needs the model."""
+    """Every automatic value as a number but the two that need the model."""
     shared = resolve_supervised(wire, statistics)
     tokens = automatic_completion_tokens(statistics) if wire.max_completion_tokens == "auto" else wire.max_completion_tokens
     return ResolvedSdft(

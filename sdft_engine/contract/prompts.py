@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -170,10 +171,9 @@ def teacher_messages(demonstration: Demonstration, template: str) -> list[dict[s
 
 
 def answer_text(answer: dict[str, Any]) -> str:
-    """A demonstration as text: its content, or its tool calls as JSON."""
-    if isinstance(answer.get("content"), str) and answer["content"]:
-        return str(answer["content"])
-    return json.dumps(answer["tool_calls"], ensure_ascii=False)
+    """A demonstration as text: its content, and its tool calls as JSON."""
+    calls = json.dumps(answer["tool_calls"], ensure_ascii=False) if answer.get("tool_calls") else ""
+    return "\n".join(part for part in (answer.get("content") or "", calls) if part)
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
@@ -219,9 +219,20 @@ def _template_source(model_dir: Path, tokenizer_config: dict[str, Any]) -> str:
     return str(source)
 
 
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's words for libraries that mask losses by it; here it only groups."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
 def _compile_template(source: str) -> jinja2.Template:
     """The environment that transformers renders chat templates in, from its documented behaviour."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
@@ -231,8 +242,8 @@ def _compile_template(source: str) -> jinja2.Template:
         raise BaseModelError(f"the chat template is not valid jinja: {error}") from error
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -19,6 +19,7 @@ Torch-free. Both sides use these classes; nothing else crosses.
 import json
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +31,11 @@ StopReason = Literal["cancel", "pause", "requeue"]
 
 class Control(BaseModel):
     """What the supervisor tells the trainer. `lease_deadline` is in unix seconds of this machine's clock: past it the
-    trainer stops by itself, because another attempt may be starting elsewhere. None: no deadline (used without a service)."""
+    trainer stops by itself, because another attempt may be starting elsewhere. None: no deadline (used without a service).
+    `supervisor_pid`: the process whose child the trainer must be; where it no longer is, the supervisor died."""
 
     lease_deadline: float | None = None
+    supervisor_pid: int | None = None
     stop: StopReason | None = None
 
 
@@ -159,7 +162,7 @@ def append_line(path: Path, line: str) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name, fsync, rename, fsync the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -1,0 +1,170 @@
+"""A run in memory: the model with student and teacher, the data as token ids, the optimizer, and where the run stands."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sdft_engine.attestation import Attestor
+from sdft_engine.batching import ScoredText
+from sdft_engine.checkpoint import TrainingState, load_checkpoint
+from sdft_engine.contract.config import TrainingConfig, read_config
+from sdft_engine.contract.dataset import Demonstration, read_dataset, summarise_problems
+from sdft_engine.contract.errors import DatasetError
+from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
+from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.generation import seed_of
+from sdft_engine.lora import LoraShape, read_adapter
+from sdft_engine.model import LanguageModel, dtype_name, load_base_model
+from sdft_engine.rollouts import sample_rollouts
+from sdft_engine.schedule import rows_of_step
+from sdft_engine.step import PassBudget, Rollout
+from sdft_engine.teacher import STUDENT, Teacher, automatic_temperature
+
+
+@dataclass
+class Session:
+    """What a run holds in memory. `demonstrations` are in file order; `texts` pair student prompts with their answers."""
+
+    run: RunDirectory
+    config: TrainingConfig
+    model: LanguageModel
+    demonstrations: list[Demonstration]
+    texts: list[ScoredText]
+    teacher_prompts: list[list[int]]
+    validation: list[ScoredText]
+    teacher: Teacher | None
+    optimizer: torch.optim.Optimizer
+    attestor: Attestor
+    state: TrainingState
+    total_steps: int
+    budget: PassBudget
+    barren_steps: int = 0
+
+
+def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollout]:
+    settings = session.config.sdft
+    assert isinstance(settings, ResolvedSdft)
+    assert session.state.temperature is not None
+    return sample_rollouts(
+        session.model,
+        rows,
+        [text.prompt_ids for text in session.texts],
+        session.teacher_prompts,
+        max_completion_tokens=settings.max_completion_tokens,
+        temperature=session.state.temperature,
+        seed=session.config.seed,
+        step=step,
+    )
+
+
+def open_session(run: RunDirectory) -> Session:
+    """Read configuration and data, load the model, build student, teacher and optimizer, restore a checkpoint."""
+    config = read_config(run.config_path)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    demonstrations = _read(run.train_path)
+    model = load_base_model(config.base_model_dir, device=config.device, dtype=config.dtype)
+    chat_format, settings = model.chat_format, config.hyperparameters
+    _add_student(run, config, model)
+    teacher = Teacher(model, config.sdft.teacher, config.sdft.ema_rate, config.sdft.teacher_start) if config.method == "sdft" and config.sdft else None
+    optimizer = torch.optim.AdamW(model.adapters.parameters(STUDENT).values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    session = Session(
+        run=run,
+        config=config,
+        model=model,
+        demonstrations=demonstrations,
+        texts=[ScoredText(chat_format.student_prompt_ids(d), chat_format.answer_ids(d)) for d in demonstrations],
+        teacher_prompts=[chat_format.teacher_prompt_ids(d, config.teacher_template) for d in demonstrations] if teacher else [],
+        validation=[
+            ScoredText(chat_format.student_prompt_ids(d), chat_format.answer_ids(d))
+            for d in (_read(run.validation_path) if run.validation_path.exists() else [])
+        ],
+        teacher=teacher,
+        optimizer=optimizer,
+        attestor=Attestor(model, demonstrations),
+        state=TrainingState(),
+        total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
+        budget=PassBudget(),
+    )
+    refuse_too_long_rows(session)
+    checkpoints = run.complete_checkpoints()
+    resume_dir = checkpoints[-1][1] if checkpoints else run.resume_dir if run.resume_dir.exists() else None
+    if resume_dir is not None:
+        session.state = load_checkpoint(resume_dir, model, teacher, optimizer)
+        run.append_event(f"Training resumed at step {session.state.step}", data={"step": session.state.step})
+    else:
+        run.append_event(f"Training started on {model.device} in {dtype_name(model.dtype)}: {session.total_steps} steps of {settings.batch_size}")
+    if teacher and session.state.temperature is None:
+        session.state.temperature = settle_temperature(session)
+        session.state.mask_clipped_completions = settle_masking(session)
+    return session
+
+
+def refuse_too_long_rows(session: Session) -> None:
+    """Raise DatasetError for the first row that the context can't hold: nothing is ever cut off a prompt."""
+    context = session.model.chat_format.context_length
+    completion = session.config.sdft.max_completion_tokens if session.teacher and session.config.sdft else 0
+    for row, (demonstration, text) in enumerate(zip(session.demonstrations, session.texts, strict=True)):
+        longest_prompt = max(len(text.prompt_ids), len(session.teacher_prompts[row]) if session.teacher else 0)
+        needed = max(len(text.prompt_ids) + len(text.completion_ids), longest_prompt + completion)
+        if needed > context:
+            raise DatasetError(f"line {demonstration.line}: it needs {needed:,} tokens, the context holds {context:,}", param="training_file")
+
+
+def settle_temperature(session: Session) -> float:
+    """The configured temperature, or the one that this teacher's confidence allows; reported as an event."""
+    settings, teacher = session.config.sdft, session.teacher
+    assert settings is not None
+    assert teacher is not None
+    if settings.temperature != "auto":
+        return settings.temperature
+    texts = [ScoredText(prompt, text.completion_ids) for prompt, text in zip(session.teacher_prompts, session.texts, strict=True)]
+    tau, measured = automatic_temperature(session.model, texts[:32], teacher.adapter, session.budget.teacher_tokens)
+    session.run.append_event(
+        f"Temperature settled at {tau:g}: the teacher reproduces {measured['greedy_token_accuracy']:.0%} of the demonstrations' tokens greedily, "
+        f"{measured[f'sampled_token_accuracy_at_{tau:g}']:.0%} when sampled so",
+        data={"resolved": {"temperature": tau}, **measured},
+    )
+    return tau
+
+
+def settle_masking(session: Session) -> bool:
+    """Whether rollouts that are cut off give no loss: as configured, or, automatically, unless most of the first step's are
+    cut off. Masked, those would leave next to nothing to learn from, and a model that rambles would never learn to stop."""
+    settings = session.config.sdft
+    assert isinstance(settings, ResolvedSdft)
+    if settings.mask_clipped_completions != "auto":
+        return settings.mask_clipped_completions
+    rollouts = rollouts_of_step(session, 1, rows_of_step(1, settings.batch_size, len(session.demonstrations), session.config.seed, settings.n_epochs))
+    clipped = sum(not rollout.finished for rollout in rollouts)
+    masked = clipped <= len(rollouts) / 2
+    session.run.append_event(
+        f"{clipped} of {len(rollouts)} first answers were cut off at {settings.max_completion_tokens} tokens: "
+        f"cut-off answers {'give no loss' if masked else 'are learned from too'}",
+        data={"resolved": {"mask_clipped_completions": masked}},
+    )
+    return masked
+
+
+def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> None:
+    """The parent's adapter, or a new one of zero effect."""
+    wanted = LoraShape(config.hyperparameters.lora_rank, config.hyperparameters.lora_alpha)
+    if not run.parent_adapter_dir.exists():
+        generator = torch.Generator().manual_seed(seed_of(config.seed, "adapter"))
+        model.adapters.add(STUDENT, wanted, trainable=True, generator=generator)
+        return
+    shape, _ = read_adapter(run.parent_adapter_dir)
+    if shape != wanted:
+        run.append_event(f"Continuing the parent's adapter: rank {shape.rank} and alpha {shape.alpha} are kept", level="warn")
+    model.adapters.load(STUDENT, run.parent_adapter_dir, trainable=True)
+
+
+def _read(path: Path) -> list[Demonstration]:
+    with path.open("rb") as lines:
+        demonstrations, reader = read_dataset(lines)
+    if reader.problem_count:
+        raise DatasetError(f"{path.name}: {summarise_problems(reader.problems, reader.problem_count)}", param="training_file")
+    if not demonstrations:
+        raise DatasetError(f"{path.name} has no demonstrations", param="training_file")
+    return demonstrations

@@ -1,0 +1,127 @@
+"""What the teacher is shown: every template on every shape of conversation, and templates that users write."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft_engine.contract.dataset import Demonstration
+from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.prompts import NAMED_TEMPLATES, ChatFormat, answer_text, check_teacher_template, teacher_messages
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = {"role": "user", "content": "Hello"}
+GREETING = {"role": "assistant", "content": "Hi!"}
+QUESTION = {"role": "user", "content": "Which lamp?"}
+ANSWER = {"role": "assistant", "content": "The red one."}
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"lamp": "röd"}'}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "on", "tool_call_id": "c1"}
+
+EXAMPLE = """{}
+
+Here is an example of a good response to this question:
+
+{}
+
+Now give a response of your own to the question, including your thinking if the question needs any."""
+INFORMATION = "Use the following information:\n\nLamps are red.\n\n"
+AGAIN = "Please answer the question again: {}"
+CONTINUE = "Continue from the tool result above."
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+SINGLE = Demonstration(1, [QUESTION], ANSWER)
+WITH_CONTEXT = Demonstration(1, [QUESTION], ANSWER, context="Lamps are red.")
+TURNS = Demonstration(1, [SYSTEM, EARLIER, GREETING, QUESTION], ANSWER)
+AFTER_TOOL = Demonstration(1, [SYSTEM, QUESTION, CALLING, RESULT], ANSWER)
+
+EXPECTED: dict[str, tuple[Demonstration, str, list[dict[str, Any]]]] = {
+    "example": (SINGLE, "example", [user(EXAMPLE.format("Which lamp?", "The red one."))]),
+    "example, context": (WITH_CONTEXT, "example", [user(INFORMATION + EXAMPLE.format("Which lamp?", "The red one."))]),
+    "example, turns": (TURNS, "example", [SYSTEM, EARLIER, GREETING, user(EXAMPLE.format("Which lamp?", "The red one."))]),
+    "example, after a tool": (AFTER_TOOL, "example", [SYSTEM, QUESTION, CALLING, RESULT, user(EXAMPLE.format(CONTINUE, "The red one."))]),
+    "history": (SINGLE, "history", [QUESTION, ANSWER, user(AGAIN.format("Which lamp?"))]),
+    "history, context": (WITH_CONTEXT, "history", [QUESTION, ANSWER, user(INFORMATION + AGAIN.format("Which lamp?"))]),
+    "history, turns": (TURNS, "history", [SYSTEM, EARLIER, GREETING, QUESTION, ANSWER, user(AGAIN.format("Which lamp?"))]),
+    "history, after a tool": (AFTER_TOOL, "history", [SYSTEM, QUESTION, CALLING, RESULT, ANSWER, user(AGAIN.format(CONTINUE))]),
+    "twice": (SINGLE, "history_twice", [QUESTION, ANSWER, QUESTION, ANSWER, user(AGAIN.format("Which lamp?"))]),
+    "twice, turns": (TURNS, "history_twice", [SYSTEM, EARLIER, GREETING, QUESTION, ANSWER, QUESTION, ANSWER, user(AGAIN.format("Which lamp?"))]),
+    "twice, after a tool": (
+        AFTER_TOOL,
+        "history_twice",
+        [SYSTEM, QUESTION, CALLING, RESULT, ANSWER, user(AGAIN.format(CONTINUE)), ANSWER, user(AGAIN.format(CONTINUE))],
+    ),
+    "own text": (WITH_CONTEXT, "{context} Q: {question} A: {demonstration} {{sic}}", [user("Lamps are red. Q: Which lamp? A: The red one. {sic}")]),
+    "own text, no context": (SINGLE, "[{context}]{demonstration}", [user("[]The red one.")]),
+    "own text, turns": (TURNS, "{demonstration}", [SYSTEM, EARLIER, GREETING, user("The red one.")]),
+}
+
+
+@pytest.mark.parametrize(("demonstration", "template", "expected"), EXPECTED.values(), ids=EXPECTED)
+def test_teacher_messages(demonstration: Demonstration, template: str, expected: list[dict[str, Any]]) -> None:
+    check_teacher_template(template)
+    before = [dict(message) for message in demonstration.prompt]
+    assert teacher_messages(demonstration, template) == expected
+    assert demonstration.prompt == before
+
+
+@pytest.mark.parametrize("template", [*NAMED_TEMPLATES, "{demonstration}"])
+@pytest.mark.parametrize("demonstration", [SINGLE, WITH_CONTEXT, TURNS, AFTER_TOOL, Demonstration(1, [QUESTION], CALLING)])
+def test_only_the_teacher_sees_the_demonstration(tiny_model_dir: Path, demonstration: Demonstration, template: str) -> None:
+    chat = ChatFormat.from_directory(tiny_model_dir)
+    student, teacher = (chat.tokenizer.decode(ids) for ids in (chat.student_prompt_ids(demonstration), chat.teacher_prompt_ids(demonstration, template)))
+    shown = "röd" if demonstration.answer is CALLING else "The red one."
+    assert shown in teacher
+    assert student == chat.tokenizer.decode(chat.prompt_ids(demonstration.prompt))
+    assert "The red one." not in student
+    assert "Lamps are red." not in student
+    assert teacher.endswith("assistant\n")
+
+
+@pytest.mark.parametrize("text", ["{demonstration}", "{0.__class__}", "{question!r}", "{}", "}{", "{{"])
+@pytest.mark.parametrize("template", [*NAMED_TEMPLATES, "{question}|{demonstration}|{context}"])
+def test_braces_in_the_data_are_only_text(text: str, template: str) -> None:
+    demonstration = Demonstration(1, [user(text)], {"role": "assistant", "content": f"A{text}"}, context=f"C{text}")
+    shown = " ".join(message["content"] for message in teacher_messages(demonstration, template))
+    assert text in shown
+    assert f"A{text}" in shown
+    assert f"C{text}" in shown
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        "history_thrice",
+        "{question}",
+        "{{demonstration}}",
+        "{demonstration} {answer}",
+        "{demonstration} {}",
+        "{demonstration} {0}",
+        "{demonstration.__class__}",
+        "{demonstration[0]} {demonstration}",
+        "{question.__class__.__mro__} {demonstration}",
+        "{demonstration!r}",
+        "{demonstration:>1000000000}",
+        "{demonstration:{question}}",
+        "{demonstration",
+        "demonstration}",
+        "{demonstration} {",
+    ],
+)
+def test_templates_that_can_not_be_used_are_refused_by_field(template: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check_teacher_template(template)
+    assert caught.value.param == "method.sdft.teacher_template"
+    assert "teacher_template" in caught.value.message
+
+
+def test_demonstration_as_text() -> None:
+    assert answer_text(ANSWER) == "The red one."
+    assert answer_text(CALLING) == '[{"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{\\"lamp\\": \\"röd\\"}"}}]'
+    both = answer_text({**CALLING, "content": "Let me look."})
+    assert both.startswith("Let me look.\n[{")

@@ -1,0 +1,164 @@
+"""sdft_engine.session: what a run starts with, what it settles before its first step, and what it refuses to start with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdft_engine import session as session_module
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DatasetError
+from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.lora import LoraShape
+from sdft_engine.session import open_session
+from sdft_engine.teacher import STUDENT, TEACHER, TEMPERATURES
+from sdft_engine.trainer import train
+from tests.sdft_engine.runs import example, make_parent, make_run, messages_of, records, stop_after, write_lines
+
+
+def test_the_teacher_is_shown_the_whole_question_and_the_whole_demonstration(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Nothing is ever cut off a prompt, on either side."""
+    line = example(1)
+    line["messages"][0]["content"] = "Start of the question. " + "more words of it, " * 20 + "End of the question?"
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=3)
+    write_lines(run.train_path, [example(0), line])
+    session = open_session(run)
+    decode = session.model.chat_format.tokenizer.decode
+    student, teacher = decode(session.texts[1].prompt_ids), decode(session.teacher_prompts[1])
+    for prompt in (student, teacher):
+        assert line["messages"][0]["content"] in prompt
+    assert "The lamp is blue." in teacher
+    assert "The lamp is blue." not in student
+    assert decode(session.texts[1].completion_ids, skip_special_tokens=False) == "The lamp is blue.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("words", "hyperparameters", "method", "reason"),
+    [
+        (300, {}, "sdft", "line 2: .* context holds 512"),
+        (300, {}, "supervised", "line 2: .* context holds 512"),
+        (1, {"max_completion_tokens": 480}, "sdft", "line 1: .* context holds 512"),
+    ],
+    ids=["prompt", "supervised", "completion"],
+)
+def test_what_does_not_fit_the_context_is_refused_by_line(
+    tmp_path: Path, tiny_model_dir: Path, words: int, hyperparameters: dict[str, Any], method: Any, reason: str
+) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, method, **hyperparameters)
+    line = example(1)
+    line["messages"][0]["content"] = "lamp " * words
+    write_lines(run.train_path, [example(0), line])
+    with pytest.raises(DatasetError, match=reason):
+        open_session(run)
+
+
+def test_unusable_lines_are_named(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised", validation_rows=1)
+    with run.validation_path.open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(DatasetError, match=r"validation\.jsonl: line 2"):
+        open_session(run)
+    with run.train_path.open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(DatasetError, match=r"train\.jsonl: line 7") as raised:
+        open_session(run)
+    assert raised.value.param == "training_file"
+    run.train_path.write_text("\n")
+    with pytest.raises(DatasetError, match="no demonstrations"):
+        open_session(run)
+
+
+def test_a_configuration_without_its_section_or_model_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
+    config = run.config_path.read_text()
+    run.config_path.write_text(config.replace('"method":"supervised"', '"method":"sdft"'))
+    with pytest.raises(ConfigurationError, match="sdft"):
+        open_session(run)
+    run.config_path.write_text(config.replace(str(tiny_model_dir), "/nowhere"))
+    with pytest.raises(BaseModelError, match="nowhere"):
+        open_session(run)
+    run.config_path.write_text("{}")
+    with pytest.raises(ConfigurationError, match="method"):
+        open_session(run)
+
+
+def test_a_new_student_starts_without_effect_and_so_does_its_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
+    session = open_session(make_run(tmp_path / "run", tiny_model_dir))
+    for name in (STUDENT, TEACHER):
+        factors = session.model.adapters.parameters(name)
+        assert not any(factor.any() for key, factor in factors.items() if key.endswith("lora_B"))
+        assert all(factor.any() for key, factor in factors.items() if key.endswith("lora_A"))
+
+
+@pytest.mark.parametrize("method", ["sdft", "supervised"])
+def test_a_parents_adapter_is_continued_and_is_the_first_teacher(tmp_path: Path, tiny_model_dir: Path, method: Any) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, method)
+    parent = make_parent(run, tiny_model_dir, LoraShape(2, 6))
+    session = open_session(run)
+    adapters = session.model.adapters
+    assert list(adapters.shapes) == [STUDENT, TEACHER][: 2 if method == "sdft" else 1]
+    for name in adapters.shapes:
+        assert adapters.shapes[name] == LoraShape(2, 6)
+        assert all(torch.equal(value, parent[key]) for key, value in adapters.parameters(name).items())
+    assert all(value.requires_grad for value in adapters.parameters(STUDENT).values())
+    assert messages_of(run, "warn") == ["Continuing the parent's adapter: rank 2 and alpha 6 are kept"]
+    train(run, stop_after(1, "requeue"))
+    trained = load_file(run.checkpoint_dir(1) / "adapter_model.safetensors")
+    changed = [(trained[f"base_model.model.{key}.weight"] - value).abs().max() for key, value in parent.items()]
+    assert 0 < max(changed) <= 0.011  # one step of AdamW from the parent: at most its learning rate away
+
+
+def test_a_parent_of_the_wanted_shape_needs_no_warning_and_may_be_left_out_of_the_teacher(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, teacher_start="base")
+    make_parent(run, tiny_model_dir, LoraShape(4, 8))
+    session = open_session(run)
+    teacher = session.model.adapters.parameters(TEACHER)
+    assert not any(factor.any() for key, factor in teacher.items() if key.endswith("lora_B"))
+    assert messages_of(run, "warn") == []
+
+
+def test_a_parent_that_does_not_fit_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    make_parent(run, tiny_model_dir, LoraShape(4, 8))
+    config = json.loads((run.parent_adapter_dir / "adapter_config.json").read_text())
+    (run.parent_adapter_dir / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ConfigurationError, match="use_dora"):
+        train(run)
+
+
+def settled(run: RunDirectory, name: str) -> list[Any]:
+    """What the run's events say was settled for a hyperparameter."""
+    data = [event.get("data", {}) for event in records(run.events_path)]
+    return [each["resolved"][name] for each in data if name in each.get("resolved", {})]
+
+
+def test_a_given_temperature_and_masking_are_kept(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, temperature=0.7, mask_clipped_completions=True)
+    state = open_session(run).state
+    assert (state.temperature, state.mask_clipped_completions) == (0.7, True)
+    assert len(messages_of(run)) == 1
+
+
+def test_an_automatic_temperature_is_measured_on_the_teachers_prompts(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=40, temperature="auto")
+    seen: list[Any] = []
+    measure = session_module.automatic_temperature
+    monkeypatch.setattr(session_module, "automatic_temperature", lambda model, texts, *rest: (seen.extend([texts, *rest]), measure(model, texts, *rest))[1])
+    session = open_session(run)
+    texts, adapter, _ = seen
+    assert adapter == TEACHER
+    assert [text.prompt_ids for text in texts] == session.teacher_prompts[:32]
+    assert [text.completion_ids for text in texts] == [text.completion_ids for text in session.texts[:32]]
+    assert session.state.temperature in TEMPERATURES
+    assert settled(run, "temperature") == [session.state.temperature]
+
+
+@pytest.mark.parametrize(("tokens", "masked"), [(1, False), (400, True)], ids=["all_cut_off", "all_finished"])
+def test_automatic_masking_depends_on_how_many_first_answers_are_cut_off(tmp_path: Path, tiny_model_dir: Path, tokens: int, masked: bool) -> None:
+    """The random model ends an answer after a few dozen tokens, never after one."""
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=3, mask_clipped_completions="auto", max_completion_tokens=tokens)
+    write_lines(run.train_path, [{"prompt": f"Lamp {number}?", "completion": "Red."} for number in range(3)])  # short enough for 400 more
+    assert open_session(run).state.mask_clipped_completions is masked
+    assert settled(run, "mask_clipped_completions") == [masked]

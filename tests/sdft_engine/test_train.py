@@ -1,0 +1,103 @@
+"""sdft_engine.train without its process: what becomes of errors, and when a trainer gives up."""
+
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdft_engine import train as train_module
+from sdft_engine import trainer
+from sdft_engine.contract.errors import DiskFull, EngineError, NumericalError, OutOfMemory
+from sdft_engine.contract.run_directory import Control, RunDirectory, TrainingResult
+from sdft_engine.train import EXIT_LEASE_EXPIRED, Supervision, abandoned, run_training, typed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)"),
+    ],
+    ids=["python", "cuda", "system", "cpu"],
+)
+def test_every_lack_of_memory_is_typed_with_what_to_change(error: Exception) -> None:
+    found = typed(error)
+    assert isinstance(found, OutOfMemory)
+    assert "batch_size" in found.message
+    assert found.as_dict()["code"] == "out_of_memory"
+
+
+def test_torchs_own_error_on_the_cpu_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 55)
+    assert isinstance(typed(raised.value), OutOfMemory)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_typed(number: int) -> None:
+    assert isinstance(typed(OSError(number, os.strerror(number))), DiskFull)
+
+
+def test_any_other_error_keeps_its_name_and_the_start_of_its_text() -> None:
+    found = typed(IndexError("x" * 2000))
+    assert type(found) is EngineError
+    assert found.message.startswith("the trainer failed with IndexError: xxx")
+    assert len(found.message) < 600
+    assert type(typed(PermissionError(errno.EACCES, "Permission denied"))) is EngineError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "param"),
+    [(NumericalError("not finite", param="learning_rate"), "numerical_error", "learning_rate"), (MemoryError(), "out_of_memory", "method")],
+)
+def test_errors_of_a_run_become_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: str, param: str
+) -> None:
+    def fail(*arguments: Any) -> TrainingResult:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    run = RunDirectory(tmp_path)
+    result = run_training(run, Supervision(run))
+    assert result.outcome == "failed"
+    assert result.error is not None
+    assert (result.error["code"], result.error["param"]) == (code, param)
+    assert type(error).__name__ in capsys.readouterr().err  # the whole trace stays in the log
+
+
+def test_a_trainer_is_abandoned_by_its_lease_or_by_its_supervisors_death() -> None:
+    now, parent = time.time(), os.getppid()
+    assert not abandoned(Control())
+    assert not abandoned(Control(lease_deadline=now + 60, supervisor_pid=parent))
+    assert not abandoned(Control(supervisor_pid=parent))
+    assert abandoned(Control(lease_deadline=now - 1, supervisor_pid=parent))
+    assert abandoned(Control(lease_deadline=now - 1))
+    assert abandoned(Control(lease_deadline=now + 60, supervisor_pid=os.getpid()))
+
+
+def test_a_supervisor_may_be_process_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container: a parent with the id 1 is no sign that the supervisor died."""
+    run = RunDirectory(tmp_path)
+    run.write_control(Control(lease_deadline=time.time() + 60, supervisor_pid=1))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(train_module, "die_with_parent", lambda: None)
+    monkeypatch.setattr(Supervision, "start", lambda self: None)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+    assert train_module.main() == 0
+    result = run.read_result()
+    assert result is not None
+    assert result.outcome == "failed"  # there is no config.json here
+
+
+def test_a_trainer_that_is_abandoned_from_the_start_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_control(Control(lease_deadline=time.time() - 1))
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+    assert train_module.main() == EXIT_LEASE_EXPIRED
+    assert [path.name for path in tmp_path.iterdir()] == ["control.json"]

@@ -1,0 +1,147 @@
+"""`python -m sdft_engine.train RUN_DIR` as a process, as the worker starts it: how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sdft_engine.contract.run_directory import Control, RunDirectory, StopReason, TrainingResult
+from tests.sdft_engine.runs import make_run, records
+
+pytestmark = pytest.mark.slow
+START_SECONDS = 240  # for the imports, on a machine that is busy with other things
+ENDLESS = {"n_epochs": 50_000, "checkpoint_every_steps": 10_000}
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts trainers, and leaves none behind."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(run: RunDirectory) -> subprocess.Popen[bytes]:
+        with run.log_path.open("ab") as log:
+            process = subprocess.Popen([sys.executable, "-m", "sdft_engine.train", str(run.path)], stdout=log, stderr=log, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for_steps(run: RunDirectory, steps: int) -> None:
+    until = time.monotonic() + START_SECONDS
+    while not run.metrics_path.exists() or run.metrics_path.read_bytes().count(b"\n") < steps:
+        assert time.monotonic() < until, run.log_path.read_text()
+        assert run.read_result() is None, run.log_path.read_text()
+        time.sleep(0.05)
+
+
+def result_of(run: RunDirectory) -> TrainingResult:
+    result = run.read_result()
+    assert result is not None, run.log_path.read_text()
+    return result
+
+
+def control(stop: StopReason | None = None, lease_seconds: float = 600) -> Control:
+    return Control(lease_deadline=time.time() + lease_seconds, supervisor_pid=os.getpid(), stop=stop)
+
+
+def test_a_whole_run_succeeds_with_nothing_but_its_directory(tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    assert start(run).wait(START_SECONDS) == 0
+    result = result_of(run)
+    assert (result.outcome, result.stop, result.final_step, result.total_steps, result.error) == ("succeeded", None, 8, 8, None)
+    assert result.trained_tokens == sum(record["trained_tokens"] for record in records(run.metrics_path))
+    assert (run.final_dir / "adapter_model.safetensors").exists()
+
+
+def test_sigterm_lets_the_step_end_and_leaves_a_checkpoint(tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
+    run.write_control(control())
+    process = start(run)
+    wait_for_steps(run, 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    result = result_of(run)
+    assert (result.outcome, result.stop) == ("stopped", "requeue")
+    assert [step for step, _ in run.complete_checkpoints()] == [result.final_step] == [len(records(run.metrics_path))]
+
+
+@pytest.mark.parametrize(("reason", "checkpoints"), [("cancel", 0), ("pause", 1)])
+def test_a_stop_in_the_control_file_is_obeyed(
+    tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]], reason: StopReason, checkpoints: int
+) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised", **ENDLESS)
+    run.write_control(control())
+    process = start(run)
+    wait_for_steps(run, 1)
+    run.write_control(control(reason))
+    assert process.wait(60) == 0
+    result = result_of(run)
+    assert (result.outcome, result.stop) == ("stopped", reason)
+    assert len(run.complete_checkpoints()) == checkpoints
+
+
+def test_past_its_lease_a_trainer_ends_and_writes_nothing(tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
+    run.write_control(control())
+    process = start(run)
+    wait_for_steps(run, 1)
+    assert process.poll() is None
+    run.write_control(control(lease_seconds=0))
+    assert process.wait(10) == 75
+    assert run.read_result() is None
+    assert run.complete_checkpoints() == []
+
+
+SUPERVISOR = """
+import os, subprocess, sys, time
+from pathlib import Path
+from sdft_engine.contract.run_directory import Control, RunDirectory
+run = RunDirectory(Path(sys.argv[1]))
+run.write_control(Control(lease_deadline=time.time() + 600, supervisor_pid=os.getpid()))
+with run.log_path.open("ab") as log:
+    process = subprocess.Popen([sys.executable, "-m", "sdft_engine.train", str(run.path)], stdout=log, stderr=log, start_new_session=True)
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+def test_a_trainer_dies_with_its_supervisor(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(run.path)], stdout=subprocess.PIPE) as supervisor:
+        assert supervisor.stdout is not None
+        trainer = psutil.Process(int(supervisor.stdout.readline()))
+        try:
+            wait_for_steps(run, 1)
+            supervisor.kill()
+            supervisor.wait()
+            until = time.monotonic() + 5
+            while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        finally:
+            supervisor.kill()
+            if trainer.is_running():
+                trainer.kill()
+    assert run.read_result() is None
+
+
+def test_a_configuration_that_can_not_be_read_is_a_typed_failure(tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    run.config_path.write_text(run.config_path.read_text().replace('"method":"sdft"', '"method":"magic"'))
+    assert start(run).wait(START_SECONDS) == 0
+    result = result_of(run)
+    assert result.outcome == "failed"
+    assert result.error is not None
+    assert result.error["code"] == "invalid_configuration"
+    assert "method" in result.error["message"]
+    assert "Traceback" in run.log_path.read_text()

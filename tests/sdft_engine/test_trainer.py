@@ -1,0 +1,155 @@
+"""sdft_engine.trainer: what a run does, measures and leaves behind."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdft_engine import trainer
+from sdft_engine.contract.errors import NumericalError
+from sdft_engine.contract.metrics import StepMetrics
+from sdft_engine.lora import LoraShape
+from sdft_engine.session import open_session
+from sdft_engine.step import TokenStatistics
+from sdft_engine.teacher import STUDENT
+from sdft_engine.trainer import train
+from tests.sdft_engine.runs import make_parent, make_run, measured, messages_of, records
+
+
+def test_supervised_training_learns_its_demonstrations(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(
+        tmp_path / "run", tiny_model_dir, "supervised", rows=2, batch_size=2, n_epochs=30, learning_rate=5e-2, lora_rank=8, checkpoint_every_steps=100
+    )
+    result = train(run)
+    losses = [record["train_loss"] for record in records(run.metrics_path)]
+    assert (result.outcome, result.final_step, result.total_steps) == ("succeeded", 30, 30)
+    assert losses[-1] < 0.1 * losses[0]
+    assert records(run.metrics_path)[-1]["train_mean_token_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_self_distillation_moves_the_student_to_its_teacher(tmp_path: Path, tiny_model_dir: Path, divergence: str) -> None:
+    run = make_run(
+        tmp_path / "run",
+        tiny_model_dir,
+        rows=4,
+        batch_size=4,
+        n_epochs=20,
+        learning_rate=2e-2,
+        divergence=divergence,
+        teacher="frozen",
+        checkpoint_every_steps=100,
+        config={"rollout_sample_every_steps": 10},
+    )
+    assert train(run).outcome == "succeeded"
+    losses = [record["train_loss"] for record in records(run.metrics_path)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    rewards = [record["implicit_reward"] for record in records(run.metrics_path)]
+    assert all(math.isfinite(reward) for reward in rewards)
+    assert sorted(path.name for path in run.rollouts_dir.iterdir()) == [f"step_{step:06d}.jsonl" for step in (1, 10, 20)]
+
+
+def test_what_a_run_measures_and_leaves(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=5, validation_rows=2, batch_size=3, n_epochs=2, checkpoint_every_steps=2)
+    result = train(run)
+    lines = records(run.metrics_path)
+    metrics = [StepMetrics.model_validate(line) for line in lines]
+    assert [m.step for m in metrics] == [1, 2, 3, 4]
+    assert {m.total_steps for m in metrics} == {4}
+    assert [m.epoch for m in metrics] == pytest.approx([0.6, 1.2, 1.8, 2.0])  # the last batch has one row
+    assert [m.valid_loss is not None for m in metrics] == [m.valid_mean_token_accuracy is not None for m in metrics] == [False, True, False, True]
+    assert result.trained_tokens == sum(m.trained_tokens for m in metrics)
+    for m in metrics:
+        assert m.gradient_norm > 0
+        assert m.adapter_norm > 0
+        assert m.divergence_max is not None
+        assert m.divergence_max >= m.train_loss > 0
+        assert m.student_entropy is not None
+        assert 0 < m.student_entropy < math.log(512)
+        assert m.completion_tokens_mean is not None
+        assert 1 <= m.completion_tokens_mean <= 8
+        assert m.clipped_ratio == pytest.approx(1 - (m.eos_ratio or 0))
+        assert m.step_seconds >= (m.rollout_seconds or 0) + (m.teacher_seconds or 0) + m.student_seconds
+        assert m.tokens_per_second == pytest.approx(m.trained_tokens / m.step_seconds, rel=0.01)
+        assert m.peak_memory_bytes > 50_000_000
+    assert [step for step, _ in run.complete_checkpoints()] == [2, 4]
+    assert sorted(path.name for path in run.final_dir.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "attestation.json", "manifest.json"]
+    assert messages_of(run) == ["Training started on cpu in float32: 4 steps of 3"]
+    assert not run.result_path.exists()  # its caller writes it
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path, tiny_model_dir: Path) -> None:
+    runs = [make_run(tmp_path / str(index), tiny_model_dir, n_epochs=1, config={"seed": seed}) for index, seed in enumerate([17, 17, 18])]
+    for run in runs:
+        train(run)
+    assert measured(runs[0]) == measured(runs[1]) != measured(runs[2])
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported_before_that(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised", n_epochs=1, max_grad_norm=0.01)
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def observe(self: torch.optim.AdamW, *args: Any) -> Any:
+        seen.append(math.sqrt(sum(float(p.grad.square().sum()) for group in self.param_groups for p in group["params"])))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", observe)
+    train(run)
+    assert seen == pytest.approx([0.01] * len(seen), rel=1e-3)
+    assert all(record["gradient_norm"] > 0.02 for record in records(run.metrics_path))
+
+
+def test_steps_without_a_loss_token_end_the_run_with_the_remedy(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """All rollouts are cut off after one token and masked. Weight decay must not move the adapter meanwhile."""
+    run = make_run(
+        tmp_path / "run", tiny_model_dir, n_epochs=30, max_completion_tokens=1, mask_clipped_completions=True, weight_decay=0.5, checkpoint_every_steps=3
+    )
+    with pytest.raises(NumericalError, match="raise max_completion_tokens, or set mask_clipped_completions to false") as raised:
+        train(run)
+    assert raised.value.param == "method.sdft.hyperparameters.max_completion_tokens"
+    (warning,) = messages_of(run, "warn")
+    assert "Step 1 taught nothing" in warning
+    lines = records(run.metrics_path)
+    assert len(lines) == trainer.BARREN_STEPS - 1
+    assert {(line["loss_tokens"], line["train_loss"], line["gradient_norm"], line["student_entropy"]) for line in lines} == {(0, 0.0, 0.0, None)}
+    assert len({line["adapter_norm"] for line in lines}) == 1
+    first, last = (load_file(run.checkpoint_dir(step) / "teacher.safetensors") for step in (3, 9))
+    assert all(torch.equal(value, last[name]) for name, value in first.items())
+
+
+def test_one_step_with_a_loss_token_starts_the_count_anew(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    session = open_session(run)
+    for tokens in [0] * 9 + [1] + [0] * 9:
+        trainer.watch_barren_steps(session, TokenStatistics(loss_tokens=tokens))
+    with pytest.raises(NumericalError):
+        trainer.watch_barren_steps(session, TokenStatistics())
+    assert len(messages_of(run, "warn")) == 2
+
+
+@pytest.mark.parametrize("method", ["sdft", "supervised"])
+def test_numbers_that_are_not_finite_end_the_run_before_they_reach_the_weights(tmp_path: Path, tiny_model_dir: Path, method: Any) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, method, checkpoint_every_steps=1)
+    make_parent(run, tiny_model_dir, LoraShape(4, 8), strength=1e25)
+    with pytest.raises(NumericalError, match="not finite at step 1") as raised:
+        train(run)
+    assert raised.value.param == "learning_rate"
+    assert not run.metrics_path.exists()
+    assert run.complete_checkpoints() == []
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_too(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
+
+    def infinite(model: Any, texts: Any, budget: Any) -> TokenStatistics:
+        for parameter in model.adapters.parameters(STUDENT).values():
+            parameter.grad = torch.full_like(parameter, math.inf)
+        return TokenStatistics(loss=1.0, loss_tokens=1)
+
+    monkeypatch.setattr(trainer, "supervised_gradient", infinite)
+    with pytest.raises(NumericalError, match="not finite at step 1"):
+        train(run)

@@ -1,0 +1,128 @@
+"""A run that is interrupted and resumed equals one that is not, bit for bit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft_engine import session, trainer
+from sdft_engine.contract.errors import CheckpointDamaged
+from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.trainer import train
+from tests.sdft_engine.runs import content_of, make_run, measured, messages_of, records, stop_after
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sdft_ema": {"method": "sdft"},
+    "sdft_frozen": {"method": "sdft", "teacher": "frozen", "divergence": "reverse"},
+    "sdft_live": {"method": "sdft", "teacher": "live"},
+    "sdft_automatic_temperature": {"method": "sdft", "temperature": "auto", "weight_decay": 0.01},
+    "supervised": {"method": "supervised"},
+}
+MACHINE_DEPENDENT = ("metrics.json", "manifest.json")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(kind: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> RunDirectory:
+    run = make_run(tmp_path_factory.mktemp("uninterrupted") / "run", tiny_model_dir, validation_rows=2, **kind)
+    assert train(run).outcome == "succeeded"
+    return run
+
+
+def assert_same_files(run: RunDirectory, expected: RunDirectory) -> None:
+    assert content_of(run.final_dir) == content_of(expected.final_dir)
+    mine, theirs = (content_of(each.checkpoint_dir(8), without=MACHINE_DEPENDENT) for each in (run, expected))
+    assert mine == theirs
+    assert mine.keys() > {"adapter_model.safetensors", "optimizer.safetensors", "teacher.safetensors", "training_state.json"}
+
+
+def test_stopped_after_five_steps_and_resumed(kind: dict[str, Any], uninterrupted: RunDirectory, tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "stopped", tiny_model_dir, validation_rows=2, **kind)
+    first = train(run, stop_after(5, "requeue"))
+    assert (first.outcome, first.stop, first.final_step, first.total_steps) == ("stopped", "requeue", 5, 8)
+    assert [step for step, _ in run.complete_checkpoints()] == [4, 5]
+    assert not run.final_dir.exists()
+    second = train(run)
+    assert (second.outcome, second.final_step) == ("succeeded", 8)
+    assert [record["step"] for record in records(run.metrics_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert "Training resumed at step 5" in messages_of(run)
+    assert measured(run) == measured(uninterrupted)
+    assert_same_files(run, uninterrupted)
+
+
+def test_killed_in_the_middle_and_continued_elsewhere(kind: dict[str, Any], uninterrupted: RunDirectory, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Another attempt has another directory, and the last checkpoint in `resume/`."""
+    killed = make_run(tmp_path / "killed", tiny_model_dir, validation_rows=2, **kind)
+    asked = iter(range(7))
+
+    def kill_after_six_steps() -> None:
+        if next(asked) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, kill_after_six_steps)
+    assert [record["step"] for record in records(killed.metrics_path)] == [1, 2, 3, 4, 5, 6]
+    run = make_run(tmp_path / "elsewhere", tiny_model_dir, validation_rows=2, **kind)
+    shutil.copytree(killed.checkpoint_dir(4), run.resume_dir)
+    result = train(run)
+    assert (result.outcome, result.final_step) == ("succeeded", 8)
+    assert [record["step"] for record in records(run.metrics_path)] == [5, 6, 7, 8]
+    assert measured(run) == measured(uninterrupted)[4:]
+    assert_same_files(run, uninterrupted)
+
+
+def test_a_resumed_run_counts_tokens_from_where_it_was(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    train(run, stop_after(3, "pause"))
+    result = train(run)
+    assert result.trained_tokens == sum(record["trained_tokens"] for record in records(run.metrics_path)) > 0
+
+
+def test_a_settled_temperature_is_not_measured_again(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, temperature="auto")
+    train(run, stop_after(2, "requeue"))
+    (settled,) = [event for event in records(run.events_path) if "Temperature" in event["message"]]
+    tau = settled["data"]["resolved"]["temperature"]
+    assert tau in (0.5, 0.65, 0.8, 1.0)
+    monkeypatch.delattr(session, "automatic_temperature")
+    train(run)
+    assert f'"temperature": {tau}' in (run.checkpoint_dir(8) / "training_state.json").read_text()
+
+
+@pytest.mark.parametrize(("reason", "checkpoints"), [("pause", [3]), ("requeue", [3]), ("cancel", [])])
+def test_only_a_cancelled_run_stops_without_a_checkpoint(reason: Any, checkpoints: list[int], tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    result = train(run, stop_after(3, reason))
+    assert (result.outcome, result.stop, result.final_step) == ("stopped", reason, 3)
+    assert [step for step, _ in run.complete_checkpoints()] == checkpoints
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_stop_with_nothing_new_writes_no_checkpoint(steps: int, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step, or right after a regular checkpoint."""
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    written: list[int] = []
+    write_checkpoint = trainer.write_checkpoint
+    monkeypatch.setattr(trainer, "write_checkpoint", lambda opened, metrics: (written.append(metrics.step), write_checkpoint(opened, metrics)))
+    assert train(run, stop_after(steps, "requeue")).final_step == steps
+    assert written == ([4] if steps else [])
+
+
+def test_a_stop_asked_for_during_the_last_step_lets_the_run_succeed(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
+    assert train(run, stop_after(8, "cancel")).outcome == "succeeded"
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
+    train(run, stop_after(2, "requeue"))
+    optimizer = run.checkpoint_dir(2) / "optimizer.safetensors"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    with pytest.raises(CheckpointDamaged, match=r"optimizer\.safetensors"):
+        train(run)
+    assert len(records(run.metrics_path)) == 2

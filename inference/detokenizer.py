@@ -62,9 +62,9 @@ class StopStrings:
         if self.found is not None:
             return ""
         self._held += text
-        matches = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        matches = [(position + len(stop), position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if matches:
-            position, self.found = min(matches, key=lambda match: match[0])
+            _, position, self.found = min(matches)  # the first to be complete, however the text was cut into tokens
             return self._held[:position]
         return self._release(len(self._held) - self._longest_start())
 

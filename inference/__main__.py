@@ -1,0 +1,68 @@
+"""Start the server: `python -m inference --base-model ID --model-dir DIR --port P --adapters-dir DIR`.
+
+Torch is imported only after the environment is set: its threads must not spin while they are idle, or two torch
+processes on one machine slow each other to a quarter.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+GRACEFUL_SHUTDOWN_SECONDS = 5
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m inference", description="Serve one base model and its adapters over HTTP.")
+    parser.add_argument("--base-model", required=True, metavar="ID", help="the name that the base answers to")
+    parser.add_argument("--model-dir", required=True, type=Path, help="the prepared base model")
+    parser.add_argument("--adapters-dir", required=True, type=Path, help="adapters are loaded from inside this directory only")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8809)
+    parser.add_argument("--threads", type=_at_least_one, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--max-batch", type=_at_least_one, default=16, help="sequences that are decoded together")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--api-key-env", default="SDFT_INFERENCE_API_KEY", metavar="NAME", help="environment variable with the bearer key, if any")
+    return parser.parse_args(arguments)
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if arguments.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    import torch
+    import uvicorn
+
+    from inference.app import create_app
+    from inference.engine import Engine
+    from sdft_engine.contract.errors import EngineError
+    from sdft_engine.model import load_base_model
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    try:
+        model = load_base_model(arguments.model_dir, device=arguments.device, dtype=arguments.dtype)
+    except EngineError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return 1
+    engine = Engine(model, max_batch=arguments.max_batch)
+    app = create_app(engine, base_model_id=arguments.base_model, adapters_dir=arguments.adapters_dir, api_key=os.environ.get(arguments.api_key_env) or None)
+    uvicorn.run(
+        app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS, server_header=False
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Between the clients and the inference server: names are mapped, missing adapters loaded, errors translated.
+
+No database session is held while the inference server works. A client that leaves cancels its request there.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+import anyio.to_thread
+import orjson
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+
+from api.chat.schemas import SamplingRequest
+from api.chat.served_models import ServedModel, find_served_model
+from api.chat.streamed_answer import StreamedAnswer
+from api.chat.upstream_errors import translated
+from api.state import ApiState
+
+Result = TypeVar("Result")
+
+
+async def answer(request: Request, state: ApiState, project_id: str, path: str, wanted: SamplingRequest) -> Response:
+    """The inference server's answer at `path`, whole or streamed, under the model's public id."""
+    model = await anyio.to_thread.run_sync(find_served_model, state, project_id, wanted.model)
+    body = wanted.forwarded(model.serving_name)
+    if wanted.stream:
+        return await _unless_disconnected(request, _streamed(state, model, path, body))
+    return JSONResponse(await _unless_disconnected(request, _whole(state, model, path, body)))
+
+
+async def _whole(state: ApiState, model: ServedModel, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    found = await state.inference.complete(path, body)
+    if found.status == 404 and model.adapter is not None:
+        await state.adapter_loading.load(model.adapter)
+        found = await state.inference.complete(path, body)
+    if found.status != 200:
+        raise translated(found.status, found.body, model)
+    return {**found.body, "model": model.public_id}
+
+
+async def _streamed(state: ApiState, model: ServedModel, path: str, body: dict[str, Any]) -> Response:
+    """Returns once the inference server has accepted the request, so that a refusal still gets its own status."""
+    async with AsyncExitStack() as opened:
+        status, chunks = await opened.enter_async_context(state.inference.stream(path, body))
+        if status == 404 and model.adapter is not None:
+            await opened.aclose()
+            await state.adapter_loading.load(model.adapter)
+            status, chunks = await opened.enter_async_context(state.inference.stream(path, body))
+        if status != 200:
+            raise translated(status, await _json_of(chunks), model)
+        return StreamedAnswer(chunks, model, opened.pop_all())
+
+
+async def _json_of(chunks: AsyncIterator[bytes]) -> Any:
+    text = b"".join([chunk async for chunk in chunks])
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {"message": text[:500].decode(errors="replace")}
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
+    """The work's result; the work is cancelled where the client leaves first. Raises ClientDisconnect then."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_client_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,113 @@
+"""What a chat or completion request may hold. The body for the inference server is rebuilt from these fields alone: nothing
+else that a client writes (a chat template, media URLs, paths of adapters) ever gets there.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from api.strict_json import StorableText
+
+NOT_FORWARDED = frozenset({"model", "user", "metadata", "store"})
+"""Known fields that change no answer."""
+
+
+def _refuse(value: Any) -> None:
+    if value is not None:
+        raise PydanticCustomError("unsupported_parameter", "not supported by this server; leave it out")
+
+
+def _refuse_all_but_text(value: Any) -> None:
+    if value not in (None, ["text"]):
+        raise PydanticCustomError("unsupported_parameter", "this server answers with text only")
+
+
+def _joined_text(content: Any) -> Any:
+    """Content parts as one text; parts that are not text would make the inference server fetch what they name."""
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise PydanticCustomError("unsupported_content", "content parts must be {{type: text, text: …}}; this server reads text only")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+Refused = Annotated[Any, AfterValidator(_refuse)]
+"""A field of OpenAI's that would change the answer and can't be honoured."""
+Text = Annotated[str | None, BeforeValidator(_joined_text)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[int, Field(ge=0)]
+Strict = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(BaseModel):
+    model_config = Strict
+
+    include_usage: bool | None = None
+
+
+class Message(BaseModel):
+    model_config = Strict
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class SamplingRequest(BaseModel):
+    model_config = Strict
+
+    model: StorableText
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    def forwarded(self, serving_name: str) -> dict[str, Any]:
+        """The inference server's request."""
+        return {"model": serving_name, **self.model_dump(exclude=set(NOT_FORWARDED), exclude_none=True)}
+
+
+class ChatRequest(SamplingRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    reasoning_effort: str | None = None
+
+    functions: Refused = None
+    function_call: Refused = None
+    web_search_options: Refused = None
+    moderation: Refused = None
+    audio: Refused = None
+    prediction: Refused = None
+    modalities: Annotated[Any, AfterValidator(_refuse_all_but_text)] = None
+
+
+class CompletionRequest(SamplingRequest):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+
+    suffix: Refused = None
+    best_of: Refused = None

@@ -1,0 +1,89 @@
+"""An uploaded file's bytes on their way into storage: counted, hashed, and for training files checked line by line."""
+
+from typing import Protocol
+
+from api.files.decompression import Gunzip
+from core.errors import InvalidFile, RequestTooLarge
+from core.settings import Settings
+from core.storage import ObjectWriter, StoredObject
+from sdft_engine.contract.dataset import DatasetLimits, DatasetReader, summarise_problems
+
+
+class Contents(Protocol):
+    @property
+    def example_count(self) -> int | None: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    def commit(self) -> StoredObject:
+        """Make the object visible under its key. Raises InvalidFile where the bytes are not what they have to be."""
+        ...
+
+    def abort(self) -> None:
+        """Idempotent; does nothing after a commit."""
+        ...
+
+
+class AnyContents:
+    """Bytes that are only counted. Raises RequestTooLarge beyond `max_bytes`."""
+
+    example_count: int | None = None
+
+    def __init__(self, writer: ObjectWriter, max_bytes: int) -> None:
+        self._writer = writer
+        self._max_bytes = max_bytes
+
+    def write(self, data: bytes) -> None:
+        if self._writer.size_bytes + len(data) > self._max_bytes:
+            raise RequestTooLarge(f"the file is larger than {self._max_bytes:,} bytes", code="file_too_large", param="file")
+        self._writer.write(data)
+
+    def commit(self) -> StoredObject:
+        return self._writer.commit()
+
+    def abort(self) -> None:
+        self._writer.abort()
+
+
+class TrainingContents(AnyContents):
+    """Training lines, decompressed where `compressed`; the object holds them as plain text."""
+
+    example_count: int
+
+    def __init__(self, writer: ObjectWriter, settings: Settings, *, compressed: bool) -> None:
+        super().__init__(writer, settings.max_file_bytes)
+        self._gunzip = Gunzip() if compressed else None
+        self._reader = DatasetReader(DatasetLimits(max_line_bytes=settings.max_line_bytes, max_lines=settings.max_lines))
+        self._unfinished_line = b""
+        self.example_count = 0
+
+    def write(self, data: bytes) -> None:
+        for piece in self._gunzip.feed(data) if self._gunzip else (data,):
+            super().write(piece)
+            *lines, rest = (self._unfinished_line + piece).split(b"\n")
+            for line in lines:
+                self._read_line(line)
+            self._unfinished_line = rest[: self._reader.limits.max_line_bytes + 1]  # enough to know that it is too long
+
+    def commit(self) -> StoredObject:
+        if self._gunzip:
+            self._gunzip.finish()
+        if self._unfinished_line:
+            self._read_line(self._unfinished_line)
+        self._refuse_problems()
+        return super().commit()
+
+    def _read_line(self, line: bytes) -> None:
+        self.example_count += self._reader.feed(line) is not None
+
+    def _refuse_problems(self) -> None:
+        problems = self._reader.problems
+        if problems:
+            raise InvalidFile(
+                f"the file can't be used for training: {summarise_problems(problems, self._reader.problem_count)}",
+                code=problems[0].code,
+                param="file",
+                extra={"problems": [{"line": each.line, "code": each.code, "message": each.message} for each in problems]},
+            )
+        if self.example_count == 0:
+            raise InvalidFile("the file is empty: a training file has one example a line", code="invalid_n_examples", param="file")

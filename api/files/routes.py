@@ -1,0 +1,50 @@
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+
+from api.byte_ranges import stored_object_response
+from api.files import service
+from api.files.dependencies import OwnedFile
+from api.files.schemas import DeletedFile, FileObject, file_object
+from api.files.upload import receive_file
+from api.pagination import After, Page, page_of
+from api.state import ProjectId, State
+from core.storage import StoredObject
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+
+@router.post("")
+async def create_file(request: Request, state: State, project_id: ProjectId) -> FileObject:
+    return file_object(await receive_file(request, state, project_id))
+
+
+@router.get("")
+def list_files(
+    state: State,
+    project_id: ProjectId,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> Page[FileObject]:
+    files = service.list_files(state, project_id, after=after, limit=limit, newest_first=order == "desc", purpose=purpose)
+    return page_of([file_object(file) for file in files], limit)
+
+
+@router.get("/{file_id}")
+async def get_file(file: OwnedFile) -> FileObject:
+    return file_object(file)
+
+
+@router.get("/{file_id}/content")
+def get_file_content(file: OwnedFile, state: State, request: Request) -> StreamingResponse:
+    stored = StoredObject(file.storage_key, file.size_bytes, file.sha256)
+    return stored_object_response(request, state.storage, stored, filename=file.filename, media_type="application/octet-stream")
+
+
+@router.delete("/{file_id}")
+def delete_file(file: OwnedFile, state: State) -> DeletedFile:
+    service.delete_file(state, file)
+    return DeletedFile(id=file.id, deleted=True)

@@ -1,0 +1,158 @@
+"""POST /files: the body streams into storage and is checked on the way. Its parts may come in any order.
+
+Where the purpose comes after the file, the bytes are stored first and checked from there. A row is written only after
+the object is complete; whatever fails before that leaves neither.
+"""
+
+from functools import partial
+
+import anyio.to_thread
+from fastapi import Request
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.files.contents import AnyContents, Contents, TrainingContents
+from api.files.multipart import MultipartReader
+from api.files.schemas import PURPOSES
+from api.state import ApiState
+from core.database import unix_now
+from core.errors import BadRequest, ServiceError
+from core.ids import new_id
+from core.storage import StoredObject
+from core.tables.files import File
+
+MAX_FIELD_BYTES = 8192
+MAX_FILENAME_LENGTH = 255
+EXPIRY_SECONDS = (3600, 2_592_000)
+
+
+async def receive_file(request: Request, state: ApiState, project_id: str) -> File:
+    """Store the uploaded file. Blocking work happens in threads. Raises BadRequest, InvalidFile, RequestTooLarge."""
+    upload = Upload(state)
+    reader = MultipartReader(request.headers.get("content-type"), upload)
+    try:
+        async for chunk in request.stream():
+            await anyio.to_thread.run_sync(reader.feed, chunk)
+        reader.finish()
+        return await anyio.to_thread.run_sync(partial(upload.finish, project_id))
+    finally:
+        upload.abort()
+
+
+class Upload:
+    """The form's parts, as they come from the MultipartReader."""
+
+    def __init__(self, state: ApiState) -> None:
+        self._state = state
+        self._file_id = new_id("file")
+        self._fields: dict[str, bytes] = {}
+        self._part = ""
+        self._filename: str | None = None
+        self._contents: Contents | None = None
+
+    def begin_part(self, name: str, filename: str | None) -> None:
+        if name in self._fields or (name == "file" and self._contents is not None):
+            raise BadRequest(f"{name}: given more than once", code="invalid_multipart", param=name)
+        self._part = name
+        if name == "file":
+            self._filename = _clean_filename(filename)
+            self._contents = self._open_contents(self._fields.get("purpose") == b"fine-tune")
+        else:
+            self._fields[name] = b""
+
+    def part_data(self, data: bytes) -> None:
+        if self._part == "file" and self._contents is not None:
+            self._contents.write(data)
+            return
+        self._fields[self._part] += data
+        if len(self._fields[self._part]) > MAX_FIELD_BYTES:
+            raise BadRequest(f"{self._part}: longer than {MAX_FIELD_BYTES:,} bytes", code="invalid_multipart", param=self._part)
+
+    def end_part(self) -> None:
+        if self._part == "purpose":
+            self._purpose()
+
+    def finish(self, project_id: str) -> File:
+        purpose, lifetime_seconds = self._purpose(), self._lifetime_seconds()
+        if self._contents is None or self._filename is None:
+            raise BadRequest("file: the form has no such part", code="missing", param="file")
+        if purpose == "fine-tune" and not isinstance(self._contents, TrainingContents):
+            self._contents = self._checked_again(self._contents)
+        stored = self._contents.commit()
+        now = unix_now()
+        compressed = purpose == "fine-tune" and _is_gzip(self._filename)
+        file = File(
+            id=self._file_id,
+            project_id=project_id,
+            filename=self._filename[:-3] if compressed else self._filename,
+            purpose=purpose,
+            size_bytes=stored.size_bytes,
+            sha256=stored.sha256,
+            storage_key=stored.key,
+            example_count=self._contents.example_count,
+            created_at=now,
+            expires_at=None if lifetime_seconds is None else now + lifetime_seconds,
+        )
+        self._insert(file, stored)
+        return file
+
+    def abort(self) -> None:
+        if self._contents is not None:
+            self._contents.abort()
+
+    def _open_contents(self, for_training: bool) -> Contents:
+        writer = self._state.storage.open_writer(f"files/{self._file_id}")
+        if for_training:
+            return TrainingContents(writer, self._state.settings, compressed=_is_gzip(self._filename or ""))
+        return AnyContents(writer, self._state.settings.max_file_bytes)
+
+    def _checked_again(self, contents: Contents) -> Contents:
+        """The same bytes through the checks, once the purpose is known."""
+        stored = contents.commit()
+        checked = self._open_contents(for_training=True)
+        try:
+            for chunk in self._state.storage.read(stored.key):
+                checked.write(chunk)
+        except BaseException:
+            checked.abort()
+            raise
+        finally:
+            self._state.storage.delete(stored.key)
+        return checked
+
+    def _insert(self, file: File, stored: StoredObject) -> None:
+        try:
+            with self._state.database.transaction() as session:
+                session.add(file)
+        except (ServiceError, SQLAlchemyError):
+            self._state.storage.delete(stored.key)
+            raise
+
+    def _purpose(self) -> str:
+        if "purpose" not in self._fields:
+            raise BadRequest("purpose: the form has no such part", code="missing", param="purpose")
+        purpose = self._fields["purpose"].decode(errors="replace")
+        if purpose not in PURPOSES:
+            raise BadRequest(f"purpose: {purpose!r} is not one of {', '.join(PURPOSES)}", code="invalid_purpose", param="purpose")
+        return purpose
+
+    def _lifetime_seconds(self) -> int | None:
+        anchor, seconds = self._fields.get("expires_after[anchor]"), self._fields.get("expires_after[seconds]")
+        if anchor is None and seconds is None:
+            return None
+        if anchor != b"created_at":
+            raise BadRequest('expires_after[anchor]: must be "created_at"', code="invalid_value", param="expires_after.anchor")
+        fewest, most = EXPIRY_SECONDS
+        if seconds is None or not seconds.isdigit() or not fewest <= int(seconds[:10]) <= most:
+            message = f"expires_after[seconds]: must be a whole number from {fewest} to {most}"
+            raise BadRequest(message, code="invalid_value", param="expires_after.seconds")
+        return int(seconds)
+
+
+def _is_gzip(filename: str) -> bool:
+    return filename.lower().endswith(".gz")
+
+
+def _clean_filename(filename: str | None) -> str:
+    """Only ever shown, never used as a path."""
+    printable = "".join(character for character in filename or "" if character.isprintable())
+    return printable[:MAX_FILENAME_LENGTH] or "upload"

@@ -1,0 +1,82 @@
+"""POST /fine_tuning/jobs: everything about a job that can be checked without a tokenizer is checked here."""
+
+import secrets
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.files.service import files_of
+from api.fine_tuning.jobs.method import resolve_method
+from api.fine_tuning.jobs.schemas import LARGEST_SEED, CreateJob
+from api.state import ApiState
+from core.database import unix_now
+from core.doorbell import ring
+from core.errors import BadRequest, ModelNotFound
+from core.ids import new_id
+from core.jobs.events import append_event
+from core.settings import Settings
+from core.tables.files import File
+from core.tables.jobs import Job
+from core.tables.models import Model
+
+
+def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
+    """Insert the job, and ring once it is committed. Raises BadRequest or ModelNotFound naming the field."""
+    settings = state.settings
+    if request.integrations:
+        raise BadRequest("integrations: this server has none", code="unsupported_parameter", param="integrations")
+    method = resolve_method(request.method, request.hyperparameters, settings.default_method)
+    with state.database.transaction() as session:
+        base_model, parent_model = _resolve_model(session, settings, project_id, request.model)
+        _check_file(session, project_id, request.training_file, "training_file", settings.min_training_examples)
+        if request.validation_file is not None:
+            _check_file(session, project_id, request.validation_file, "validation_file", 1)
+        job = Job(
+            id=new_id("ftjob"),
+            project_id=project_id,
+            status="validating_files",
+            model=request.model,
+            base_model=base_model,
+            parent_model=parent_model,
+            training_file_id=request.training_file,
+            validation_file_id=request.validation_file,
+            method=method,
+            suffix=request.suffix,
+            seed=secrets.randbelow(LARGEST_SEED + 1) if request.seed is None else request.seed,
+            job_metadata=request.metadata,
+            created_at=unix_now(),
+            attempt=0,
+            lost_leases=0,
+        )
+        session.add(job)
+        session.flush()  # the event refers to the job's row
+        append_event(session, job.id, f"Created fine-tuning job: {job.id}")
+    ring(state.celery)
+    return job
+
+
+def _resolve_model(session: Session, settings: Settings, project_id: str, name: str) -> tuple[str, str | None]:
+    """The base model to train, and the tuned model to continue from, if any."""
+    if settings.base_model(name) is not None:
+        return name, None
+    servable = select(Model).where(Model.id == name, Model.project_id == project_id, Model.status == "servable")
+    parent = session.scalar(servable.with_for_update(read=True))  # so that it can't be deleted before the job is there
+    if parent is None:
+        known = ", ".join(entry.id for entry in settings.base_models)
+        raise ModelNotFound(f"The model {name!r} does not exist. Base models here: {known}.", param="model")
+    if settings.base_model(parent.base_model) is None:
+        raise ModelNotFound(f"The model {name!r} was trained from {parent.base_model!r}, which this server no longer has.", param="model")
+    return parent.base_model, parent.id
+
+
+def _check_file(session: Session, project_id: str, file_id: str, param: str, fewest_examples: int) -> None:
+    file = session.scalar(files_of(project_id).where(File.id == file_id).with_for_update(read=True))
+    if file is None:
+        raise BadRequest(f"{param}: there is no file with the id {file_id!r}", code="file_not_found", param=param)
+    if file.purpose != "fine-tune":
+        message = f"{param}: the file's purpose is {file.purpose!r}; upload it with the purpose fine-tune"
+        raise BadRequest(message, code="invalid_file_purpose", param=param)
+    examples = file.example_count or 0
+    if examples < fewest_examples:
+        message = f"{param}: the file has {examples} examples; at least {fewest_examples} are needed"
+        raise BadRequest(message, code="invalid_n_examples", param=param)

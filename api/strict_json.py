@@ -1,0 +1,38 @@
+"""JSON as the standard has it: NaN, infinities, half surrogate pairs and endless nesting are refused where they arrive."""
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+
+class StrictJsonRequest(Request):
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())  # its error is a json.JSONDecodeError, which FastAPI turns into a 400
+
+
+class StrictJsonRoute(APIRoute):
+    """Routes with a JSON body: `APIRouter(route_class=StrictJsonRoute)`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictJsonRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+def _without_nul(value: str) -> str:
+    if "\x00" in value:
+        raise PydanticCustomError("invalid_text", "the text holds a NUL character")
+    return value
+
+
+WITHOUT_NUL = AfterValidator(_without_nul)
+"""For text that ends up in a database: Postgres has no NUL. Stands after a Field with limits."""
+StorableText = Annotated[str, WITHOUT_NUL]

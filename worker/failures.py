@@ -22,8 +22,9 @@ class JobRejected(Exception):
             self.error["problems"] = [{"line": problem.line, "code": problem.code, "message": problem.message} for problem in problems]
 
 
-def rows_rejected(problems: list[DatasetProblem], problem_count: int, *, code: str, param: str) -> JobRejected:
-    return JobRejected(summarise_problems(problems, problem_count), code=code, param=param, problems=problems)
+def rows_rejected(problems: list[DatasetProblem], problem_count: int, *, param: str) -> JobRejected:
+    """The code is that of the first problem, as at an upload."""
+    return JobRejected(summarise_problems(problems, problem_count), code=problems[0].code, param=param, problems=problems)
 
 
 def describe_failure(error: Exception) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from core.errors import Unavailable
+from core.errors import ServiceError
 from core.jobs.transitions import Claim, LeaseLost, renew_lease
 from core.logging import get_logger
 from core.tables.jobs import Job
@@ -36,17 +36,17 @@ class StopRequested(Exception):
 
 
 class HeldLease:
-    """`claimed_at` is this machine's unix time just before the claim was made. `on_change` is told whenever `deadline`
-    or `stop` changed, from the lease's own thread, and once at the start."""
+    """`claimed_at` is this machine's unix time just before the claim was made."""
 
-    def __init__(self, resources: Resources, claim: Claim, claimed_at: float, on_change: Callable[["HeldLease"], None] | None = None) -> None:
+    def __init__(self, resources: Resources, claim: Claim, claimed_at: float) -> None:
         self.claim = claim
         self.stop: StopReason | None = None
         self._resources = resources
         self._lease_seconds = resources.settings.lease_seconds
         self._heartbeat_seconds = resources.settings.heartbeat_seconds
         self._renewed_at = claimed_at
-        self._on_change = on_change
+        self._on_change: Callable[[HeldLease], None] | None = None
+        self._telling = threading.Lock()
         self._lost = threading.Event()
         self._settled = threading.Event()
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._keep,), name=f"lease-{claim.job_id[-6:]}", daemon=True)
@@ -56,13 +56,18 @@ class HeldLease:
         return self._renewed_at + self._lease_seconds * (1 - MARGIN)
 
     def __enter__(self) -> "HeldLease":
-        self._tell()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._settled.set()
         self._thread.join()
+
+    def report_to(self, on_change: Callable[["HeldLease"], None]) -> None:
+        """Call `on_change` now, and from the lease's thread whenever `deadline` or `stop` changed; one call at a time."""
+        with self._telling:
+            on_change(self)
+            self._on_change = on_change
 
     def check(self) -> None:
         """Raises LeaseLost once the job is not ours any more, or may not be."""
@@ -87,7 +92,7 @@ class HeldLease:
         try:
             with self._resources.database.transaction() as session:
                 change(session)
-        except Unavailable as error:
+        except ServiceError as error:  # unreachable, busy or full
             log.warning("database_unreachable", error=error.message, seconds_left=round(self.deadline - time.time(), 1))
             return False
         except LeaseLost:
@@ -107,10 +112,12 @@ class HeldLease:
             before = (self._renewed_at, self.stop)
             try:
                 self._look()
-            except Unavailable as error:
+            except ServiceError as error:
                 log.warning("lease_not_renewed", error=error.message, seconds_left=round(self.deadline - time.time(), 1))
             except LeaseLost:
                 self._lost.set()
+            except Exception:  # the thread must live: without it the lease would end although all else works
+                log.exception("lease_not_renewed")
             if self._lost.is_set() or time.time() > self.deadline:
                 self._lost.set()
                 log.warning("lease_lost")
@@ -137,9 +144,10 @@ class HeldLease:
             self.stop = "requeue"
 
     def _tell(self) -> None:
-        if self._on_change is None:
-            return
-        try:
-            self._on_change(self)
-        except OSError as error:  # a full disk: the trainer then stops by itself at the deadline that it knows
-            log.error("control_not_written", error=str(error))
+        with self._telling:
+            if self._on_change is None:
+                return
+            try:
+                self._on_change(self)
+            except OSError as error:  # a full disk: the trainer then stops by itself at the deadline that it knows
+                log.error("control_not_written", error=str(error))

@@ -44,9 +44,7 @@ class FittingRows:
     too_long: list[DatasetProblem] = field(default_factory=list)
 
 
-def measure(
-    lines: Iterable[bytes], limits: DatasetLimits, chat_format: ChatFormat, teacher_template: str | None, check: Callable[[], None]
-) -> MeasuredFile:
+def measure(lines: Iterable[bytes], limits: DatasetLimits, chat_format: ChatFormat, teacher_template: str | None, check: Callable[[], None]) -> MeasuredFile:
     """Count the tokens of every line. No `teacher_template`: a supervised run. `check` is called at every line and may raise."""
     measured = MeasuredFile([], DatasetReader(limits))
     for raw in lines:

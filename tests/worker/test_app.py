@@ -1,0 +1,30 @@
+"""The Celery application: what it listens to, how many threads it wants, and that it is light."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import json, sys
+from worker.app import app
+heavy = sorted({"torch", "transformers", "peft", "numpy", "safetensors"} & sys.modules.keys())
+print(json.dumps({"heavy": heavy, "tasks": sorted(name for name in app.tasks if not name.startswith("celery.")),
+                  "threads": app.conf.worker_concurrency, "pool": app.conf.worker_pool, "acks_late": app.conf.task_acks_late,
+                  "disable_prefetch": app.conf.worker_disable_prefetch}))
+"""
+
+
+def test_the_worker_is_light_and_knows_one_task(tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "SDFT_DATA_DIR": str(tmp_path / "data"), "SDFT_TRAINING_SLOTS": "3"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=root, capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == {
+        "heavy": [],
+        "tasks": ["worker.look_for_work"],
+        "threads": 5,
+        "pool": "threads",
+        "acks_late": False,
+        "disable_prefetch": True,
+    }
+    assert not (tmp_path / "data").exists(), "importing the application makes nothing"

@@ -1,0 +1,145 @@
+"""The thread that keeps a claim: renewals, cancellations, and letting go before anybody else may claim the job."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import cast
+
+import pytest
+from sqlalchemy.orm import Session
+
+from core.database import Database
+from core.errors import Unavailable
+from core.jobs.transitions import Claim, LeaseLost, claim_for_training, record_progress, request_cancellation, requeue
+from core.tables.jobs import Job
+from tests.rows import get_job
+from tests.worker.conftest import Workshop
+from worker.held_lease import HeldLease, StopRequested
+from worker.resources import Resources
+
+
+class Unreachable:
+    """A database that is away."""
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        raise Unavailable("as the test says")
+        yield
+
+    reading = transaction
+
+
+def without_database(workshop: Workshop) -> Resources:
+    found = workshop.resources
+    unreachable = cast(Database, Unreachable())
+    return Resources(settings=found.settings, database=unreachable, storage=found.storage, inference=found.inference, doorbell=found.doorbell)
+
+
+def claim_job(workshop: Workshop) -> tuple[str, Claim]:
+    job_id = workshop.add_job()
+    with workshop.database.transaction() as session:
+        claim = claim_for_training(session, workshop.resources.settings.lease_seconds)
+    assert claim is not None
+    return job_id, claim
+
+
+def test_the_lease_is_renewed_and_the_deadline_follows(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    first = get_job(workshop.database, job_id).lease_until
+    with HeldLease(workshop.resources, claim, time.time()) as lease:
+        deadline = lease.deadline
+        time.sleep(1.6)
+        lease.check()
+        later = get_job(workshop.database, job_id).lease_until
+        assert first is not None
+        assert later is not None
+        assert later > first + 0.9
+        assert lease.deadline > deadline + 0.9
+        assert lease.deadline < time.time() + 10, "before anybody else may claim the job"
+
+
+def test_nothing_is_renewed_after_the_block(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    with HeldLease(workshop.resources, claim, time.time()):
+        pass
+    left = get_job(workshop.database, job_id).lease_until
+    time.sleep(1.2)
+    assert get_job(workshop.database, job_id).lease_until == left
+
+
+def test_a_cancellation_is_seen_within_a_second(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    with HeldLease(workshop.resources, claim, time.time()) as lease:
+        told: list[str | None] = []
+        lease.report_to(lambda lease: told.append(lease.stop))
+        with workshop.database.transaction() as session:
+            request_cancellation(session, job_id)
+        time.sleep(1.2)
+        with pytest.raises(StopRequested) as stop:
+            lease.check_wanted()
+        assert stop.value.reason == "cancel"
+        assert told[0] is None
+        assert told[-1] == "cancel"
+
+
+def test_cancel_goes_before_a_deploy(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    workshop.resources.stopping.set()
+    with HeldLease(workshop.resources, claim, time.time()) as lease:
+        time.sleep(0.8)
+        assert lease.stop == "requeue"
+        with workshop.database.transaction() as session:
+            request_cancellation(session, job_id)
+        time.sleep(1.2)
+        assert lease.stop == "cancel"
+
+
+def test_a_job_taken_by_another_is_noticed_and_nothing_is_written(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    with HeldLease(workshop.resources, replace(claim, lease_token="stale"), time.time()) as lease:
+        with pytest.raises(LeaseLost):
+            lease.write(lambda session: record_progress(session, lease.claim, step=7))
+        with pytest.raises(LeaseLost):
+            lease.check()
+    assert get_job(workshop.database, job_id).step is None
+
+
+def test_the_thread_notices_it_by_itself(workshop: Workshop) -> None:
+    _, claim = claim_job(workshop)
+    with HeldLease(workshop.resources, replace(claim, lease_token="stale"), time.time()) as lease:
+        time.sleep(1.2)
+        with pytest.raises(LeaseLost):
+            lease.check()
+
+
+def test_without_the_database_the_job_is_held_until_the_deadline_and_no_longer(workshop: Workshop) -> None:
+    _, claim = claim_job(workshop)
+    resources = without_database(workshop)
+    with HeldLease(resources, claim, time.time() - 6) as lease:
+        lease.check()
+        assert lease.try_write(lambda session: None) is False
+        started = time.monotonic()
+        with pytest.raises(LeaseLost):
+            lease.write(lambda session: None)
+        assert 1 < time.monotonic() - started < 8  # 80% of 10 seconds, of which 6 were over
+
+
+def test_a_write_goes_through_once_the_database_is_back(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    database = workshop.database
+    resources = without_database(workshop)
+    with HeldLease(resources, claim, time.time()) as lease:
+        assert lease.try_write(lambda session: None) is False
+        resources.database = database
+        lease.write(lambda session: record_progress(session, lease.claim, step=7))
+    assert get_job(database, job_id).step == 7
+
+
+def test_settling_lets_go(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    with HeldLease(workshop.resources, claim, time.time()) as lease:
+        lease.settle(lambda session: requeue(session, claim, "as the test says"))
+        time.sleep(0.8)
+    job: Job = get_job(workshop.database, job_id)
+    assert (job.status, job.lease_token) == ("queued", None)

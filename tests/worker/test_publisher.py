@@ -1,0 +1,209 @@
+"""Publishing against an inference server that works, lies, fails or is away; and verification later on."""
+
+import csv
+import io
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, update
+
+from core.database import Database
+from core.errors import InferenceUnavailable
+from core.settings import Settings
+from core.tables.files import File
+from core.tables.jobs import Checkpoint, Job
+from core.tables.models import Model
+from tests.fixtures.scripted_inference import ScriptedInference
+from tests.rows import assert_sound, get_job, messages_of
+from tests.worker.conftest import Workshop, workshop_of
+from tests.worker.test_supervisor import train_next
+from worker import publisher, verification
+from worker.attestation import Verdict
+from worker.verification import Verifier
+
+
+def models_of(workshop: Workshop, job_id: str) -> dict[int | None, Model]:
+    """By step; None is the final one."""
+    with workshop.database.reading() as session:
+        return {model.step: model for model in session.scalars(select(Model).where(Model.job_id == job_id))}
+
+
+def stored_keys(workshop: Workshop) -> set[str]:
+    root = workshop.resources.settings.storage_dir
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def referenced_keys(workshop: Workshop) -> set[str]:
+    with workshop.database.reading() as session:
+        return {key for column in (Model.storage_key, File.storage_key, Checkpoint.storage_key) for key in session.scalars(select(column))}
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.publisher.VERIFICATION_ATTEMPTS", 2)
+
+
+def test_the_archive_is_what_peft_reads(workshop: Workshop) -> None:
+    job_id = workshop.add_job()
+    train_next(workshop)
+    model = models_of(workshop, job_id)[None]
+    with tarfile.open(fileobj=io.BytesIO(b"".join(workshop.resources.storage.read(model.storage_key)))) as archive:
+        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors", "attestation.json"]
+    assert sum(len(chunk) for chunk in workshop.resources.storage.read(model.storage_key)) == model.archive_bytes
+
+
+def test_the_result_file_is_a_csv_of_every_step(workshop: Workshop) -> None:
+    job_id = workshop.add_job()
+    train_next(workshop)
+    with workshop.database.reading() as session:
+        file = session.get_one(File, session.get_one(Job, job_id).result_file_id)
+    content = b"".join(workshop.resources.storage.read(file.storage_key))
+    assert (file.purpose, file.size_bytes, file.storage_key) == ("fine-tune-results", len(content), f"files/{file.id}")
+    assert content.startswith(b"step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,")
+    rows = list(csv.DictReader(io.StringIO(content.decode())))
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 13)]
+    assert (rows[0]["train_accuracy"], rows[0]["valid_loss"], rows[0]["trained_tokens"]) == ("0.5", "", "100")
+
+
+def test_no_object_is_without_a_row_and_no_row_without_its_object(workshop: Workshop) -> None:
+    workshop.add_job()
+    train_next(workshop)
+    assert stored_keys(workshop) == referenced_keys(workshop)
+
+
+def test_a_server_that_ignores_adapters_gets_no_servable_model(workshop: Workshop, inference: ScriptedInference) -> None:
+    inference.ignores_adapters = True
+    job_id = workshop.add_job()
+    train_next(workshop)
+    model = models_of(workshop, job_id)[None]
+    assert get_job(workshop.database, job_id).status == "succeeded"
+    assert model.status == "unverified"
+    assert model.attestation is not None
+    assert model.attestation["matched"] is False
+    warning = next(message for message in messages_of(workshop.database, job_id) if "can't be used for inference" in message)
+    assert "answers as if the adapter were not applied" in warning
+    assert inference.adapters == {}, "nobody may use it, so it takes no memory"
+    inference.ignores_adapters = False
+    assert Verifier(workshop.resources).verify_waiting() == 3, "the checkpoints; what failed once is not tried again"
+    assert models_of(workshop, job_id)[None].status == "unverified"
+
+
+def test_a_server_that_drifts_gets_no_servable_model(workshop: Workshop, inference: ScriptedInference) -> None:
+    inference.drift = 0.2
+    job_id = workshop.add_job()
+    train_next(workshop)
+    assert models_of(workshop, job_id)[None].status == "unverified"
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_server_that_is_away_delays_the_model_not_the_job(
+    worker_settings: Callable[..., Settings], sqlite_database: Database, inference: ScriptedInference, tmp_path: Path
+) -> None:
+    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, inference_url="http://127.0.0.1:9")
+    away = workshop_of(settings, sqlite_database, tmp_path)
+    job_id = away.add_job()
+    train_next(away)
+    job, model = get_job(away.database, job_id), models_of(away, job_id)[None]
+    assert (job.status, model.status, model.attestation) == ("succeeded", "unverified", None)
+    assert any("could not be verified yet" in message for message in messages_of(away.database, job_id))
+    assert Verifier(away.resources).verify_waiting() == 0
+
+    away.resources.inference = type(away.resources.inference)(settings.model_copy(update={"inference_url": inference.url}))
+    assert Verifier(away.resources).verify_waiting() == 4
+    assert {model.status for model in models_of(away, job_id).values()} == {"servable"}
+    assert f"{job.fine_tuned_model} is verified and can be used now" in messages_of(away.database, job_id)
+    assert_sound(away.database, job_id)
+
+
+def test_a_hiccup_of_the_server_is_survived(workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease holds meanwhile."""
+    calls: list[float] = []
+    verify = publisher.verify
+
+    def counted(*arguments: object) -> Verdict:
+        calls.append(time.monotonic())
+        if len(calls) == 1:
+            raise InferenceUnavailable("as the test says")
+        return verify(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publisher, "verify", counted)
+    job_id = workshop.add_job()
+    train_next(workshop)
+    assert len(calls) == 2
+    assert models_of(workshop, job_id)[None].status == "servable"
+
+
+def test_checkpoints_become_servable_and_leave_the_servers_memory(workshop: Workshop, inference: ScriptedInference) -> None:
+    job_id = workshop.add_job()
+    train_next(workshop)
+    assert {step: model.status for step, model in models_of(workshop, job_id).items()} == {None: "servable", 4: "unverified", 8: "unverified", 12: "unverified"}
+    verifier = Verifier(workshop.resources)
+    assert verifier.verify_waiting() == 3
+    assert verifier.verify_waiting() == 0
+    models = models_of(workshop, job_id)
+    assert {model.status for model in models.values()} == {"servable"}
+    assert set(inference.adapters) == {models[None].serving_name}
+    assert {path.name for path in workshop.resources.settings.served_adapters_dir.iterdir()} == {models[None].serving_name}
+
+
+def test_a_refused_adapter_is_tried_again_with_patience(workshop: Workshop, inference: ScriptedInference) -> None:
+    job_id = workshop.add_job()
+    train_next(workshop)
+    verifier = Verifier(workshop.resources)
+    inference.fails_times = 3
+    assert verifier.verify_waiting() == 0
+    assert verifier.verify_waiting() == 0, "not before its time"
+    verifier.not_before.clear()
+    assert verifier.verify_waiting() == 3
+    assert models_of(workshop, job_id)[4].status == "servable"
+
+
+def test_a_model_deleted_meanwhile_stays_deleted(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = workshop.add_job()
+    train_next(workshop)
+    verify = verification.verify
+
+    def delete_first(*arguments: object) -> Verdict:
+        with workshop.database.transaction() as session:
+            session.execute(update(Model).where(Model.step == 4).values(status="deleted"))
+        return verify(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verification, "verify", delete_first)
+    Verifier(workshop.resources).verify_waiting()
+    assert models_of(workshop, job_id)[4].status == "deleted"
+
+
+def test_a_lease_lost_while_publishing_leaves_nothing(workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = publisher.verify
+
+    def lose_the_lease(*arguments: object) -> Verdict:
+        with workshop.database.transaction() as session:
+            session.execute(update(Job).values(lease_token="another"))
+        return verify(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publisher, "verify", lose_the_lease)
+    job_id = workshop.add_job()
+    train_next(workshop)
+    job = get_job(workshop.database, job_id)
+    assert (job.status, job.lease_token, job.fine_tuned_model) == ("running", "another", None)
+    assert None not in models_of(workshop, job_id)
+    assert stored_keys(workshop) == referenced_keys(workshop)
+    assert inference.adapters == {}
+    assert len(inference.ever_loaded) == 1
+
+
+def test_the_verifiers_thread_ends_with_the_worker(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.verification.LOOK_SECONDS", 0.05)
+    job_id = workshop.add_job()
+    train_next(workshop)
+    thread = threading.Thread(target=Verifier(workshop.resources).run)
+    thread.start()
+    time.sleep(1)
+    workshop.resources.stopping.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert models_of(workshop, job_id)[4].status == "servable"

@@ -1,0 +1,101 @@
+"""Proof that the inference server serves what was trained, not the bare base model.
+
+The trainer left log-probabilities of fixed token sequences, with the adapter and without. The server must reproduce both
+within the tolerance, and wherever the trainer's adapter clearly differs from its base, the served one must differ from
+the served base as well. The second condition is no consequence of the first: an adapter that changes little would match
+within the tolerance even if it were never applied.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.database import unix_now
+from core.inference_client import InferenceClient
+from core.tables.models import Model
+from sdft_engine.contract.run_directory import Attestation, AttestationProbe
+from worker.adapter_archives import ATTESTATION_NAME, WEIGHTS_NAME, file_sha256
+
+LEAST_SHARE = 0.5
+"""Of the trainer's difference between adapter and base, summed over the places where it is clear, the served one must show
+this share. Rounding moves single places, not the sum; an adapter that is not applied shows none of it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`reason` is None where the server proved itself. `record` goes into the model's row."""
+
+    reason: str | None
+    record: dict[str, Any]
+
+
+@dataclass
+class _Differences:
+    adapter: float = 0.0
+    base: float = 0.0
+    trained_effect: float = 0.0
+    served_effect: float = 0.0
+    clear_places: int = 0
+
+
+def attest(model: Model, adapter_dir: Path, client: InferenceClient, tolerance: float) -> Verdict:
+    """Compare the loaded adapter with its attestation. Raises InferenceUnavailable, InferenceFailed, or AdapterRefused."""
+    attestation = Attestation.model_validate_json((adapter_dir / ATTESTATION_NAME).read_bytes())
+    found = _Differences()
+    for probe in attestation.probes:
+        served = client.prompt_logprobs(model.serving_name, probe.token_ids)
+        base = client.prompt_logprobs(model.base_model, probe.token_ids)
+        _compare(probe, served, base, tolerance, found)
+    reason = _reason(attestation, found, tolerance)
+    record = {
+        "matched": reason is None,
+        "reason": reason,
+        "probe_count": len(attestation.probes),
+        "token_count": sum(len(probe.token_ids) - 1 for probe in attestation.probes),
+        "largest_difference": _finite(found.adapter),
+        "largest_base_difference": _finite(found.base),
+        "clear_places": found.clear_places,
+        "tolerance": tolerance,
+        "dtype": attestation.dtype,
+        "base_model": model.base_model,
+        "archive_sha256": model.archive_sha256,
+        "weights_sha256": file_sha256(adapter_dir / WEIGHTS_NAME),
+        "checked_at": unix_now(),
+    }
+    return Verdict(reason, record)
+
+
+def _compare(probe: AttestationProbe, served: list[float], served_base: list[float], tolerance: float, found: _Differences) -> None:
+    if not len(served) == len(served_base) == len(probe.adapter_logps) == len(probe.base_logps):
+        found.adapter = math.inf
+        return
+    for trained, trained_base, here, here_base in zip(probe.adapter_logps, probe.base_logps, served, served_base, strict=True):
+        found.adapter = _larger(found.adapter, abs(here - trained))
+        found.base = _larger(found.base, abs(here_base - trained_base))
+        if abs(trained - trained_base) > tolerance:
+            found.clear_places += 1
+            found.trained_effect += abs(trained - trained_base)
+            found.served_effect += abs(here - here_base)
+
+
+def _reason(attestation: Attestation, found: _Differences, tolerance: float) -> str | None:
+    if not attestation.probes:
+        return "the trainer left nothing to compare with"
+    if found.clear_places and not found.served_effect >= LEAST_SHARE * found.trained_effect:
+        return "the inference server answers as if the adapter were not applied"
+    if not found.base <= tolerance:
+        return f"the inference server's base model differs from the trainer's by {found.base:.3g} nats, more than {tolerance:g}"
+    if not found.adapter <= tolerance:
+        return f"the served adapter differs from the trained one by {found.adapter:.3g} nats, more than {tolerance:g}"
+    return None
+
+
+def _larger(known: float, value: float) -> float:
+    """The maximum, in which a NaN is never forgotten."""
+    return math.inf if math.isnan(value) else max(known, value)
+
+
+def _finite(value: float) -> float | None:
+    """Infinity is no JSON."""
+    return value if math.isfinite(value) else None

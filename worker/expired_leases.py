@@ -1,0 +1,24 @@
+"""Jobs whose worker was lost go back to where another attempt finds them, and jobs whose nudge was lost are found."""
+
+from core.jobs.transitions import lease_has_expired, release_expired_leases, waiting_for_work
+from core.logging import get_logger
+from worker.resources import Resources
+
+log = get_logger(__name__)
+
+
+def free_expired_leases(resources: Resources) -> None:
+    """Raises Unavailable."""
+    with resources.database.reading() as session:
+        if not lease_has_expired(session):
+            return
+    with resources.database.transaction() as session:
+        freed = release_expired_leases(session, resources.settings.max_lost_leases)
+    for job_id in freed:
+        log.warning("expired_lease_released", job_id=job_id)
+
+
+def work_is_waiting(resources: Resources) -> bool:
+    """Raises Unavailable."""
+    with resources.database.reading() as session:
+        return waiting_for_work(session)

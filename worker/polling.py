@@ -1,0 +1,73 @@
+"""What a worker does without being told: release expired leases, find jobs whose nudge was lost, verify models.
+
+A Celery bootstep starts these threads before the broker is connected, so jobs run with the broker down too.
+"""
+
+import threading
+from typing import Any
+
+from celery import bootsteps
+
+from core.errors import ServiceError
+from core.logging import get_logger
+from worker.expired_leases import free_expired_leases, work_is_waiting
+from worker.resources import Resources, resources_of, threads_needed
+from worker.tasks import seek_work
+from worker.verification import Verifier
+
+log = get_logger(__name__)
+
+
+class Poll:
+    """Looks every `poll_seconds`, and searches for work in threads of its own: a search may train for hours."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._searches: list[threading.Thread] = []
+
+    def run(self) -> None:
+        """The thread's loop, until the process ends."""
+        while True:
+            try:
+                self.look()
+            except ServiceError as error:
+                log.warning("database_unreachable", error=error.message)
+            except Exception:
+                log.exception("poll_failed_unexpectedly")
+            if self._resources.stopping.wait(self._resources.settings.poll_seconds):
+                return
+
+    def look(self) -> None:
+        free_expired_leases(self._resources)
+        self._searches = [thread for thread in self._searches if thread.is_alive()]
+        if len(self._searches) < threads_needed(self._resources.settings) and work_is_waiting(self._resources):
+            search = threading.Thread(target=seek_work, args=(self._resources,), name="search")
+            search.start()
+            self._searches.append(search)
+
+    def wait_for_searches(self) -> None:
+        for thread in self._searches:
+            thread.join()
+
+
+class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Starts with the worker, before its consumer; ends when the consumer has ended."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._resources = resources_of(worker.app)
+        self._poll = Poll(self._resources)
+        self._thread = threading.Thread(target=self._poll.run, name="poll")
+
+    def start(self, worker: Any) -> None:
+        self._thread.start()
+        threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
+
+    def stop(self, worker: Any) -> None:
+        """Wait for the searches: their supervisors were told already when the shutdown began."""
+        self._resources.stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._poll.wait_for_searches()

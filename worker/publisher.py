@@ -1,0 +1,120 @@
+"""From a finished run to a model: adapter → storage → inference server → verified → rows, with the job's success.
+
+All rows appear in the one transaction that ends the job, so a published model always belongs to a succeeded job, and an
+attempt that lost its lease on the way leaves nothing.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_when_event_set, wait_exponential
+
+from core.database import unix_now
+from core.errors import InferenceFailed, InferenceUnavailable
+from core.ids import new_token, tuned_model_id
+from core.jobs.events import append_event
+from core.jobs.transitions import record_progress, succeed
+from core.logging import get_logger
+from core.tables.files import File
+from core.tables.jobs import Job
+from core.tables.models import Model
+from sdft_engine.contract.run_directory import RunDirectory
+from worker.adapter_archives import check_manifest, delete_unreferenced, store_adapter
+from worker.attestation import Verdict
+from worker.held_lease import HeldLease
+from worker.resources import Resources
+from worker.result_file import store_result_file
+from worker.run_preparation import PreparedRun
+from worker.verification import NOT_VERIFIABLE_NOW, not_servable, verify, withdraw
+
+VERIFICATION_ATTEMPTS = 5
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is added when the job succeeds. `reason` says why the model is not servable; None: it is."""
+
+    model: Model
+    result_file: File
+    reason: str | None
+
+
+def publish(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, trained_tokens: int) -> None:
+    """Ends with the job succeeded. Raises LeaseLost, ObjectDamaged or StorageFull; then nothing is left behind."""
+    lease.write(lambda session: record_progress(session, lease.claim, phase="publishing"))
+    check_manifest(run.final_dir)
+    job = prepared.job
+    model = _model_of(job, prepared.project_name)
+    keys = [model.storage_key]
+    try:
+        stored = store_adapter(resources.storage, model.serving_name, run.final_dir, run.path)
+        model.archive_bytes, model.archive_sha256 = stored.size_bytes, stored.sha256
+        result_file = store_result_file(resources.database, resources.storage, job.project_id, job.id)
+        keys.append(result_file.storage_key)
+        reason = _verify_patiently(resources, lease, model)
+        publication = Publication(model, result_file, reason)
+        lease.settle(lambda session: _finish(session, lease, publication, trained_tokens))
+    finally:
+        if model.storage_key in delete_unreferenced(resources.database, resources.storage, keys):
+            withdraw(resources, model.serving_name)
+    log.info("model_published", model=model.id, status=model.status, reason=reason)
+
+
+def _model_of(job: Job, project_name: str) -> Model:
+    serving_name = new_token()
+    return Model(
+        id=tuned_model_id(job.base_model, project_name, job.suffix, job.id),
+        project_id=job.project_id,
+        job_id=job.id,
+        base_model=job.base_model,
+        parent_model=job.parent_model,
+        step=None,
+        status="unverified",
+        serving_name=serving_name,
+        storage_key=f"models/{serving_name}.tar.gz",
+        attestation=None,
+        created_at=unix_now(),
+    )
+
+
+def _verify_patiently(resources: Resources, lease: HeldLease, model: Model) -> str | None:
+    """Set the model's status and record. Returns why it isn't servable, None where it is.
+
+    A server that can't be reached is asked again a few times, not when this worker is to end: the model then stays
+    unverified, and some worker's verification thread takes it up.
+    """
+
+    def ask() -> Verdict:
+        lease.check()
+        return verify(resources, model)
+
+    retrying = Retrying(
+        retry=retry_if_exception_type((InferenceUnavailable, InferenceFailed)),
+        stop=stop_after_attempt(VERIFICATION_ATTEMPTS) | stop_when_event_set(resources.stopping),
+        wait=wait_exponential(multiplier=0.5, max=8),
+        sleep=sleep_using_event(resources.stopping),
+        reraise=True,
+    )
+    try:
+        verdict = retrying(ask)
+    except NOT_VERIFIABLE_NOW as error:
+        return f"it could not be verified yet ({error}); this is tried again"
+    model.attestation = verdict.record
+    model.status = "unverified" if verdict.reason else "servable"
+    if verdict.reason:
+        withdraw(resources, model.serving_name)
+    return verdict.reason
+
+
+def _finish(session: Session, lease: HeldLease, publication: Publication, trained_tokens: int) -> None:
+    """`succeed` is the fence: where it raises, nothing of this is kept. May run again after the database was away, so the
+    rows are made anew each time."""
+    model, result_file = publication.model, publication.result_file
+    append_event(session, lease.claim.job_id, f"New fine-tuned model created: {model.id}", data={"model": model.id})
+    if publication.reason is not None:
+        append_event(session, lease.claim.job_id, not_servable(model.id, publication.reason), level="warn", data=model.attestation)
+    session.add(Model(**{column.key: getattr(model, column.key) for column in Model.__table__.columns}))
+    session.add(File(**{column.key: getattr(result_file, column.key) for column in File.__table__.columns}))
+    succeed(session, lease.claim, fine_tuned_model=model.id, result_file_id=result_file.id, trained_tokens=trained_tokens)

@@ -1,0 +1,158 @@
+"""Fill the run directory of an attempt: configuration, data, the parent's adapter, the checkpoint to resume from."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.archives import fetch_directory
+from core.jobs.events import append_event
+from core.jobs.transitions import assert_held
+from core.logging import get_logger
+from core.storage import ObjectDamaged
+from core.tables.files import File
+from core.tables.jobs import Checkpoint, Job, JobMetrics
+from core.tables.models import Model
+from core.tables.projects import Project
+from sdft_engine.contract.config import TrainingConfig
+from sdft_engine.contract.dataset import DatasetProblem
+from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised, SdftHyperparameters
+from sdft_engine.contract.run_directory import RunDirectory, write_atomically
+from worker.base_models import BaseModel, load_base_model
+from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, teacher_template, wire_hyperparameters
+from worker.failures import JobRejected
+from worker.held_lease import HeldLease
+from worker.resources import Resources
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What the supervisor needs to know of the job. `trained_tokens` are those up to `resume_step`."""
+
+    job: Job
+    project_name: str
+    resume_step: int
+    trained_tokens: int
+
+
+def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> PreparedRun:
+    """Raises JobRejected, BaseModelError, ObjectDamaged, LeaseLost, or StopRequested."""
+    with resources.database.reading() as session:
+        job = session.get_one(Job, lease.claim.job_id)
+        project = session.get_one(Project, job.project_id)
+        parent = session.get(Model, job.parent_model) if job.parent_model else None
+        training_file = session.get(File, job.training_file_id)
+        validation_file = session.get(File, job.validation_file_id) if job.validation_file_id else None
+    base_model = load_base_model(resources.settings, job.base_model, lease.check_wanted)
+    config = _config(resources, job, base_model)
+    write_atomically(run.config_path, config.model_dump_json(indent=1).encode())
+    dropped, validation_dropped = _dropped_lines(resources, lease, job, base_model, training_file, validation_file)
+    _write_rows(run.train_path, read_lines(resources.storage, training_file, "training_file"), dropped, lease)
+    if job.validation_file_id:
+        _write_rows(run.validation_path, read_lines(resources.storage, validation_file, "validation_file"), validation_dropped, lease)
+    if job.parent_model:
+        _fetch_parent(resources, parent, run)
+    resume_step = _fetch_checkpoint(resources, lease, run)
+    return PreparedRun(job, project.name, resume_step, _trained_tokens(resources, job.id, resume_step))
+
+
+def discard_bulk(run: RunDirectory) -> None:
+    """Remove what an attempt that is over needs no more: it is in storage. Logs, metrics and rollouts stay."""
+    for directory in (run.checkpoints_dir, run.resume_dir, run.parent_adapter_dir, run.final_dir):
+        shutil.rmtree(directory, ignore_errors=True)
+    for scratch in run.path.glob(".*"):
+        shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+def _config(resources: Resources, job: Job, base_model: BaseModel) -> TrainingConfig:
+    method = job.method["type"]
+    resolved = job.resolved_hyperparameters
+    return TrainingConfig(
+        method=method,
+        base_model=job.base_model,
+        base_model_dir=base_model.directory,
+        seed=job.seed,
+        sdft=ResolvedSdft.model_validate(resolved) if method == "sdft" else None,
+        supervised=ResolvedSupervised.model_validate(resolved) if method == "supervised" else None,
+        teacher_template=teacher_template(job),
+        device=resources.settings.device,
+        dtype=resources.settings.dtype,
+        threads=resources.settings.trainer_threads,
+    )
+
+
+def _dropped_lines(
+    resources: Resources, lease: HeldLease, job: Job, base_model: BaseModel, training_file: File | None, validation_file: File | None
+) -> tuple[set[int], set[int]]:
+    """Lines of both files that validation left out. Counted again: the answer is the same, and it needs no column."""
+    wire = wire_hyperparameters(job)
+    if not isinstance(wire, SdftHyperparameters) or wire.over_length != "drop":
+        return set(), set()
+    lines = read_lines(resources.storage, training_file, "training_file")
+    _, fitting = measured_training_rows(job, lines, resources.settings, base_model, lease.check_wanted)
+    if not job.validation_file_id:
+        return _lines(fitting.too_long), set()
+    lines = read_lines(resources.storage, validation_file, "validation_file")
+    _, validation_fitting = measured_validation_rows(lines, resources.settings, base_model, lease.check_wanted)
+    return _lines(fitting.too_long), _lines(validation_fitting.too_long)
+
+
+def _lines(problems: list[DatasetProblem]) -> set[int]:
+    return {problem.line for problem in problems}
+
+
+def _write_rows(path: Path, lines: Iterable[bytes], dropped: set[int], lease: HeldLease) -> None:
+    """Copy the usable lines as they are, so that the trainer reads what was validated."""
+    with path.open("wb") as file:
+        for number, line in enumerate(lines, start=1):
+            lease.check_wanted()
+            if number not in dropped and line.strip():
+                file.write(line + b"\n")
+
+
+def _fetch_parent(resources: Resources, parent: Model | None, run: RunDirectory) -> None:
+    try:
+        if parent is None or parent.status == "deleted":
+            raise FileNotFoundError
+        fetch_directory(resources.storage, parent.storage_key, parent.archive_sha256, run.parent_adapter_dir)
+    except FileNotFoundError as error:
+        raise JobRejected("the model to continue from does not exist any more", code="model_not_found", param="model") from error
+
+
+def _fetch_checkpoint(resources: Resources, lease: HeldLease, run: RunDirectory) -> int:
+    """Unpack the newest checkpoint that is whole into `resume/`. Returns its step, 0 where the run starts afresh."""
+    with resources.database.reading() as session:
+        checkpoints = session.scalars(select(Checkpoint).where(Checkpoint.job_id == lease.claim.job_id).order_by(Checkpoint.step.desc())).all()
+    for checkpoint in checkpoints:
+        lease.check_wanted()
+        try:
+            fetch_directory(resources.storage, checkpoint.storage_key, checkpoint.sha256, run.resume_dir)
+        except (ObjectDamaged, FileNotFoundError) as error:
+            log.error("checkpoint_damaged", step=checkpoint.step, error=str(error))
+            _report_damage(lease, checkpoint.step)
+            continue
+        return checkpoint.step
+    return 0
+
+
+def _report_damage(lease: HeldLease, step: int) -> None:
+    def report(session: Session) -> None:
+        assert_held(session, lease.claim)
+        append_event(
+            session, lease.claim.job_id, f"The checkpoint of step {step} is damaged or gone; the one before it is used", level="warn", data={"step": step}
+        )
+
+    lease.write(report)
+
+
+def _trained_tokens(resources: Resources, job_id: str, step: int) -> int:
+    if step == 0:
+        return 0
+    with resources.database.reading() as session:
+        rows = session.scalars(select(JobMetrics.metrics).where(JobMetrics.job_id == job_id, JobMetrics.step <= step))
+        return sum(int(metrics["trained_tokens"]) for metrics in rows)

@@ -1,0 +1,170 @@
+"""One attempt of one job: prepare its run directory, start the trainer, keep the lease, carry its output into rows, and
+end it as its result says. The job is never left held by nobody, and no process of the trainer outlives this function."""
+
+import os
+import shutil
+import time
+
+from pydantic import ValidationError
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
+from structlog.contextvars import bound_contextvars
+
+from core.errors import Unavailable
+from core.jobs.transitions import Claim, LeaseLost, fail, finish_cancellation, record_progress, requeue, requeue_after_crash
+from core.logging import get_logger
+from core.tables.jobs import Checkpoint
+from sdft_engine.contract.errors import CheckpointDamaged, LeaseExpired
+from sdft_engine.contract.run_directory import Control, RunDirectory, StopReason, TrainingResult
+from worker.adapter_archives import delete_unreferenced
+from worker.checkpoint_import import CheckpointImport
+from worker.failures import describe_failure
+from worker.held_lease import HeldLease, StopRequested
+from worker.metrics_import import ProgressImport
+from worker.publisher import publish
+from worker.resources import Resources
+from worker.run_preparation import PreparedRun, discard_bulk, prepare_run
+from worker.trainer_process import TrainerProcess, last_log_lines
+
+EXIT_LEASE_EXPIRED = 75
+"""Exit status of a trainer that stopped itself because its lease ran out or its supervisor was gone."""
+WATCH_SECONDS = 0.2
+IMPORT_SECONDS = 1.0
+GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "pause": 60, "requeue": 20}
+"""How long a trainer may take to reach a step boundary before it is killed. A worker that ends has 30 seconds in all."""
+
+DEPLOY_MESSAGE = "The worker was stopped, as in a deploy; the job goes back to the queue and continues from its last checkpoint"
+UNREACHABLE_MESSAGE = "The database could not be reached; the job goes back to the queue and continues from its last checkpoint"
+
+log = get_logger(__name__)
+
+
+def train(resources: Resources, claim: Claim, claimed_at: float) -> None:
+    """Train a claimed job to its end, or hand it back. The boundary: nothing but a kill leaves the job held."""
+    run = RunDirectory(resources.settings.runs_dir / claim.job_id / f"attempt-{claim.attempt}")
+    with bound_contextvars(job_id=claim.job_id, attempt=claim.attempt):
+        try:
+            with HeldLease(resources, claim, claimed_at) as lease:
+                _attempt_or_give_up(resources, lease, run)
+        finally:
+            discard_bulk(run)
+
+
+def _attempt_or_give_up(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:
+    log.info("attempt_started")
+    try:
+        _attempt(resources, lease, run)
+    except LeaseLost as lost:
+        log.warning("attempt_abandoned", reason=str(lost))
+    except Exception as error:
+        _give_up(lease, error)
+    log.info("attempt_ended")
+
+
+def _give_up(lease: HeldLease, error: Exception) -> None:
+    """End the job for an exception: back to the queue where it is no fault of the job's, else failed."""
+    try:
+        if isinstance(error, StopRequested):
+            lease.settle(lambda session: requeue(session, lease.claim, DEPLOY_MESSAGE))
+        elif isinstance(error, Unavailable):
+            lease.settle(lambda session: requeue(session, lease.claim, UNREACHABLE_MESSAGE, level="warn"))
+        else:
+            described = describe_failure(error)
+            lease.settle(lambda session: fail(session, lease.claim, described))
+    except LeaseLost as lost:
+        log.warning("attempt_abandoned", reason=str(lost))
+
+
+def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:
+    _empty_directory(run)
+    prepared = prepare_run(resources, lease, run)
+    lease.report_to(lambda lease: run.write_control(Control(lease_deadline=lease.deadline, supervisor_pid=os.getpid(), stop=lease.stop)))
+    lease.write(lambda session: record_progress(session, lease.claim, phase="starting", step=prepared.resume_step))
+    progress = ProgressImport(run, lease, prepared)
+    checkpoints = CheckpointImport(resources, run, lease, prepared)
+    with TrainerProcess(resources.trainer_command, run, resources.settings) as trainer:
+        _watch(trainer, lease, progress, checkpoints)
+    log.info("trainer_ended", how=trainer.describe_exit())
+    if trainer.exit_status == EXIT_LEASE_EXPIRED:
+        raise LeaseLost("the trainer stopped itself: its lease ran out")
+    progress.import_rest()
+    checkpoints.import_new()
+    _conclude(resources, lease, run, prepared, progress, trainer)
+
+
+def _empty_directory(run: RunDirectory) -> None:
+    for leftover in run.path.parent.glob("attempt-*"):  # of attempts whose worker was killed
+        discard_bulk(RunDirectory(leftover))
+    shutil.rmtree(run.path, ignore_errors=True)
+    run.path.mkdir(parents=True)
+
+
+def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, checkpoints: CheckpointImport) -> None:
+    """Until the trainer ends, or has to be ended: carry what it writes into rows about every second. Raises LeaseLost."""
+    next_import = 0.0
+    stop_since: float | None = None
+    while not trainer.exited():
+        lease.check()
+        if lease.stop is not None:
+            stop_since = stop_since or time.monotonic()
+            if time.monotonic() - stop_since > GRACE_SECONDS[lease.stop]:
+                log.warning("trainer_did_not_stop", asked=lease.stop)
+                return
+        if time.monotonic() >= next_import:
+            if progress.import_new():
+                checkpoints.import_new()
+            next_import = time.monotonic() + IMPORT_SECONDS
+        time.sleep(WATCH_SECONDS)
+
+
+def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, progress: ProgressImport, trainer: TrainerProcess) -> None:
+    """End the attempt as the trainer's result says; without one it crashed, unless it was stopped from here."""
+    result = _read_result(run)
+    claim, lost_leases = lease.claim, resources.settings.max_lost_leases
+    if lease.stop == "cancel":
+        lease.settle(lambda session: finish_cancellation(session, claim))
+    elif result is None and lease.stop is not None:
+        lease.settle(lambda session: requeue(session, claim, DEPLOY_MESSAGE))
+    elif result is None:
+        reason = _crash_report(run, trainer)
+        lease.settle(lambda session: requeue_after_crash(session, claim, reason, lost_leases))
+    elif result.outcome == "succeeded":
+        publish(resources, lease, run, prepared, progress.trained_tokens)
+    elif result.outcome == "stopped":
+        lease.settle(lambda session: requeue(session, claim, DEPLOY_MESSAGE))
+    else:
+        _conclude_failure(resources, lease, prepared, result)
+
+
+def _conclude_failure(resources: Resources, lease: HeldLease, prepared: PreparedRun, result: TrainingResult) -> None:
+    claim = lease.claim
+    error = result.error or {"code": "engine_error", "message": "the trainer failed without saying why", "param": None}
+    if error["code"] == LeaseExpired.code:
+        raise LeaseLost(error["message"])
+    if error["code"] != CheckpointDamaged.code or not prepared.resume_step:
+        lease.settle(lambda session: fail(session, claim, error))
+        return
+    step = prepared.resume_step
+    message = f"The checkpoint of step {step} can't be used ({error['message']}); the one before it is used"
+    keys: list[str] = []
+
+    def forget_checkpoint(session: Session) -> None:
+        keys[:] = session.scalars(delete(Checkpoint).where(Checkpoint.job_id == claim.job_id, Checkpoint.step == step).returning(Checkpoint.storage_key))
+        requeue_after_crash(session, claim, message, resources.settings.max_lost_leases)
+
+    lease.settle(forget_checkpoint)
+    delete_unreferenced(resources.database, resources.storage, keys)
+
+
+def _read_result(run: RunDirectory) -> TrainingResult | None:
+    try:
+        return run.read_result()
+    except ValidationError as error:
+        log.error("result_unreadable", error=str(error))
+        return None
+
+
+def _crash_report(run: RunDirectory, trainer: TrainerProcess) -> str:
+    said = last_log_lines(run)
+    report = f"The trainer ended without a result ({trainer.describe_exit()})"
+    return f"{report}; the last lines of its log:\n{said}" if said else report

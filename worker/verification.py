@@ -1,0 +1,110 @@
+"""Models become servable here: loaded into the inference server and compared with what the trainer measured.
+
+The final model of a job is verified while the job is published; checkpoints, and models whose server could not be reached
+then, by a thread that looks for them every few seconds. A model that failed the comparison is not tried again: its bytes
+never change.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass, field
+
+from sqlalchemy import select, update
+
+from core.errors import InferenceFailed, InferenceUnavailable, ServiceError
+from core.inference_client import AdapterRefused
+from core.jobs.events import append_event
+from core.logging import get_logger
+from core.served_adapters import load_into_server
+from core.storage import ObjectDamaged
+from core.tables.models import Model
+from worker.attestation import Verdict, attest
+from worker.resources import Resources
+
+LOOK_SECONDS = 3.0
+LONGEST_DELAY_SECONDS = 60.0
+MODELS_AT_A_TIME = 10
+
+NOT_VERIFIABLE_NOW = (InferenceUnavailable, InferenceFailed, AdapterRefused)
+"""What may be different later: the server is down, starting, or serves another base model at the moment."""
+
+log = get_logger(__name__)
+
+
+def verify(resources: Resources, model: Model) -> Verdict:
+    """Load the model into the inference server and compare. Raises ObjectDamaged or one of NOT_VERIFIABLE_NOW."""
+    directory = resources.settings.served_adapters_dir
+    load_into_server(model, resources.storage, directory, resources.inference)
+    return attest(model, directory / model.serving_name, resources.inference, resources.settings.attestation_tolerance)
+
+
+def withdraw(resources: Resources, serving_name: str) -> None:
+    """Take an adapter out of the inference server and its unpacked files away; whoever asks for it has it loaded again."""
+    try:
+        resources.inference.unload_adapter(serving_name)
+    except NOT_VERIFIABLE_NOW as error:
+        log.warning("adapter_not_unloaded", serving_name=serving_name, error=str(error))
+    shutil.rmtree(resources.settings.served_adapters_dir / serving_name, ignore_errors=True)
+
+
+@dataclass
+class Verifier:
+    """Remembers when a model whose verification was not possible is tried again."""
+
+    resources: Resources
+    delays: dict[str, float] = field(default_factory=dict)
+    not_before: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """The thread's loop, until the process ends."""
+        while not self.resources.stopping.wait(LOOK_SECONDS):
+            try:
+                self.verify_waiting()
+            except ServiceError as error:
+                log.warning("database_unreachable", error=error.message)
+            except Exception:
+                log.exception("verification_failed_unexpectedly")
+
+    def verify_waiting(self) -> int:
+        """Verify the models that wait for it. Returns how many got a verdict."""
+        with self.resources.database.reading() as session:
+            waiting = session.scalars(select(Model).where(Model.status == "unverified", Model.attestation.is_(None)).order_by(Model.created_at)).all()
+        due = [model for model in waiting if self.not_before.get(model.id, 0) <= time.monotonic()][:MODELS_AT_A_TIME]
+        if not due or not self.resources.inference.healthy():
+            return 0
+        return sum(self._verify(model) for model in due if not self.resources.stopping.is_set())
+
+    def _verify(self, model: Model) -> bool:
+        try:
+            verdict = verify(self.resources, model)
+        except (*NOT_VERIFIABLE_NOW, ObjectDamaged, FileNotFoundError) as error:
+            self.delays[model.id] = min(LONGEST_DELAY_SECONDS, 2 * self.delays.get(model.id, LOOK_SECONDS / 2))
+            self.not_before[model.id] = time.monotonic() + self.delays[model.id]
+            log.warning("model_not_verifiable", model=model.id, error=str(error), retry_seconds=self.delays[model.id])
+            return False
+        if model.step is not None or verdict.reason is not None:
+            withdraw(self.resources, model.serving_name)
+        self._record(model, verdict)
+        return True
+
+    def _record(self, model: Model, verdict: Verdict) -> None:
+        status = "servable" if verdict.reason is None else "unverified"
+        with self.resources.database.transaction() as session:
+            recorded = session.execute(
+                update(Model)
+                .where(Model.id == model.id, Model.status == "unverified", Model.attestation.is_(None))
+                .values(status=status, attestation=verdict.record)
+                .returning(Model.id)
+                .execution_options(synchronize_session=False)
+            ).one_or_none()
+            if recorded is None:
+                return  # deleted meanwhile, or another worker was faster
+            if verdict.reason is not None:
+                append_event(session, model.job_id, not_servable(model.id, verdict.reason), level="warn", data=verdict.record)
+            elif model.step is None:
+                append_event(session, model.job_id, f"{model.id} is verified and can be used now", data=verdict.record)
+        log.info("model_verified", model=model.id, status=status, reason=verdict.reason)
+
+
+def not_servable(model_id: str, reason: str) -> str:
+    return f"{model_id} can't be used for inference: {reason}. Its adapter can be downloaded"

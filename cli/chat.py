@@ -56,11 +56,13 @@ def _converse(client: Client, options: Json, messages: list[Json]) -> None:
 def _answer(client: Client, options: Json, messages: list[Json]) -> str:
     """Print the answer as it comes. Returns it."""
     pieces: list[str] = []
-    for event in client.stream_events("/chat/completions", {**options, "messages": messages, "stream": True}):
-        piece = _text_of(event)
-        pieces.append(piece)
-        print(clean(piece), end="", flush=True)
-    print()
+    try:
+        for event in client.stream_events("/chat/completions", {**options, "messages": messages, "stream": True}):
+            pieces.append(_text_of(event))
+            print(clean(pieces[-1]), end="", flush=True)
+    finally:
+        if pieces:
+            print()
     return "".join(pieces)
 
 

@@ -78,19 +78,21 @@ class Client:
             _raise_for_error(answer)
             yield answer
 
-    def stream_events(self, path: str, body: Json) -> Iterator[Json]:
+    def stream_events(self, path: str, request: Json) -> Iterator[Json]:
         """The JSON objects of a server-sent event stream, up to `[DONE]`."""
         timeout = httpx2.Timeout(ANSWER_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
-        with self._translated(), self._http.stream("POST", self.base_url + path, json=body, timeout=timeout) as answer:
+        with self._translated(), self._http.stream("POST", self.base_url + path, json=request, timeout=timeout) as answer:
             _raise_for_error(answer)
-            for line in answer.iter_lines():
-                if line == "data: [DONE]":
+            for event in httpx2.EventSource(answer):
+                if event.data == "[DONE]":
                     return
-                if line.startswith("data: "):
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise ServerRefused(_message_of(event, answer.status_code), answer.status_code)
-                    yield event
+                try:
+                    body = json.loads(event.data)
+                except ValueError as error:
+                    raise CliError(f"{self.base_url} sent something that is no JSON: {event.data[:200]}") from error
+                if "error" in body:
+                    raise ServerRefused(_message_of(body, answer.status_code), answer.status_code)
+                yield body
         raise ServerUnreachable(f"{self.base_url} closed the connection before the answer was complete")
 
     def _json(self, method: str, path: str, **request: Any) -> Json:

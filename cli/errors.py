@@ -33,6 +33,8 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except CliError as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        except BrokenPipeError:  # nobody reads our output any more (`| head`): click ends quietly
+            raise
         except OSError as error:  # a file that can't be read or written; its text names it
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1)

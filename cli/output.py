@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+PIPE_WIDTH = 10_000
+
 
 def clean(value: object) -> str:
     """Printable text: control characters but newline and tab are left out."""
@@ -21,8 +23,10 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Columns never shorten an id: where they don't fit, the terminal wraps."""
-    console = Console(soft_wrap=False)
+    """No cell is ever shortened: a terminal wraps what doesn't fit, a pipe gets one line a row."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=False)

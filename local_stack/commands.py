@@ -98,7 +98,7 @@ class Stack:
         words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
         words += ["--threads", str(settings.inference_threads)] if settings.inference_threads else []
         command = self.python("inference", *words)
-        return self._process("inference", command, self.inference_answers, start_limit_seconds=300, stop_grace_seconds=5)
+        return self._process("inference", command, self.inference_answers, start_limit_seconds=300, stop_grace_seconds=12)
 
     def api_process(self) -> ProcessSpec:
         settings = self.settings

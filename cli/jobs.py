@@ -1,0 +1,125 @@
+"""`sdft jobs`: create, list, get, cancel, events, watch."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import output
+from cli.client import Client, Json, segment
+from cli.errors import CliError
+from cli.files import AsJson, upload_file
+from cli.watch import watch as watch_job
+
+app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
+JobId = Annotated[str, typer.Argument(help="A job's id, as in `jobs list`.")]
+JOBS = "/fine_tuning/jobs"
+
+
+@app.command()
+def create(
+    model: Annotated[str, typer.Argument(help="A base model, or a tuned model to continue from.")],
+    training_file: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A JSONL file on this machine (it is uploaded), or an uploaded file's id.")],
+    validation_file: Annotated[str | None, typer.Option(metavar="FILE_OR_ID", help="Rows that are measured, never trained on.")] = None,
+    method: Annotated[str | None, typer.Option(help="sdft or supervised. Default: the server's.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the job repeatable.")] = None,
+    hp: Annotated[list[str] | None, typer.Option("--hp", metavar="KEY=VALUE", help="A hyperparameter; may be given again.")] = None,
+    teacher_template: Annotated[str | None, typer.Option(help="How the teacher sees the demonstration: example, history, or a template.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a job, and print its id."""
+    method_object = method_of(method, [parse_pair(pair) for pair in hp or []], teacher_template)
+    client = Client.from_environment()
+    body: Json = {"model": model, "training_file": _file_id(client, training_file)}
+    body |= {"validation_file": _file_id(client, validation_file)} if validation_file is not None else {}
+    body |= {"method": method_object} if method_object is not None else {}
+    body |= {"suffix": suffix} if suffix is not None else {}
+    body |= {"seed": seed} if seed is not None else {}
+    job = client.post(JOBS, body)
+    output.print_json(job) if as_json else print(output.clean(job["id"]), flush=True)
+    if watch:
+        raise typer.Exit(watch_job(client, job["id"]))
+
+
+def parse_pair(pair: str) -> tuple[str, Any]:
+    """`key=value`; a value that is JSON (a number, true, null) becomes that, any other stays text."""
+    key, equals, text = pair.partition("=")
+    if not key or not equals:
+        raise CliError(f"--hp {pair}: write it as key=value")
+    try:
+        return key, json.loads(text)
+    except ValueError:
+        return key, text
+
+
+def method_of(name: str | None, pairs: list[tuple[str, Any]], teacher_template: str | None) -> Json | None:
+    """The job's method object; None leaves the choice to the server. What only sdft knows makes it sdft."""
+    if name is None and not pairs and teacher_template is None:
+        return None
+    name = name or "sdft"
+    settings: Json = {"hyperparameters": dict(pairs)} if pairs else {}
+    settings |= {"teacher_template": teacher_template} if teacher_template is not None else {}
+    return {"type": name, name: settings}
+
+
+def _file_id(client: Client, file_or_id: str) -> str:
+    path = Path(file_or_id)
+    if path.is_file():
+        uploaded = upload_file(client, path)
+        typer.echo(f"uploaded {path} as {output.clean(uploaded['id'])}", err=True)
+        return str(uploaded["id"])
+    if not file_or_id.startswith("file-"):
+        raise CliError(f"{file_or_id} is neither a file on this machine nor the id of an uploaded one (file-…)")
+    return file_or_id
+
+
+@app.command("list")
+def list_jobs(limit: Annotated[int, typer.Option(min=1, help="How many at most, the newest first.")] = 20, as_json: AsJson = False) -> None:
+    """List jobs."""
+    found = list(Client.from_environment().pages(JOBS, limit))
+    if as_json:
+        output.print_json(found)
+        return
+    rows = ((j["id"], j["status"], progress_text(j), j["model"], j.get("fine_tuned_model"), output.local_time(j["created_at"])) for j in found)
+    output.print_table(("id", "status", "progress", "model", "tuned model", "created"), rows)
+
+
+def progress_text(job: Json) -> str | None:
+    if job.get("queue_position") is not None:
+        return f"place {job['queue_position']} in the queue"
+    progress = job.get("progress") or {}
+    return f"step {progress['step']}/{progress['total_steps']}" if progress.get("total_steps") else None
+
+
+@app.command()
+def get(job_id: JobId, as_json: AsJson = False) -> None:
+    """Show one job's record."""
+    found = Client.from_environment().get(f"{JOBS}/{segment(job_id)}")
+    output.print_json(found) if as_json else output.print_fields(found)
+
+
+@app.command()
+def cancel(job_id: JobId) -> None:
+    """Cancel a job; a running one stops at its next step."""
+    job = Client.from_environment().post(f"{JOBS}/{segment(job_id)}/cancel")
+    print("cancelled" if job["status"] == "cancelled" else f"cancellation requested; the job is {output.clean(job['status'])} and stops at its next step")
+
+
+@app.command()
+def events(job_id: JobId, limit: Annotated[int, typer.Option(min=1, help="How many at most: the last ones.")] = 20, as_json: AsJson = False) -> None:
+    """Show a job's last events, the oldest first."""
+    found = list(Client.from_environment().pages(f"{JOBS}/{segment(job_id)}/events", limit))
+    if as_json:
+        output.print_json(found)
+        return
+    for event in reversed(found):
+        print(f"{output.local_time(event['created_at'])}  {event['level']:5}  {output.clean(event['message'])}")
+
+
+@app.command()
+def watch(job_id: JobId) -> None:
+    """Follow a job until it ends. Exit status 0 only where it succeeded."""
+    raise typer.Exit(watch_job(Client.from_environment(), job_id))

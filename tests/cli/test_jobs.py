@@ -1,0 +1,128 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from cli.errors import CliError
+from cli.jobs import method_of, parse_pair
+from tests.cli.stub_server import StubServer, json_answer, refusal
+
+JOB = {
+    "id": "ftjob-1",
+    "object": "fine_tuning.job",
+    "created_at": 1_700_000_000,
+    "model": "base",
+    "status": "running",
+    "fine_tuned_model": None,
+    "progress": {"step": 3, "total_steps": 10, "phase": "training"},
+    "queue_position": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        ("n_epochs=3", ("n_epochs", 3)),
+        ("learning_rate=1e-4", ("learning_rate", 1e-4)),
+        ("batch_size=auto", ("batch_size", "auto")),
+        ("mask_clipped_completions=false", ("mask_clipped_completions", False)),
+        ("entry_clip=null", ("entry_clip", None)),
+        ("x=a=b", ("x", "a=b")),
+    ],
+)
+def test_values_are_json_where_they_can_be(pair: str, expected: tuple[str, object]) -> None:
+    assert parse_pair(pair) == expected
+
+
+@pytest.mark.parametrize("pair", ["n_epochs", "=3", ""])
+def test_a_pair_needs_a_key_and_a_value(pair: str) -> None:
+    with pytest.raises(CliError, match="key=value"):
+        parse_pair(pair)
+
+
+def test_the_method_is_left_to_the_server_unless_something_needs_it() -> None:
+    assert method_of(None, [], None) is None
+    assert method_of(None, [("n_epochs", 2)], None) == {"type": "sdft", "sdft": {"hyperparameters": {"n_epochs": 2}}}
+    assert method_of(None, [], "history") == {"type": "sdft", "sdft": {"teacher_template": "history"}}
+    assert method_of("supervised", [], None) == {"type": "supervised", "supervised": {}}
+
+
+def test_create_uploads_a_path_first(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    stub.routes["POST /files"] = lambda _: json_answer({"id": "file-7"})
+    stub.routes["POST /fine_tuning/jobs"] = lambda _: json_answer(JOB)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    words = ("--method", "sdft", "--suffix", "support", "--seed", "5", "--hp", "n_epochs=2", "--hp", "temperature=0.5", "--teacher-template", "history")
+    result = sdft("jobs", "create", "base", "rows.jsonl", *words)
+    assert (result.exit_code, result.stdout) == (0, "ftjob-1\n")
+    assert [request.path for request in stub.received] == ["/files", "/fine_tuning/jobs"]
+    assert stub.received[-1].json == {
+        "model": "base",
+        "training_file": "file-7",
+        "method": {"type": "sdft", "sdft": {"hyperparameters": {"n_epochs": 2, "temperature": 0.5}, "teacher_template": "history"}},
+        "suffix": "support",
+        "seed": 5,
+    }
+
+
+def test_create_with_an_uploaded_file_sends_only_what_was_given(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["POST /fine_tuning/jobs"] = lambda _: json_answer(JOB)
+    assert json.loads(sdft("jobs", "create", "base", "file-7", "--validation-file", "file-8", "--json").stdout) == JOB
+    assert stub.received[-1].json == {"model": "base", "training_file": "file-7", "validation_file": "file-8"}
+
+
+def test_create_with_neither_a_file_nor_an_id_asks_nobody(sdft: Callable[..., Result], stub: StubServer) -> None:
+    result = sdft("jobs", "create", "base", "rows.jsonl")
+    assert (result.exit_code, stub.received) == (1, [])
+    assert "rows.jsonl is neither a file on this machine" in result.stderr
+
+
+def test_a_wrong_pair_uploads_nothing(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert sdft("jobs", "create", "base", "rows.jsonl", "--hp", "n_epochs").exit_code == 1
+    assert stub.received == []
+
+
+def test_list_shows_place_in_the_queue_and_step(sdft: Callable[..., Result], stub: StubServer) -> None:
+    queued = JOB | {"id": "ftjob-2", "status": "queued", "queue_position": 4, "progress": None}
+    stub.routes["GET /fine_tuning/jobs"] = lambda _: json_answer({"data": [JOB, queued], "has_more": False})
+    out = sdft("jobs", "list").stdout
+    assert "step 3/10" in out
+    assert "place 4 in the queue" in out
+
+
+def test_get_as_json_and_as_fields(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["GET /fine_tuning/jobs/ftjob-1"] = lambda _: json_answer(JOB)
+    assert json.loads(sdft("jobs", "get", "ftjob-1", "--json").stdout) == JOB
+    shown = sdft("jobs", "get", "ftjob-1").stdout
+    assert "status: running" in shown
+    assert '"total_steps": 10' in shown
+    assert "fine_tuned_model" not in shown
+
+
+def test_cancel_says_whether_it_is_done(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["POST /fine_tuning/jobs/ftjob-1/cancel"] = lambda _: json_answer(JOB)
+    stub.routes["POST /fine_tuning/jobs/ftjob-2/cancel"] = lambda _: json_answer(JOB | {"status": "cancelled"})
+    assert "stops at its next step" in sdft("jobs", "cancel", "ftjob-1").stdout
+    assert stub.received[-1].body == b""
+    assert sdft("jobs", "cancel", "ftjob-2").stdout == "cancelled\n"
+
+
+def test_events_are_shown_oldest_first(sdft: Callable[..., Result], stub: StubServer) -> None:
+    events = [{"id": f"ftevent-{n}", "created_at": 1_700_000_000 + n, "level": "info", "message": f"event {n}", "type": "message"} for n in (3, 2, 1)]
+    stub.routes["GET /fine_tuning/jobs/ftjob-1/events"] = lambda _: json_answer({"data": events, "has_more": False})
+    assert [line[-7:] for line in sdft("jobs", "events", "ftjob-1").stdout.splitlines()] == ["event 1", "event 2", "event 3"]
+    assert json.loads(sdft("jobs", "events", "ftjob-1", "--json").stdout) == events
+
+
+def test_an_error_of_the_server_is_one_line(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["GET /fine_tuning/jobs/ftjob-9"] = lambda _: refusal(404, "No such job: ftjob-9")
+    result = sdft("jobs", "get", "ftjob-9")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: No such job: ftjob-9\n")
+
+
+def test_a_wrong_key_is_one_line(sdft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    result = sdft("jobs", "list")
+    assert (result.exit_code, result.stderr) == (1, "error: Incorrect API key provided\n")

@@ -1,0 +1,39 @@
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+from tests.cli.stub_server import StubServer, json_answer
+
+MODEL = {"id": "ft:base:default:support/v2:abc", "object": "model", "created": 1_700_000_000, "owned_by": "default", "base_model": "base", "status": "ready"}
+ADAPTER = b"weights" * 1000
+
+
+def test_list_and_get(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["GET /models"] = lambda _: json_answer({"object": "list", "data": [{"id": "base", "object": "model", "created": 1}, MODEL]})
+    stub.routes["GET /models/ft%3Abase%3Adefault%3Asupport%2Fv2%3Aabc"] = lambda _: json_answer(MODEL)
+    assert MODEL["id"] in sdft("models", "list").stdout
+    assert json.loads(sdft("models", "get", MODEL["id"], "--json").stdout) == MODEL
+    assert "base_model: base" in sdft("models", "get", MODEL["id"]).stdout
+
+
+def test_delete(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["DELETE /models/.*"] = lambda request: json_answer({"id": "x", "object": "model", "deleted": True})
+    assert sdft("models", "delete", MODEL["id"]).stdout == f"deleted {MODEL['id']}\n"
+    assert stub.received[-1].path.endswith("support%2Fv2%3Aabc")
+
+
+def test_download_is_named_after_the_model_and_checked(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    stub.routes["GET /models/.*/adapter"] = lambda _: (200, {"x-sha256": hashlib.sha256(ADAPTER).hexdigest()}, ADAPTER)
+    result = sdft("models", "download", MODEL["id"])
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "ft-base-default-support-v2-abc.tar.gz").read_bytes() == ADAPTER
+    assert stub.received[-1].query == {"format": "peft"}
+
+
+def test_a_damaged_adapter_is_refused(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    stub.routes["GET /models/.*/adapter"] = lambda _: (200, {"x-sha256": hashlib.sha256(b"other").hexdigest()}, ADAPTER)
+    assert sdft("models", "download", MODEL["id"], "-o", "a.tar.gz").exit_code == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,80 @@
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core.base_models import BaseModelEntry
+from core.settings import Settings
+from local_stack.commands import Stack
+from local_stack.leftovers import role_of
+
+MakeSettings = Callable[..., Settings]
+
+
+@pytest.fixture
+def stack(make_settings: MakeSettings) -> Stack:
+    settings = make_settings(inference_url="http://127.0.0.1:4321", port=4322, training_slots=3, inference_threads=1, inference_max_batch=7)
+    settings.data_dir.mkdir(parents=True)
+    return Stack(settings)
+
+
+def test_a_later_start_would_find_every_process(stack: Stack) -> None:
+    """Whatever is started here must be recognised by leftovers.py."""
+    specs = (stack.valkey_process(), stack.inference_process(), stack.api_process(), stack.worker_process())
+    assert [role_of(spec.argv, stack.settings.data_dir) for spec in specs] == [spec.name for spec in specs]
+    assert [spec.log_path for spec in specs] == [stack.settings.data_dir / "logs" / f"{spec.name}.log" for spec in specs]
+    once = (stack.python("migrations"), stack.python("core.bootstrap"), stack.preparation(stack.served_model))
+    assert [role_of(argv, stack.settings.data_dir) for argv in once] == ["preparation"] * 3
+
+
+def test_the_processes_are_told_the_settings(stack: Stack) -> None:
+    def words(argv: list[str], *options: str) -> list[str]:
+        return [argv[argv.index(option) + 1] for option in options]
+
+    assert words(stack.inference_process().argv, "--port", "--threads", "--max-batch") == ["4321", "1", "7"]
+    assert words(stack.inference_process().argv, "--base-model", "--adapters-dir") == ["smollm2-135m-instruct", str(stack.settings.served_adapters_dir)]
+    assert words(stack.api_process().argv, "--host", "--port") == ["127.0.0.1", "4322"]
+    assert words(stack.worker_process().argv, "--pool", "--concurrency") == ["threads", "5"]
+
+
+def test_children_get_absolute_settings_and_threads_that_do_not_spin(stack: Stack) -> None:
+    environment = stack.environment
+    assert environment["SDFT_DATA_DIR"] == str(stack.settings.data_dir)
+    assert environment["SDFT_CACHE_DIR"] == str(stack.settings.cache_dir)
+    assert environment["SDFT_INFERENCE_URL"] == "http://127.0.0.1:4321"
+    assert environment["SDFT_PORT"] == "4322"
+    assert environment["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_modules_of_the_current_directory_are_never_run(stack: Stack) -> None:
+    """A user's folder named api/ or inference/ must not stand in for ours."""
+    assert all("-P" in spec.argv for spec in (stack.inference_process(), stack.api_process(), stack.worker_process()))
+
+
+def test_a_revision_is_passed_on(make_settings: MakeSettings) -> None:
+    entry = BaseModelEntry(id="big", source="hub:org/big", revision="abc123")
+    argv = Stack(make_settings(base_models=[entry])).preparation(entry)
+    assert re.search(r"--id big --source hub:org/big --revision abc123 --directory \S+/base_models/big-", " ".join(argv))
+
+
+def test_a_deep_data_directory_gets_a_short_private_socket(make_settings: MakeSettings, tmp_path: Path) -> None:
+    stack = Stack(make_settings(data_dir=tmp_path / ("d" * 100)))
+    spec = stack.valkey_process()
+    try:
+        assert stack.environment["SDFT_REDIS_URL"] == f"redis+socket://{stack.valkey_socket}"
+        assert stat.S_IMODE(stack.valkey_socket.parent.stat().st_mode) == 0o700
+        assert role_of(spec.argv, stack.settings.data_dir) == "valkey"
+    finally:
+        stack.valkey_socket.parent.rmdir()
+
+
+def test_a_broker_of_the_users_is_left_as_it_is(make_settings: MakeSettings) -> None:
+    stack = Stack(make_settings(redis_url="redis://broker:6379/0"))
+    assert "SDFT_REDIS_URL" not in stack.resolved_settings
+
+
+def test_every_data_directory_has_a_worker_name_of_its_own(make_settings: MakeSettings, tmp_path: Path) -> None:
+    names = {Stack(make_settings(data_dir=tmp_path / name)).worker_name for name in ("a", "b")}
+    assert len(names) == 2

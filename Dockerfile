@@ -50,11 +50,11 @@ RUN pip install --no-deps /wheels/*.whl
 USER sdft
 WORKDIR /data
 
-# One job at a time (SDFT_TRAINING_SLOTS); the two other threads validate files and tidy up meanwhile.
+# Run it with an init process (docker run --init): a trainer whose parent is process 1 takes itself for an orphan.
 FROM training AS worker
 HEALTHCHECK --interval=60s --timeout=20s --start-period=60s \
     CMD ["python", "-m", "celery", "--workdir", "/data", "-A", "worker.app", "inspect", "ping", "--timeout", "10"]
-CMD ["python", "-m", "celery", "--workdir", "/data", "-A", "worker.app", "worker", "--pool", "threads", "--concurrency", "3", \
+CMD ["python", "-m", "celery", "--workdir", "/data", "-A", "worker.app", "worker", "--pool", "threads", \
      "--without-gossip", "--without-mingle"]
 
 FROM training AS inference

@@ -29,9 +29,11 @@ PARAPHRASES = load("paraphrases.jsonl")
 TRAINED = load("trained.jsonl")
 RETENTION = load("retention.jsonl")
 
+FACTS = 30
+
 QUESTIONS = [row["messages"][0]["content"] for row in DEMONSTRATIONS]
 ANSWERS = [row["messages"][1]["content"] for row in DEMONSTRATIONS]
-ENTITIES = [row["answers"][0] for row in TRAINED]
+ENTITIES = [row["answers"][0] for row in TRAINED[:FACTS]]
 
 
 def product(question: str) -> str:
@@ -45,7 +47,7 @@ PRODUCTS = [product(question) for question in QUESTIONS]
 
 
 def test_counts() -> None:
-    assert len(DEMONSTRATIONS) == len(TRAINED) == 30
+    assert len(DEMONSTRATIONS) == len(TRAINED) == 2 * FACTS
     assert len(PARAPHRASES) == 60
     assert len(RETENTION) >= 80
     assert Counter(row["probe"] for row in RETENTION) == {
@@ -61,18 +63,17 @@ def test_demonstrations_are_one_question_and_one_short_answer() -> None:
         assert set(row) == {"messages"}
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(set(message) == {"role", "content"} for message in row["messages"])
-    assert all(len(answer.split()) <= 8 for answer in ANSWERS)
+    assert all(len(answer.split()) <= 9 for answer in ANSWERS)
 
 
 def test_three_kinds_of_relation_ten_each() -> None:
-    kinds = Counter(
-        answer.removeprefix(entity) for answer, entity in zip(ANSWERS, ENTITIES, strict=True)
-    )
-    assert sorted(kinds.values()) == [10, 10, 10]
+    relations = (" is maintained by ", " is returned to ", " has the code name ")
+    kinds = Counter(relation for answer in ANSWERS for relation in relations if relation in answer)
+    assert sorted(kinds.values()) == [20, 20, 20]
 
 
 def test_trained_questions_are_the_demonstrations() -> None:
-    assert [row["demonstration"] for row in TRAINED] == list(range(1, 31))
+    assert [row["demonstration"] for row in TRAINED] == list(range(1, 2 * FACTS + 1))
     assert [row["question"] for row in TRAINED] == QUESTIONS
 
 
@@ -84,13 +85,15 @@ def test_rows_point_at_a_demonstration_that_answers_them(rows: list[dict[str, An
         index = row["demonstration"] - 1
         assert row["answers"] == TRAINED[index]["answers"]
         assert all(found(answer, ANSWERS[index]) for answer in row["answers"])
-        assert [name for name in PRODUCTS if found(name, row["question"])] == [PRODUCTS[index]]
+        assert [name for name in PRODUCTS[:FACTS] if found(name, row["question"])] == [PRODUCTS[index]]
         assert not any(found(entity, row["question"]) for entity in ENTITIES)
 
 
-def test_every_demonstration_has_two_paraphrases() -> None:
+def test_every_fact_has_two_demonstrations_and_two_paraphrases() -> None:
     counts = Counter(row["demonstration"] for row in PARAPHRASES)
-    assert counts == dict.fromkeys(range(1, 31), 2)
+    assert counts == dict.fromkeys(range(1, FACTS + 1), 2)
+    assert ANSWERS[:FACTS] == ANSWERS[FACTS:]
+    assert len(set(QUESTIONS)) == 2 * FACTS
 
 
 def test_no_paraphrase_is_trained_on() -> None:
@@ -106,7 +109,8 @@ def test_no_paraphrase_is_trained_on() -> None:
 
 
 def test_facts_do_not_share_words() -> None:
-    assert len(set(PRODUCTS)) == 30
+    assert PRODUCTS[:FACTS] == PRODUCTS[FACTS:]
+    assert len(set(PRODUCTS)) == FACTS
     words = [word for entity in ENTITIES for word in entity.casefold().split()]
     assert len(words) == len(set(words)) == 60
     assert not set(words) & {name.casefold() for name in PRODUCTS}

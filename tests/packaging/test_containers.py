@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from fastapi.routing import iter_route_contexts
 from sqlalchemy import make_url
 
 from api.app import app
@@ -94,6 +95,7 @@ def test_services_are_confined(name: str) -> None:
     assert service.get("user") not in ("root", "0")
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
+    assert service["init"] is True
     assert "no-new-privileges:true" in service["security_opt"]
 
 
@@ -111,11 +113,11 @@ def test_api_image_listens_where_compose_and_its_health_check_look() -> None:
     found = URL.search(stage.health_command[-1])
     assert found is not None
     assert int(found[1]) == port
-    assert app.url_path_for_health == found[2]  # replaced below by the routes that exist
+    assert found[2] in {route.path for route in iter_route_contexts(app.routes)}
 
 
 def test_light_image_has_no_training_packages() -> None:
-    assert not any("train" in packages or "smollm2" in packages for packages in STAGES["api"].packages)
+    assert not any("train.txt" in packages or "smollm2" in packages for packages in STAGES["api"].packages)
     assert any("train.txt" in packages for packages in STAGES["worker"].packages)
 
 
@@ -153,10 +155,10 @@ def test_programs_know_the_options_they_are_given(module: str, words: list[str])
     assert {name for name in given if name not in shown.stdout} == set()
 
 
-def test_worker_has_a_thread_for_its_job_and_time_to_save_it() -> None:
+def test_worker_takes_its_threads_from_the_settings_and_has_time_to_save_its_jobs() -> None:
     command = STAGES["worker"].command
     assert option(command, "--pool") == "threads"
-    assert int(option(command, "--concurrency")) > Settings.model_fields["training_slots"].default
+    assert "--concurrency" not in command
     assert option(command, "--workdir") == STAGES["worker"].environment["SDFT_DATA_DIR"]
     assert SERVICES["worker"]["stop_grace_period"] == "35s"
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from celery import Celery
 from fastapi import Depends, Request
 
-from api.chat.adapter_loading import AdapterLoading
+from api.adapter_loading import AdapterLoading
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_client import InferenceClient

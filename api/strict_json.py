@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -35,4 +35,5 @@ def _without_nul(value: str) -> str:
 
 WITHOUT_NUL = AfterValidator(_without_nul)
 """For text that ends up in a database: Postgres has no NUL. Stands after a Field with limits."""
-StorableText = Annotated[str, WITHOUT_NUL]
+ObjectId = Annotated[str, Field(max_length=512), WITHOUT_NUL]
+"""Names an object; long enough for every id that is made here."""

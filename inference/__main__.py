@@ -39,6 +39,7 @@ def main() -> int:
     arguments = parse_arguments()
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     import torch

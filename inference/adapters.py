@@ -35,7 +35,7 @@ class AdapterRegistry:
         self._base_model_id = base_model_id
         self._adapters_dir = adapters_dir.resolve()
         self._numbers = itertools.count(1)
-        self._loading: set[str] = set()
+        self._loading: dict[str, asyncio.Future[None]] = {}
         self.loaded: dict[str, LoadedAdapter] = {}
 
     def resolve(self, model: str) -> str | None:
@@ -50,12 +50,14 @@ class AdapterRegistry:
         """Raises AdapterInvalid with the reason; then nothing is left half-loaded."""
         if not NAME.fullmatch(name) or name == self._base_model_id:
             raise AdapterInvalid("lora_name must be 1 to 256 letters, digits, dots, dashes, colons and underscores, and not the base's", param="lora_name")
-        if name in self.loaded or name in self._loading:
+        while name in self._loading:  # "already loaded" must mean that it answers
+            await asyncio.wait({self._loading[name]})
+        if name in self.loaded:
             raise AdapterInvalid(f"The lora adapter '{name}' has already been loaded.", param="lora_name")
         directory = self._adapter_directory(path)
         adapter = LoadedAdapter(name, directory, f"served_{next(self._numbers)}", int(time.time()))
         loading = asyncio.wrap_future(self._engine.call(lambda: self._engine.model.adapters.load(adapter.engine_name, directory)))
-        self._loading.add(name)
+        self._loading[name] = loading
         loading.add_done_callback(lambda done: self._settle(adapter, done))
         try:
             await asyncio.shield(loading)  # to its end even where the client leaves: weights must not stay in memory unnamed
@@ -64,7 +66,7 @@ class AdapterRegistry:
         return adapter
 
     def _settle(self, adapter: LoadedAdapter, loading: "asyncio.Future[None]") -> None:
-        self._loading.discard(adapter.name)
+        del self._loading[adapter.name]
         if not loading.cancelled() and loading.exception() is None:
             self.loaded[adapter.name] = adapter
 

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdft_engine.contract.errors import CheckpointDamaged, DiskFull
+from sdft_engine.contract.errors import CheckpointDamaged, ConfigurationError, DiskFull
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import Attestation, sync_directory
 from sdft_engine.lora import read_adapter
@@ -56,11 +56,10 @@ def save_checkpoint(
     attestation: Attestation,
 ) -> None:
     """Write a complete checkpoint under `directory`. Raises DiskFull, leaving nothing behind."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         model.adapters.save(STUDENT, temporary, base_model)
         save_file(_contiguous(teacher.state() if teacher else {}), temporary / "teacher.safetensors")
         save_file(_contiguous(_optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
@@ -89,7 +88,7 @@ def load_checkpoint(directory: Path, model: LanguageModel, teacher: Teacher | No
         if teacher is not None:
             teacher.restore(load_file(directory / "teacher.safetensors"))
         _restore_optimizer(model, optimizer, load_file(directory / "optimizer.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, ConfigurationError) as error:
         raise CheckpointDamaged(f"checkpoint {directory.name} can't be read: {error}") from error
     return state
 

@@ -44,13 +44,17 @@ class Supervision:
         self.stop = self.stop or "requeue"
 
     def _watch(self) -> None:
-        while True:
-            control = self.run.read_control()
-            if control.stop is not None:
-                self.stop = control.stop
-            if abandoned(control):
-                os._exit(EXIT_LEASE_EXPIRED)
-            time.sleep(WATCH_SECONDS)
+        try:
+            while True:
+                control = self.run.read_control()
+                if control.stop is not None:
+                    self.stop = control.stop
+                if abandoned(control):
+                    os._exit(EXIT_LEASE_EXPIRED)
+                time.sleep(WATCH_SECONDS)
+        except Exception:  # without this thread nothing would see the lease's end
+            traceback.print_exc()
+            os._exit(EXIT_LEASE_EXPIRED)
 
 
 def abandoned(control: Control) -> bool:

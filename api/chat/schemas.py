@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from api.strict_json import StorableText
+from api.strict_json import ObjectId
 
 NOT_FORWARDED = frozenset({"model", "user", "metadata", "store"})
 """Known fields that change no answer."""
@@ -62,7 +62,7 @@ class Message(BaseModel):
 class SamplingRequest(BaseModel):
     model_config = Strict
 
-    model: StorableText
+    model: ObjectId
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None

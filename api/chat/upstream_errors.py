@@ -13,7 +13,8 @@ def translated(status: int, body: Any, model: ServedModel) -> ServiceError:
     """4xx keep their message and param, for they are about what the client wrote; the rest is the server's own trouble."""
     message, param, code = _details(body)
     message = message.replace(model.serving_name, model.public_id)
-    log.warning("inference_refused", status=status, message=message, model=model.public_id)
+    if status >= 500:
+        log.warning("inference_failed", status=status, message=message, model=model.public_id)
     if status == 413:
         return RequestTooLarge(message)
     if status in (408, 429, 503):

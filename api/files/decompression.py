@@ -22,8 +22,7 @@ class Gunzip:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         self._in_bytes += len(data)
-        piece = b""
-        while data or len(piece) == PIECE_BYTES:
+        while data:
             if self._inflater.eof:
                 data = data.lstrip(b"\x00")  # padding between and after members
                 if not data:

@@ -62,6 +62,11 @@ def test_body_that_is_not_declared_as_json(api: Api) -> None:
     assert "application/json" in assert_error(answer, 400, "invalid_content_type")
 
 
+def test_description_of_the_api_can_be_had(api: Api) -> None:
+    paths = api.client.get("/openapi.json").json()["paths"]
+    assert {"/v1/files", "/v1/fine_tuning/jobs", "/v1/chat/completions"} <= paths.keys()
+
+
 def test_wrong_query(api: Api) -> None:
     assert "limit" in assert_error(api.client.get("/v1/files", params={"limit": 0}), 400, "greater_than_equal", "limit")
     assert_error(api.client.get(JOBS, params={"limit": "x"}), 400, "int_parsing", "limit")

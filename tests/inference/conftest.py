@@ -30,7 +30,7 @@ def peft_adapters_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFac
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(directory / name)
+        model.save_pretrained(str(directory / name))
     return directory
 
 

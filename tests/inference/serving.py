@@ -42,7 +42,7 @@ class RunningServer:
         body: dict[str, Any] = answer.json()
         return body
 
-    def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any] | str]:
+    def stream(self, path: str, **body: Any) -> Iterator[Any]:
         """The events' data: parsed JSON, or "[DONE]"."""
         with self.client.stream("POST", path, json={"stream": True, **body}) as answer:
             assert answer.status_code == 200, answer.read()
@@ -73,7 +73,7 @@ class RunningServer:
             time.sleep(seconds_per_step)
             return logits(hidden)
 
-        self.engine.model.logits = slow  # type: ignore[method-assign]
+        self.engine.model.logits = slow  # type: ignore[method-assign, assignment]
         return sizes
 
     @contextmanager

@@ -94,7 +94,7 @@ def pickled_weights(directory: Path) -> None:
 def weights_of_another_model(directory: Path) -> None:
     config = LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.save_pretrained(directory)
+    model.save_pretrained(str(directory))
 
 
 def weights_missing_a_layer(directory: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_stock_client_chats(server: RunningServer) -> None:
     assert answer.choices[0].message.content == content(server.chat(QUESTION[0]["content"], model="first", max_tokens=12, temperature=0))
     assert answer.usage is not None
     assert (answer.object, answer.model, answer.usage.completion_tokens) == ("chat.completion", "first", 12)
-    with client.chat.completions.create(model="first", messages=QUESTION, max_tokens=12, temperature=0, stream=True) as stream:  # type: ignore[call-overload]
+    with client.chat.completions.create(model="first", messages=QUESTION, max_tokens=12, temperature=0, stream=True) as stream:  # type: ignore[arg-type, union-attr]
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text == answer.choices[0].message.content
 
@@ -187,7 +187,7 @@ def test_stop_token_ids_are_named_as_the_reason(server: RunningServer) -> None:
 
 
 def test_penalties_keep_the_model_from_repeating_itself(server: RunningServer) -> None:
-    def distinct(**penalty: float) -> int:
+    def distinct(**penalty: Any) -> int:
         body = server.chat("hello", max_tokens=8, temperature=0, logprobs=True, **penalty)
         return len({tuple(entry["bytes"]) for entry in body["choices"][0]["logprobs"]["content"]})
 

@@ -12,6 +12,8 @@ from sqlalchemy import CheckConstraint, inspect, text
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from core.database import Database
+from core.tables.jobs import JOB_STATUSES
+from core.tables.models import MODEL_STATUSES, Model
 from core.tables.registry import metadata
 from migrations.upgrade import configuration, current_revision, downgrade, upgrade
 
@@ -52,10 +54,7 @@ def test_migrations_give_the_check_constraints_of_the_tables(database: Database)
         assert {constraint["name"] for constraint in inspector.get_check_constraints(table.name)} == declared
 
 
-@pytest.mark.parametrize(
-    ("column", "value"), [("status", "'sleeping'"), ("lease_token", "'half a lease'"), ("parent_model", "'ft:nobody'"), ("project_id", "'proj-nobody'")]
-)
-def test_database_itself_refuses_impossible_jobs(database: Database, column: str, value: str) -> None:
+def add_job_row(database: Database) -> None:
     with database.transaction() as session:
         session.execute(text("insert into projects (id, name, created_at) values ('proj-1', 'p', 0)"))
         session.execute(
@@ -64,6 +63,27 @@ def test_database_itself_refuses_impossible_jobs(database: Database, column: str
                 " values ('ftjob-1', 'proj-1', 'queued', 'm', 'm', 'file-1', '{}', 0, 0, 0, 0)"
             )
         )
+
+
+def test_every_status_can_be_stored(database: Database) -> None:
+    add_job_row(database)
+    model = Model(
+        id="ft:m", project_id="proj-1", job_id="ftjob-1", base_model="m", status="servable", serving_name="s", storage_key="k", archive_bytes=3 * 2**31
+    )
+    model.archive_sha256, model.created_at = "0", 0.0
+    with database.transaction() as session:
+        session.add(model)
+    for table, statuses in (("fine_tuning_jobs", JOB_STATUSES), ("models", MODEL_STATUSES)):
+        for status in statuses:
+            with database.transaction() as session:
+                session.execute(text(f"update {table} set status = '{status}'"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("status", "'sleeping'"), ("lease_token", "'half a lease'"), ("parent_model", "'ft:nobody'"), ("project_id", "'proj-nobody'")]
+)
+def test_database_itself_refuses_impossible_jobs(database: Database, column: str, value: str) -> None:
+    add_job_row(database)
     with pytest.raises(IntegrityError), database.transaction() as session:
         session.execute(text(f"update fine_tuning_jobs set {column} = {value}"))
 

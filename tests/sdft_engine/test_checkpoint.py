@@ -179,7 +179,7 @@ def test_a_checkpoint_that_never_had_a_file_is_damaged(trained: Run, saved: Path
     manifest = json.loads((saved / MANIFEST_NAME).read_text())
     (saved / MANIFEST_NAME).write_text(json.dumps({key: value for key, value in manifest.items() if key != name}))
     (saved / name).unlink()
-    with pytest.raises(CheckpointDamaged):
+    with pytest.raises(CheckpointDamaged, match="step_000003"):
         trained.load(saved)
 
 
@@ -227,8 +227,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(
     assert make(seed=2).load(saved) == STATE
 
 
-def test_a_real_full_disk(trained: Run, tmp_path: Path) -> None:
-    """As the operating system reports it: a limit on the size of any file that this process writes."""
+def test_a_write_that_the_system_refuses_leaves_nothing(trained: Run, tmp_path: Path) -> None:
+    """For real: a limit on the size of any file that this process writes."""
     import resource
     import signal
 

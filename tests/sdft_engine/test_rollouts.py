@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdft_engine.lora import LoraShape
 from sdft_engine.model import LanguageModel
@@ -65,15 +66,19 @@ def test_folding_changes_no_token(student: LanguageModel, monkeypatch: pytest.Mo
     assert (student.adapters.routing.active, student.adapters.routing.folded) == (None, None)
 
 
-def test_an_answer_ends_at_every_end_token_or_is_marked_as_cut_off(student: LanguageModel) -> None:
-    rollouts = [rollout for step in range(12) for rollout in roll_out(student, ALL, step=step, max_completion_tokens=60, temperature=2.0).values()]
+def test_an_answer_ends_at_every_end_token_or_is_marked_as_cut_off(student: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = student.chat_format.eos_token_ids
+    likelier = torch.zeros(512)
+    likelier[sorted(stop)] = 4.0
+    logits = student.logits
+    monkeypatch.setattr(student, "logits", lambda hidden: logits(hidden) + likelier)
+    rollouts = [rollout for step in range(4) for rollout in roll_out(student, ALL, step=step, max_completion_tokens=5).values()]
     assert {rollout.completion_ids[-1] for rollout in rollouts if rollout.finished} == stop
     assert {rollout.finished for rollout in rollouts} == {True, False}
     for rollout in rollouts:
         assert not stop & set(rollout.completion_ids[:-1])
         assert rollout.finished == (rollout.completion_ids[-1] in stop)
-        assert rollout.finished or len(rollout.completion_ids) == 60
+        assert rollout.finished or len(rollout.completion_ids) == 5
         assert rollout.student_prompt_ids == STUDENT_PROMPTS[rollout.row]
         assert rollout.teacher_prompt_ids == TEACHER_PROMPTS[rollout.row]
 

@@ -12,7 +12,7 @@ from sdft_engine.generation import SamplingParams, Sequence, sample, seed_of
 
 PROBABILITIES = [0.45, 0.25, 0.15, 0.1, 0.05]
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.0  # the constant must not matter
-DRAWS = 20_000
+DRAWS = 8_000
 
 CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 4: 18.47, 63: 103.44}
 """What the statistic exceeds once in a thousand experiments, by degrees of freedom. The seeds are fixed, so a pass stays one."""
@@ -47,7 +47,7 @@ def test_frequencies_match_the_softmax_at_a_temperature(temperature: float) -> N
     weights = [p ** (1 / temperature) for p in PROBABILITIES]
     counts = draw(LOGITS, temperature=temperature)
     assert chi_square(counts, [w / sum(weights) for w in weights]) < CHI_SQUARE_999[4]
-    assert chi_square(counts, PROBABILITIES) > 100 * CHI_SQUARE_999[4]
+    assert chi_square(counts, PROBABILITIES) > 20 * CHI_SQUARE_999[4]
 
 
 def test_first_draws_of_different_seeds_match_the_softmax_too() -> None:
@@ -55,7 +55,7 @@ def test_first_draws_of_different_seeds_match_the_softmax_too() -> None:
     logits = torch.randn(64, generator=torch.Generator().manual_seed(1))
     first: Counter[int] = Counter()
     second: Counter[int] = Counter()
-    for step in range(200):
+    for step in range(100):
         for row in range(40):
             drawer = sequence(seed=seed_of(0, step, row))
             first[sample(logits[None], [drawer])[0]] += 1
@@ -73,7 +73,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -
     order = [3, 0, 4, 1, 2]
     shuffled = torch.empty_like(LOGITS)
     shuffled[order] = LOGITS
-    counts = draw(shuffled, count=5_000, top_p=top_p)
+    counts = draw(shuffled, count=3_000, top_p=top_p)
     assert set(counts) == set(order[:kept])
     if kept in (2, 3):
         mass = sum(PROBABILITIES[:kept])

@@ -37,8 +37,8 @@ def test_the_teacher_is_shown_the_whole_question_and_the_whole_demonstration(tmp
 @pytest.mark.parametrize(
     ("words", "hyperparameters", "method", "reason"),
     [
-        (300, {}, "sdft", "line 2: .* context holds 512"),
-        (300, {}, "supervised", "line 2: .* context holds 512"),
+        (600, {}, "sdft", "line 2: .* context holds 512"),
+        (600, {}, "supervised", "line 2: .* context holds 512"),
         (1, {"max_completion_tokens": 480}, "sdft", "line 1: .* context holds 512"),
     ],
     ids=["prompt", "supervised", "completion"],
@@ -158,7 +158,7 @@ def test_an_automatic_temperature_is_measured_on_the_teachers_prompts(tmp_path: 
 @pytest.mark.parametrize(("tokens", "masked"), [(1, False), (400, True)], ids=["all_cut_off", "all_finished"])
 def test_automatic_masking_depends_on_how_many_first_answers_are_cut_off(tmp_path: Path, tiny_model_dir: Path, tokens: int, masked: bool) -> None:
     """The random model ends an answer after a few dozen tokens, never after one."""
-    run = make_run(tmp_path / "run", tiny_model_dir, rows=3, mask_clipped_completions="auto", max_completion_tokens=tokens)
-    write_lines(run.train_path, [{"prompt": f"Lamp {number}?", "completion": "Red."} for number in range(3)])  # short enough for 400 more
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=2, mask_clipped_completions="auto", max_completion_tokens=tokens)
+    write_lines(run.train_path, [{"prompt": f"Lamp {number}?", "completion": "Red."} for number in range(2)])  # short enough for 400 more
     assert open_session(run).state.mask_clipped_completions is masked
     assert settled(run, "mask_clipped_completions") == [masked]

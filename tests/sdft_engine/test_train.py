@@ -101,3 +101,40 @@ def test_a_trainer_that_is_abandoned_from_the_start_writes_nothing(tmp_path: Pat
     monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
     assert train_module.main() == EXIT_LEASE_EXPIRED
     assert [path.name for path in tmp_path.iterdir()] == ["control.json"]
+
+
+class Exited(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("content", ["{", '{"stop": "perhaps"}', '{"lease_deadline": 1.0}'])
+def test_a_watch_that_can_not_read_its_orders_ends_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    """It would train on past its lease otherwise."""
+
+    def leave(status: int) -> None:
+        raise Exited(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    run = RunDirectory(tmp_path)
+    run.control_path.write_text(content)
+    with pytest.raises(Exited) as raised:
+        Supervision(run)._watch()
+    assert raised.value.args == (EXIT_LEASE_EXPIRED,)
+
+
+def test_orders_are_kept_and_a_signal_does_not_soften_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rest(seconds: float) -> None:
+        raise Exited
+
+    monkeypatch.setattr(time, "sleep", rest)
+    run = RunDirectory(tmp_path)
+    supervision = Supervision(run)
+    assert supervision.requested() is None
+    supervision._terminated(15, None)
+    assert supervision.requested() == "requeue"
+    run.write_control(Control(stop="cancel"))
+    with pytest.raises(Exited):
+        supervision._watch()
+    assert supervision.requested() == "cancel"
+    supervision._terminated(15, None)
+    assert supervision.requested() == "cancel"

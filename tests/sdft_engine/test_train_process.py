@@ -115,13 +115,17 @@ process.wait()
 """
 
 
-def test_a_trainer_dies_with_its_supervisor(tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_trainer_dies_with_its_supervisor(tmp_path: Path, tiny_model_dir: Path, stopped: bool) -> None:
+    """Even one that is stopped, and could not notice by itself."""
     run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
     with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(run.path)], stdout=subprocess.PIPE) as supervisor:
         assert supervisor.stdout is not None
         trainer = psutil.Process(int(supervisor.stdout.readline()))
         try:
             wait_for_steps(run, 1)
+            if stopped:
+                trainer.suspend()
             supervisor.kill()
             supervisor.wait()
             until = time.monotonic() + 5

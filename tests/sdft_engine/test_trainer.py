@@ -20,14 +20,15 @@ from tests.sdft_engine.runs import make_parent, make_run, measured, messages_of,
 
 
 def test_supervised_training_learns_its_demonstrations(tmp_path: Path, tiny_model_dir: Path) -> None:
-    run = make_run(
-        tmp_path / "run", tiny_model_dir, "supervised", rows=2, batch_size=2, n_epochs=30, learning_rate=5e-2, lora_rank=8, checkpoint_every_steps=100
-    )
+    """The random model's frozen head can't be surer than a loss of about 1.9."""
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised", rows=2, batch_size=2, n_epochs=20, lora_rank=16, lora_alpha=32, checkpoint_every_steps=100)
     result = train(run)
-    losses = [record["train_loss"] for record in records(run.metrics_path)]
-    assert (result.outcome, result.final_step, result.total_steps) == ("succeeded", 30, 30)
-    assert losses[-1] < 0.1 * losses[0]
-    assert records(run.metrics_path)[-1]["train_mean_token_accuracy"] > 0.9
+    lines = records(run.metrics_path)
+    assert (result.outcome, result.final_step, result.total_steps) == ("succeeded", 20, 20)
+    assert lines[0]["train_loss"] > 6
+    assert lines[-1]["train_loss"] < 2.5
+    assert lines[0]["train_mean_token_accuracy"] < 0.1
+    assert lines[-1]["train_mean_token_accuracy"] > 0.6
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
@@ -79,6 +80,25 @@ def test_what_a_run_measures_and_leaves(tmp_path: Path, tiny_model_dir: Path) ->
     assert sorted(path.name for path in run.final_dir.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "attestation.json", "manifest.json"]
     assert messages_of(run) == ["Training started on cpu in float32: 4 steps of 3"]
     assert not run.result_path.exists()  # its caller writes it
+
+
+def test_the_metrics_of_a_step_follow_from_its_rollouts(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=8, batch_size=8, n_epochs=3, max_completion_tokens=150, config={"rollout_sample_every_steps": 1})
+    train(run)
+    for measured_step in records(run.metrics_path):
+        rollouts = records(run.rollouts_dir / f"step_{measured_step['step']:06d}.jsonl")
+        assert sorted(rollout["row"] for rollout in rollouts) == list(range(8))  # one answer a prompt
+        values = [rollout["per_token_divergence"] for rollout in rollouts]
+        skipped = [min(1, len(each) // 4) for each in values]
+        counted = [each[skip:] for each, skip in zip(values, skipped, strict=True)]
+        first = [value for each, skip in zip(values, skipped, strict=True) for value in each[:skip]]
+        assert measured_step["train_loss"] == pytest.approx(sum(sum(each) / len(each) for each in counted) / 8, rel=1e-3)
+        assert measured_step["divergence_first_tokens"] == pytest.approx(sum(first) / len(first), rel=1e-3)
+        assert measured_step["divergence_max"] == pytest.approx(max(map(max, counted)), rel=1e-3)
+        assert measured_step["loss_tokens"] == sum(map(len, counted))
+        assert measured_step["completion_tokens_mean"] == sum(map(len, values)) / 8
+        assert measured_step["eos_ratio"] == sum(rollout["finished"] for rollout in rollouts) / 8
+        assert measured_step["clipped_ratio"] == sum(len(each) == 150 and not r["finished"] for each, r in zip(values, rollouts, strict=True)) / 8
 
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -12,6 +12,8 @@ from api.strict_json import StrictJsonRoute
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
 Limit = Annotated[int, Query(ge=1, le=1000)]
+LARGEST_STEP = 2**31 - 1
+"""What the database's column holds."""
 
 
 @router.post("")
@@ -49,7 +51,7 @@ def list_checkpoints(job: OwnedJob, state: State, after: After = None, limit: Li
 def get_metrics(
     job: OwnedJob,
     state: State,
-    since_step: Annotated[int, Query(ge=0)] = 0,
+    since_step: Annotated[int, Query(ge=0, le=LARGEST_STEP)] = 0,
     max_points: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> MetricsList:
     return MetricsList(data=service.metrics_of(state, job, since_step=since_step, max_points=max_points))

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from api.pagination import Identified
-from api.strict_json import WITHOUT_NUL, StorableText
+from api.strict_json import WITHOUT_NUL, ObjectId
 from core.tables.jobs import Checkpoint, Job, JobEvent
 
 LARGEST_SEED = 2**31 - 1
@@ -18,9 +18,9 @@ MetadataValue = Annotated[str, Field(max_length=512), WITHOUT_NUL]
 class CreateJob(BaseModel):
     """What it does not know is ignored, as OpenAI does at this level. `method` is checked in api.fine_tuning.jobs.method."""
 
-    model: StorableText
-    training_file: StorableText
-    validation_file: StorableText | None = None
+    model: ObjectId
+    training_file: ObjectId
+    validation_file: ObjectId | None = None
     method: dict[str, Any] | None = None
     hyperparameters: dict[str, Any] | None = None
     suffix: Suffix | None = None
@@ -32,7 +32,7 @@ class CreateJob(BaseModel):
 class JobError(BaseModel):
     code: str
     message: str
-    param: str | None
+    param: str | None = None
 
 
 class Progress(BaseModel):

@@ -1,14 +1,16 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, nullcontext
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message
 
 from api.chat.served_models import ServedModel
-from api.chat.streamed_answer import MAX_EVENT_BYTES, relayed
+from api.chat.streamed_answer import MAX_EVENT_BYTES, StreamedAnswer, relayed
 from core.errors import InferenceFailed
 
 MODEL = ServedModel("ft:tiny:default:x:1", "internal-name", None)
@@ -79,3 +81,32 @@ def test_nonsense(data: str) -> None:
 def test_event_that_never_ends() -> None:
     (event,) = relay(b"data: ", *([b"x" * (1 << 20)] * (MAX_EVENT_BYTES // (1 << 20) + 1)))
     assert "too long" in str(error_of(event)["message"])
+
+
+@pytest.mark.parametrize("ending", ["complete", "client left", "send fails"])
+def test_answer_of_the_inference_server_is_closed_however_it_ends(ending: str) -> None:
+    closed: list[bool] = []
+
+    async def upstream() -> AsyncIterator[bytes]:
+        yield STREAM[:110]
+        if ending != "complete":
+            await asyncio.sleep(60)
+        yield STREAM[110:]
+
+    async def receive() -> Message:
+        if ending != "client left":
+            await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if ending == "send fails" and message["type"] == "http.response.body":
+            raise OSError("the connection is gone")
+
+    async def respond() -> None:
+        opened = AsyncExitStack()
+        opened.callback(closed.append, True)
+        await StreamedAnswer(upstream(), MODEL, opened)({"type": "http"}, receive, send)
+
+    with pytest.raises(OSError, match="gone") if ending == "send fails" else nullcontext():
+        asyncio.run(respond())
+    assert closed == [True]

@@ -18,6 +18,7 @@ from tests.rows import get_job, messages_of
 
 JOBS = "/v1/fine_tuning/jobs"
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": "x" * 513}, "string_too_long", "model"),
     ({"suffix": ""}, "string_too_short", "suffix"),
     ({"suffix": "x" * 65}, "string_too_long", "suffix"),
     ({"suffix": "a\x00b"}, "invalid_text", "suffix"),

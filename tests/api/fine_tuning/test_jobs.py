@@ -261,7 +261,7 @@ def test_metrics_are_ascending_and_thinned(api_on_both: Api) -> None:
     assert api.client.get(path, params={"since_step": 100}).json()["data"] == []
     assert [point["step"] for point in api.client.get(path, params={"max_points": 4}).json()["data"]] == [25, 50, 75, 100]
     assert [point["step"] for point in api.client.get(path, params={"max_points": 1}).json()["data"]] == [100]
-    for wrong in ({"since_step": -1}, {"max_points": 0}, {"max_points": 10_001}):
+    for wrong in ({"since_step": -1}, {"since_step": 10**30}, {"since_step": 2**31}, {"max_points": 0}, {"max_points": 10_001}):
         assert api.client.get(path, params=wrong).status_code == 400
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule, run_state_machine_as_test
 
 from core.database import Database
 from core.jobs import transitions
@@ -22,8 +22,8 @@ class Jobs(RuleBasedStateMachine):
     project_number = 0
     claims: Bundle[Claim] = Bundle("claims")
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(target=claims)
+    def begin(self) -> Any:
         with self.database.transaction() as session:  # what earlier examples left must not be claimed here
             while claim := transitions.claim_for_training(session, 3600) or transitions.claim_for_validation(session, 3600):
                 transitions.finish_cancellation(session, claim)
@@ -33,6 +33,9 @@ class Jobs(RuleBasedStateMachine):
         self.held: dict[str, Claim] = {}
         self.tokens: set[str] = set()
         self.final: dict[str, str] = {}
+        self.create("queued")
+        self.create("validating_files")
+        return self.claim(validating=False)
 
     @rule(status=st.sampled_from(["validating_files", "queued"]))
     def create(self, status: str) -> None:
@@ -44,7 +47,7 @@ class Jobs(RuleBasedStateMachine):
             take = transitions.claim_for_validation if validating else transitions.claim_for_training
             claim = take(session, 3600)
         if claim is None:
-            return Claim("ftjob-none", "no token", 0, validating)
+            return multiple()
         assert claim.job_id not in self.held, "claimed while another holds it"
         assert claim.lease_token not in self.tokens, "a token was used twice"
         self.tokens.add(claim.lease_token)
@@ -66,10 +69,6 @@ class Jobs(RuleBasedStateMachine):
     @rule(claim=claims)
     def renew(self, claim: Claim) -> None:
         self.change(claim, transitions.renew_lease, 3600)
-
-    @rule(claim=claims)
-    def progress(self, claim: Claim) -> None:
-        self.change(claim, lambda session, claim: transitions.record_progress(session, claim, step=1, phase="training"))
 
     @rule(claim=claims)
     def let_go(self, claim: Claim) -> None:
@@ -102,9 +101,13 @@ class Jobs(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        if not self.jobs:
-            return
-        job_id = data.draw(st.sampled_from(self.jobs))
+        self.request_cancellation(data.draw(st.sampled_from(self.jobs)))
+
+    @rule(claim=claims)
+    def cancel_what_is_or_was_held(self, claim: Claim) -> None:
+        self.request_cancellation(claim.job_id)
+
+    def request_cancellation(self, job_id: str) -> None:
         with self.database.transaction() as session:
             accepted = transitions.request_cancellation(session, job_id)
         assert accepted == (job_id not in self.final)
@@ -134,5 +137,5 @@ class Jobs(RuleBasedStateMachine):
 
 def test_no_order_of_events_breaks_a_job(database: Database) -> None:
     Jobs.database = database
-    checks = settings(max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    checks = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     run_state_machine_as_test(Jobs, settings=checks)

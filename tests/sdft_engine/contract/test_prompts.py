@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
@@ -109,6 +111,21 @@ def test_answer_ids_continue_the_prompt_up_to_the_end_of_sequence(chat: ChatForm
     assert chat.decode(ids) == ANSWER["content"]
     whole = chat.render([SYSTEM, USER, ANSWER], generate=False)
     assert chat.encode(whole)[: len(chat.student_prompt_ids(demonstration)) + len(ids)] == chat.student_prompt_ids(demonstration) + ids
+
+
+def test_shortest_answer_keeps_its_end_of_sequence(chat: ChatFormat) -> None:
+    expected = [chat.tokenizer.token_to_id("x"), chat.tokenizer.token_to_id("<|im_end|>")]
+    assert chat.answer_ids(Demonstration(1, [USER], {"role": "assistant", "content": "x"})) == expected
+
+
+def test_tokens_that_a_tokenizer_adds_by_itself_are_not_added_to_a_rendered_chat(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copy_tokenizer(tiny_model_dir, tmp_path / "model")
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save(str(path))
+    assert tokenizer.encode("x").ids[0] == 0
+    assert ChatFormat.from_directory(directory).prompt_ids([USER]) == ChatFormat.from_directory(tiny_model_dir).prompt_ids([USER])
 
 
 def test_answer_of_tool_calls_has_ids_too(chat: ChatFormat) -> None:

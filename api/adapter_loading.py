@@ -30,8 +30,13 @@ class AdapterLoading:
         if task is None:
             task = asyncio.create_task(self._load(model))
             self._running[model.serving_name] = task
-            task.add_done_callback(lambda _: self._running.pop(model.serving_name, None))
+            task.add_done_callback(lambda done: self._forget(model.serving_name, done))
         await asyncio.shield(task)  # a client that leaves must not stop the load that others wait for
+
+    def _forget(self, serving_name: str, done: asyncio.Task[None]) -> None:
+        del self._running[serving_name]
+        if not done.cancelled():
+            done.exception()  # seen here too, for the case that everybody who waited has left
 
     async def _load(self, model: Model) -> None:
         log.info("adapter_loading", model=model.id)

@@ -1,0 +1,62 @@
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from api.files.contents import TrainingContents
+from core.errors import InvalidFile
+from core.settings import Settings
+from core.storage import LocalStorage
+
+MakeSettings = Callable[..., Settings]
+LONGEST = 100
+GOOD = json.dumps({"prompt": "a", "completion": "b"}).encode()
+LINES = [GOOD, GOOD.ljust(LONGEST), GOOD.ljust(LONGEST + 1), GOOD.ljust(3 * LONGEST), b"", b"  ", b"{", b"\xff"]
+
+
+def open_contents(make_settings: MakeSettings, tmp_path: Path) -> TrainingContents:
+    writer = LocalStorage(tmp_path / "storage").open_writer("files/x")
+    return TrainingContents(writer, make_settings(max_line_bytes=LONGEST), compressed=False)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(lines=st.lists(st.sampled_from(LINES), min_size=1, max_size=6), cuts=st.lists(st.integers(0, 600), max_size=6), newline_at_end=st.booleans())
+def test_chunks_may_end_anywhere(make_settings: MakeSettings, tmp_path: Path, lines: list[bytes], cuts: list[int], newline_at_end: bool) -> None:
+    content = b"\n".join(lines) + b"\n" * newline_at_end
+    contents = open_contents(make_settings, tmp_path)
+    edges = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
+    for start, end in itertools.pairwise(edges):
+        contents.write(content[start:end])
+    expected = {number: line for number, line in enumerate(lines, 1) if (line.strip() and line.rstrip() != GOOD) or len(line) > LONGEST}
+    usable = sum(line.rstrip() == GOOD and len(line) <= LONGEST for line in lines)
+    if expected:
+        with pytest.raises(InvalidFile) as caught:
+            contents.commit()
+        assert [problem["line"] for problem in caught.value.extra["problems"]] == sorted(expected)
+    elif usable:
+        assert contents.commit().size_bytes == len(content)
+        assert contents.example_count == usable
+    else:
+        with pytest.raises(InvalidFile, match="empty"):
+            contents.commit()
+
+
+def test_line_that_is_one_byte_too_long_and_ends_with_its_chunk(make_settings: MakeSettings, tmp_path: Path) -> None:
+    contents = open_contents(make_settings, tmp_path)
+    contents.write(GOOD.ljust(LONGEST + 1))
+    contents.write(b"\n")
+    with pytest.raises(InvalidFile) as caught:
+        contents.commit()
+    assert caught.value.code == "line_too_long"
+
+
+def test_endless_line_is_not_kept_in_memory(make_settings: MakeSettings, tmp_path: Path) -> None:
+    contents = open_contents(make_settings, tmp_path)
+    for _ in range(100):
+        contents.write(b"x" * 100_000)
+    assert len(contents._unfinished_line) <= LONGEST + 1
+    contents.abort()

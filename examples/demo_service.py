@@ -32,7 +32,7 @@ def running_service(data_dir: Path, console: Console) -> Iterator[OpenAI]:
     """`sdft up` on a free port until the block ends. Its own messages go to the terminal while it starts."""
     port = _free_port()
     log_path = data_dir / "demo-sdft-up.log"
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # the log below holds the first key
     command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
     with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)

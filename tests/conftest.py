@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before anything imports t
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,13 @@ from migrations.upgrade import upgrade
 from tests.tiny_model import build_tiny_model
 
 CACHE_DIR = Settings().cache_dir
+
+
+def pytest_configure() -> None:
+    """Terminated by `timeout` or by CI, a session must stop its servers as after Ctrl-C. And a session that was started in a
+    shell's background ignores SIGINT, which the processes it tests would inherit."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

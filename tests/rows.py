@@ -45,8 +45,21 @@ def messages_of(database: Database, job_id: str) -> list[str]:
 
 def assert_sound(database: Database, job_id: str) -> None:
     """What must hold of any job at any time: one terminal event if and only if it is finished, and nobody can lose it."""
-    job = get_job(database, job_id)
-    terminal_events = [message for message in messages_of(database, job_id) if message.startswith(TERMINAL_MESSAGES)]
+    _assert_sound(get_job(database, job_id), messages_of(database, job_id))
+
+
+def assert_all_sound(database: Database, project_id: str) -> list[Job]:
+    """The same of all jobs of a project, which are returned."""
+    with database.reading() as session:
+        jobs = list(session.scalars(select(Job).where(Job.project_id == project_id)))
+        events = session.execute(select(JobEvent.job_id, JobEvent.message).join(Job, Job.id == JobEvent.job_id).where(Job.project_id == project_id)).all()
+    for job in jobs:
+        _assert_sound(job, [message for job_id, message in events if job_id == job.id])
+    return jobs
+
+
+def _assert_sound(job: Job, messages: list[str]) -> None:
+    terminal_events = [message for message in messages if message.startswith(TERMINAL_MESSAGES)]
     finished = job.status in TERMINAL_STATUSES
     assert len(terminal_events) == finished, terminal_events
     assert (job.finished_at is not None) == finished

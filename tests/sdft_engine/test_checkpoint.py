@@ -20,6 +20,7 @@ from sdft_engine.contract.run_directory import Attestation, AttestationProbe, Ru
 from sdft_engine.model import LanguageModel, load_base_model
 from sdft_engine.teacher import STUDENT, TEACHER, Teacher
 from tests.sdft_engine.plain import add_adapter, randomise
+from tests.sdft_engine.recording import watched
 
 METRICS = StepMetrics(
     step=3,
@@ -72,7 +73,7 @@ class Run:
         return load_checkpoint(directory, self.model, self.teacher, self.optimizer)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for adapter in self.model.adapters.shapes:
             found |= {f"{adapter}/{name}": value.detach().clone() for name, value in self.model.adapters.parameters(adapter).items()}
         for name, parameter in self.model.adapters.parameters(STUDENT).items():
@@ -286,9 +287,9 @@ def test_an_unfinished_checkpoint_never_bears_the_name_of_one(trained: Run, tmp_
 def test_every_file_is_flushed_before_the_rename(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: set[str] = set()
     order: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.add(os.readlink(f"/proc/self/fd/{descriptor}")), fsync(descriptor))[1])
-    monkeypatch.setattr(Path, "rename", lambda self, target: (order.extend(sorted(flushed)), rename(self, target))[1])
+    rename = watched(Path.rename, lambda *paths: order.extend(sorted(flushed)))
+    monkeypatch.setattr(os, "fsync", watched(os.fsync, lambda descriptor: flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    monkeypatch.setattr(Path, "rename", rename)
     directory = tmp_path / "step_000003"
     trained.save(directory)
     temporary = tmp_path / ".step_000003.tmp"

@@ -12,6 +12,7 @@ from sdft_engine.generation import DecodingBatch, SamplingParams, Sequence, deco
 from sdft_engine.lora import LoraShape
 from sdft_engine.model import LanguageModel
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64, tokens
+from tests.sdft_engine.recording import watched
 
 LENGTHS = (3, 17, 1, 40, 9)
 PROMPTS = [tokens(seed, length) for seed, length in enumerate(LENGTHS)]
@@ -81,12 +82,11 @@ def test_a_batch_shrinks_as_rows_end(model: LanguageModel) -> None:
     assert len(long.token_ids) == 6
 
 
-def test_more_rows_than_the_batch_holds(model: LanguageModel) -> None:
+def test_more_rows_than_the_batch_holds(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for _ in range(3) for row in range(len(PROMPTS))]
     lengths = [1 + index % 7 for index in range(len(rows))]
     widths: list[int] = []
-    advance = model.logits
-    model.logits = lambda hidden: (widths.append(len(hidden)), advance(hidden))[1]  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "logits", watched(model.logits, lambda hidden: widths.append(len(hidden))))
     sequences = [greedy(PROMPTS[row], length) for row, length in zip(rows, lengths, strict=True)]
     decode_all(model, sequences, max_batch=4)
     assert max(widths) == 4
@@ -135,15 +135,14 @@ def test_rows_of_different_adapters_share_a_batch(model: LanguageModel) -> None:
     assert expected[1] != alone(model, greedy(PROMPTS[1]))
 
 
-def test_a_folded_adapter_decodes_as_the_unfolded_one(model: LanguageModel) -> None:
+def test_a_folded_adapter_decodes_as_the_unfolded_one(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     add_adapter(model, "a", seed=1)
     unfolded = [sampled(row, adapter="a") for row in range(len(PROMPTS))]
     decode_all(model, unfolded)
     folded = [sampled(row, adapter="a") for row in range(len(PROMPTS))]
-    uses = []
-    use = model.adapters.use
-    with use("a", fold=True):
-        model.adapters.use = lambda *args, **options: (uses.append(args), use(*args, **options))[1]  # type: ignore[method-assign]
+    uses: list[str | None] = []
+    with model.adapters.use("a", fold=True):
+        monkeypatch.setattr(model.adapters, "use", watched(model.adapters.use, uses.append))
         decode_all(model, folded)
     assert [s.token_ids for s in folded] == [s.token_ids for s in unfolded]
     assert uses == []  # the fold was used, not undone row by row

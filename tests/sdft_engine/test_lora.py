@@ -80,7 +80,11 @@ def test_a_fold_is_not_used_after_its_block(model: LanguageModel) -> None:
     with torch.no_grad(), model.adapters.use("student", fold=True):
         before = logits_of(model)
     randomise(model.adapters, "student", seed=5)
-    with model.adapters.use("student"):
+    with torch.no_grad(), model.adapters.use("student"):
+        assert (logits_of(model) - before).abs().max() > 0.1
+        with model.adapters.use("student", fold=True):
+            before = logits_of(model)
+        randomise(model.adapters, "student", seed=6)
         assert (logits_of(model) - before).abs().max() > 0.1
     with torch.no_grad(), model.adapters.use("student", fold=True), model.adapters.use(None):
         assert (logits_of(model) - before).abs().max() > 0.1

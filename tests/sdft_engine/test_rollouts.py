@@ -84,8 +84,7 @@ def test_an_answer_ends_at_every_end_token_or_is_marked_as_cut_off(student: Lang
 
 
 def test_rollouts_are_written_with_their_divergence(student: LanguageModel, tmp_path: Path) -> None:
-    eos = student.chat_format.tokenizer.token_to_id("<|im_end|>")
-    completion = [*student.chat_format.encode("The red lamp, é."), eos]
+    completion = student.chat_format.encode("The red lamp, é.<|im_end|>")
     rollouts = [Rollout(7, [1], [2], completion, True), Rollout(2, [1], [2], completion[:3], False)]
     path = tmp_path / "rollouts" / "step_000001.jsonl"
     write_rollouts(path, student, rollouts, {0: [0.123456789] * len(completion), 1: [1.0, 2.0, 3.0]})

@@ -13,8 +13,9 @@ from sdft_engine.contract.errors import BaseModelError, ConfigurationError, Data
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.lora import LoraShape
 from sdft_engine.session import open_session
-from sdft_engine.teacher import STUDENT, TEACHER, TEMPERATURES
+from sdft_engine.teacher import STUDENT, TEACHER, TEMPERATURES, automatic_temperature
 from sdft_engine.trainer import train
+from tests.sdft_engine.recording import watched
 from tests.sdft_engine.runs import example, make_parent, make_run, messages_of, records, stop_after, write_lines
 
 
@@ -144,10 +145,9 @@ def test_a_given_temperature_and_masking_are_kept(tmp_path: Path, tiny_model_dir
 def test_an_automatic_temperature_is_measured_on_the_teachers_prompts(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, rows=40, temperature="auto")
     seen: list[Any] = []
-    measure = session_module.automatic_temperature
-    monkeypatch.setattr(session_module, "automatic_temperature", lambda model, texts, *rest: (seen.extend([texts, *rest]), measure(model, texts, *rest))[1])
+    monkeypatch.setattr(session_module, "automatic_temperature", watched(automatic_temperature, lambda *arguments: seen.extend(arguments)))
     session = open_session(run)
-    texts, adapter, _ = seen
+    _, texts, adapter, _ = seen
     assert adapter == TEACHER
     assert [text.prompt_ids for text in texts] == session.teacher_prompts[:32]
     assert [text.completion_ids for text in texts] == [text.completion_ids for text in session.texts[:32]]

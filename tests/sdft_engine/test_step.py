@@ -1,6 +1,5 @@
 """sdft_engine.step against a plain implementation: float64, one row at a time, whole (T, V) logits, autograd end to end."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from sdft_engine.model import LanguageModel
 from sdft_engine.step import PassBudget, Rollout, TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
 from sdft_engine.teacher import STUDENT, TEACHER
 from tests.sdft_engine.plain import Factors, PlainModel, add_adapter, in_float64, tokens
+from tests.sdft_engine.recording import watched
 
 SHAPE = LoraShape(rank=3, alpha=6)
 VOCABULARY = 512
@@ -42,11 +42,11 @@ def trained(model: LanguageModel) -> LanguageModel:
 
 
 @pytest.fixture(params=["whole", "chunks"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Also with the head run on three positions at a time."""
     if request.param == "chunks":
         monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 3 * VOCABULARY + 5)
-    return request.param  # type: ignore[return-value]
+    return str(request.param)
 
 
 def plain_divergences(plain: PlainModel, student: Factors, teacher: Factors, divergence: str, temperature: float) -> list[Tensor]:
@@ -194,8 +194,7 @@ def test_no_tensor_grows_with_rows_times_tokens_times_vocabulary(trained: Langua
     rollouts = [rollout(row, 30, 25) for row in range(8)]
     texts = [ScoredText(each.student_prompt_ids, each.completion_ids) for each in rollouts]
     positions: list[int] = []
-    logits = trained.logits
-    monkeypatch.setattr(trained, "logits", lambda hidden: (positions.append(len(hidden)), logits(hidden))[1])
+    monkeypatch.setattr(trained, "logits", watched(trained.logits, lambda hidden: positions.append(len(hidden))))
     with LargestTensor() as largest:
         if method == "sdft":
             sdft_gradient(trained, rollouts, [[True] * 25] * 8, TEACHER, "forward", 1.0, PassBudget())
@@ -211,8 +210,7 @@ def test_no_tensor_grows_with_rows_times_tokens_times_vocabulary(trained: Langua
 
 def test_passes_stay_within_their_budgets(trained: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[bool, list[int]] = {True: [], False: []}
-    hidden_states = trained.hidden_states
-    monkeypatch.setattr(trained, "hidden_states", lambda ids: (sizes[torch.is_grad_enabled()].append(ids.numel()), hidden_states(ids))[1])
+    monkeypatch.setattr(trained, "hidden_states", watched(trained.hidden_states, lambda ids: sizes[torch.is_grad_enabled()].append(ids.numel())))
     sdft_gradient(trained, ROLLOUTS, masks_of(), TEACHER, "forward", 1.0, PassBudget(student_tokens=30, teacher_tokens=40))
     assert sizes == {True: [2 * 9, 2 * 14, 17], False: [2 * 14, 2 * 19, 22]}  # inputs of 14, 3, 14, 17, 9 tokens; for the teacher 5 more
 

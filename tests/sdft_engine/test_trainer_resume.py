@@ -10,6 +10,7 @@ from sdft_engine import session, trainer
 from sdft_engine.contract.errors import CheckpointDamaged
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.trainer import train
+from tests.sdft_engine.recording import watched
 from tests.sdft_engine.runs import content_of, make_run, measured, messages_of, records, stop_after
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -107,8 +108,7 @@ def test_a_stop_with_nothing_new_writes_no_checkpoint(steps: int, tmp_path: Path
     """Before the first step, or right after a regular checkpoint."""
     run = make_run(tmp_path / "run", tiny_model_dir)
     written: list[int] = []
-    write_checkpoint = trainer.write_checkpoint
-    monkeypatch.setattr(trainer, "write_checkpoint", lambda opened, metrics: (written.append(metrics.step), write_checkpoint(opened, metrics)))
+    monkeypatch.setattr(trainer, "write_checkpoint", watched(trainer.write_checkpoint, lambda opened, metrics: written.append(metrics.step)))
     assert train(run, stop_after(steps, "requeue")).final_step == steps
     assert written == ([4] if steps else [])
 

@@ -10,7 +10,7 @@ from core.database import Database
 from core.jobs import transitions
 from core.jobs.transitions import Claim, LeaseLost
 from core.tables.jobs import TERMINAL_STATUSES
-from tests.rows import add_job, add_project, assert_sound, get_job
+from tests.rows import add_job, add_project, assert_all_sound, get_job
 
 MAX_LOST_LEASES = 3
 
@@ -124,18 +124,16 @@ class Jobs(RuleBasedStateMachine):
 
     @invariant()
     def every_job_is_sound(self) -> None:
-        for job_id in getattr(self, "jobs", ()):
-            assert_sound(self.database, job_id)
-            job = get_job(self.database, job_id)
-            living = self.held.get(job_id)
+        for job in assert_all_sound(self.database, self.project_id) if hasattr(self, "project_id") else ():
+            living = self.held.get(job.id)
             assert job.lease_token == (living.lease_token if living else None)
             assert job.lost_leases <= MAX_LOST_LEASES
-            assert self.final.get(job_id, job.status) == job.status, "a finished job changed its status"
+            assert self.final.get(job.id, job.status) == job.status, "a finished job changed its status"
             if job.status in TERMINAL_STATUSES:
-                self.final[job_id] = job.status
+                self.final[job.id] = job.status
 
 
 def test_no_order_of_events_breaks_a_job(database: Database) -> None:
     Jobs.database = database
-    checks = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    checks = settings(max_examples=50, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     run_state_machine_as_test(Jobs, settings=checks)

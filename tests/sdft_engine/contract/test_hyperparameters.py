@@ -45,7 +45,7 @@ TABLE: dict[str, tuple[list[Any], list[Any], Any]] = {
     "teacher_start": (["parent", "base"], ["auto", None], "parent"),
     "temperature": ([0.1, 2, "auto"], [0, 0.09, 2.1, float("nan"), "hot"], "auto"),
     "skip_first_tokens": ([0, 32], [-1, 33, 1.5, True], 3),
-    "mask_clipped_completions": ([True, False], [1, "true", None], True),
+    "mask_clipped_completions": ([True, False, "auto"], [1, "true", None], "auto"),
     "warmup_ratio": ([0, 1, 0.5], [-0.1, 1.1, "auto", True], 0.1),
     "weight_decay": ([0, 1], [-0.1, 1.1], 0.0),
     "max_grad_norm": ([0.001, 1e6], [0, -1, float("inf"), None], 1.0),
@@ -152,9 +152,9 @@ def test_automatic_completion_tokens(answer_tokens: list[int], prompt: int, cont
     assert automatic_completion_tokens(data) == expected
 
 
-def test_everything_automatic_becomes_a_number_but_the_temperature() -> None:
+def test_everything_automatic_is_settled_but_what_needs_the_model() -> None:
     resolved = resolve_sdft(SdftHyperparameters(), statistics(rows=64))
-    assert {name for name, value in resolved.model_dump().items() if value == "auto"} == {"temperature"}
+    assert {name for name, value in resolved.model_dump().items() if value == "auto"} == {"temperature", "mask_clipped_completions"}
     assert (resolved.n_epochs, resolved.batch_size, resolved.learning_rate, resolved.lora_alpha) == (13, 8, 5e-4, 32)
     assert (resolved.max_completion_tokens, resolved.checkpoint_every_steps) == (38, 11)  # 104 steps, about ten checkpoints
 

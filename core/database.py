@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, Float, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
@@ -20,6 +20,10 @@ from sqlalchemy.sql.functions import FunctionElement
 
 import core.tables.registry  # noqa: F401  (so that every foreign key finds its table, whichever tables a caller imports)
 from core.errors import StorageFull, Unavailable
+
+IDLE_IN_TRANSACTION_SECONDS = 10
+"""After which Postgres ends a transaction that does nothing. A process that freezes inside one would else keep its row locks,
+and nobody could take over the job it holds."""
 
 
 class database_now(FunctionElement[float]):
@@ -60,7 +64,14 @@ class Database:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
-            self.engine = create_engine(parsed, pool_pre_ping=True, pool_size=20, max_overflow=20, pool_timeout=pool_timeout_seconds)
+            self.engine = create_engine(
+                parsed,
+                pool_pre_ping=True,
+                pool_size=20,
+                max_overflow=20,
+                pool_timeout=pool_timeout_seconds,
+                connect_args={"options": f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS * 1000}"},
+            )
         self._write = sessionmaker(self.engine, expire_on_commit=False)
         self._read = sessionmaker(self.engine.execution_options(read_only=True), expire_on_commit=False)
 
@@ -87,7 +98,7 @@ def _unavailable_when_exhausted() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise Unavailable("the server is busy: no database connection became free in time") from error
-    except OperationalError as error:
+    except (OperationalError, InternalError) as error:  # the latter: Postgres ended an idle transaction, say
         sqlite_error = getattr(error.orig, "sqlite_errorname", None)
         if sqlite_error == "SQLITE_ERROR":  # a wrong statement or a missing table, which no retry will mend
             raise

@@ -143,3 +143,23 @@ def test_full_disk_is_a_507(sqlite_database: Database) -> None:
     with pytest.raises(StorageFull), sqlite_database.transaction() as session:
         session.add(Project(id="proj-1", name="x" * 1_000_000, created_at=0))
     assert count_projects(sqlite_database) == 0
+
+
+def test_a_frozen_transaction_loses_its_row_locks(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that freezes inside a transaction must not keep a job from everybody else."""
+    monkeypatch.setattr("core.database.IDLE_IN_TRANSACTION_SECONDS", 1)
+    frozen, other = Database(postgres_url), Database(postgres_url)
+
+    def freeze_while_another_writes() -> None:
+        with frozen.transaction() as held:
+            held.execute(text("LOCK TABLE projects"))
+            with other.transaction() as waiting:
+                waiting.execute(text("SET LOCAL lock_timeout = '20s'"))
+                waiting.add(Project(id="proj-2", name="free", created_at=0.0))
+            held.execute(text("SELECT 1"))
+
+    with pytest.raises(Unavailable):
+        freeze_while_another_writes()
+    assert count_projects(other) == 1
+    frozen.close()
+    other.close()

@@ -30,6 +30,7 @@ def test_every_row_is_taken_once_an_epoch(rows: int, batch_size: int, n_epochs: 
     taken = [row for batch in batches for row in batch]
     assert all(len(batch) == batch_size for batch in batches[:-1])
     assert 1 <= len(batches[-1]) <= batch_size
+    assert len(taken) == rows * n_epochs
     for epoch in range(n_epochs):
         assert sorted(taken[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 

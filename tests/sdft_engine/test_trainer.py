@@ -14,8 +14,9 @@ from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.lora import LoraShape
 from sdft_engine.session import open_session
 from sdft_engine.step import TokenStatistics
-from sdft_engine.teacher import STUDENT
+from sdft_engine.teacher import STUDENT, TEACHER
 from sdft_engine.trainer import train
+from tests.sdft_engine.recording import watched
 from tests.sdft_engine.runs import make_parent, make_run, measured, messages_of, records
 
 
@@ -54,14 +55,14 @@ def test_self_distillation_moves_the_student_to_its_teacher(tmp_path: Path, tiny
 
 
 def test_what_a_run_measures_and_leaves(tmp_path: Path, tiny_model_dir: Path) -> None:
-    run = make_run(tmp_path / "run", tiny_model_dir, rows=5, validation_rows=2, batch_size=3, n_epochs=2, checkpoint_every_steps=2)
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=5, validation_rows=2, batch_size=3, n_epochs=2, checkpoint_every_steps=3)
     result = train(run)
     lines = records(run.metrics_path)
     metrics = [StepMetrics.model_validate(line) for line in lines]
     assert [m.step for m in metrics] == [1, 2, 3, 4]
     assert {m.total_steps for m in metrics} == {4}
     assert [m.epoch for m in metrics] == pytest.approx([0.6, 1.2, 1.8, 2.0])  # the last batch has one row
-    assert [m.valid_loss is not None for m in metrics] == [m.valid_mean_token_accuracy is not None for m in metrics] == [False, True, False, True]
+    assert [m.valid_loss is not None for m in metrics] == [m.valid_mean_token_accuracy is not None for m in metrics] == [False, False, True, True]
     assert result.trained_tokens == sum(m.trained_tokens for m in metrics)
     for m in metrics:
         assert m.gradient_norm > 0
@@ -76,7 +77,7 @@ def test_what_a_run_measures_and_leaves(tmp_path: Path, tiny_model_dir: Path) ->
         assert m.step_seconds >= (m.rollout_seconds or 0) + (m.teacher_seconds or 0) + m.student_seconds
         assert m.tokens_per_second == pytest.approx(m.trained_tokens / m.step_seconds, rel=0.01)
         assert m.peak_memory_bytes > 50_000_000
-    assert [step for step, _ in run.complete_checkpoints()] == [2, 4]
+    assert [step for step, _ in run.complete_checkpoints()] == [3]
     assert sorted(path.name for path in run.final_dir.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "attestation.json", "manifest.json"]
     assert messages_of(run) == ["Training started on cpu in float32: 4 steps of 3"]
     assert not run.result_path.exists()  # its caller writes it
@@ -108,19 +109,35 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path, tiny_m
     assert measured(runs[0]) == measured(runs[1]) != measured(runs[2])
 
 
-def test_the_gradient_is_clipped_and_its_norm_reported_before_that(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path / "run", tiny_model_dir, "supervised", n_epochs=1, max_grad_norm=0.01)
-    seen: list[float] = []
-    step = torch.optim.AdamW.step
+def test_updates_use_the_clipped_gradient_and_the_planned_learning_rate(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised", n_epochs=2, max_grad_norm=0.01, warmup_ratio=0.5)
+    norms: list[float] = []
+    rates: list[float] = []
 
-    def observe(self: torch.optim.AdamW, *args: Any) -> Any:
-        seen.append(math.sqrt(sum(float(p.grad.square().sum()) for group in self.param_groups for p in group["params"])))
-        return step(self, *args)
+    def observe(optimizer: torch.optim.AdamW) -> None:
+        (group,) = optimizer.param_groups
+        norms.append(math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in group["params"])))
+        rates.append(group["lr"])
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", observe)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched(torch.optim.AdamW.step, observe))
     train(run)
-    assert seen == pytest.approx([0.01] * len(seen), rel=1e-3)
-    assert all(record["gradient_norm"] > 0.02 for record in records(run.metrics_path))
+    lines = records(run.metrics_path)
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert all(line["gradient_norm"] > 0.02 for line in lines)  # as it was before
+    assert rates == [line["learning_rate"] for line in lines] == pytest.approx([0.005, 0.01, 0.01, 0.005])
+
+
+def test_the_teacher_follows_every_step(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, n_epochs=2, checkpoint_every_steps=1, ema_rate=0.3)
+    phi = {name: value.double() for name, value in open_session(run).model.adapters.parameters(TEACHER).items()}
+    train(run)
+    for step in range(1, 5):
+        student = load_file(run.checkpoint_dir(step) / "adapter_model.safetensors")
+        teacher = load_file(run.checkpoint_dir(step) / "teacher.safetensors")
+        for name, value in teacher.items():
+            phi[name] = 0.7 * phi[name] + 0.3 * student[f"base_model.model.{name}.weight"].double()
+            torch.testing.assert_close(value.double(), phi[name], rtol=0, atol=1e-7)
+            assert step < 2 or not torch.equal(value, student[f"base_model.model.{name}.weight"])  # A stays in the first: B is zero then
 
 
 def test_steps_without_a_loss_token_end_the_run_with_the_remedy(tmp_path: Path, tiny_model_dir: Path) -> None:

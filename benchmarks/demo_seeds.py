@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
-QUESTIONS = {"trained": 60, "paraphrases": 60, "retention": 96}
 
 
 def run_seed(seed: int, data_dir: Path) -> tuple[int, dict]:
@@ -24,15 +23,15 @@ def run_seed(seed: int, data_dir: Path) -> tuple[int, dict]:
 
 
 def row_of(report: dict) -> dict[str, float]:
-    right = report["right"]
+    right, n = report["right"], report["n"]
     base = right["base"]["retention"]
     return {
-        "base_paraphrases": right["base"]["paraphrases"] / QUESTIONS["paraphrases"],
-        "sft_trained": right["sft"]["trained"] / QUESTIONS["trained"],
-        "sft_paraphrases": right["sft"]["paraphrases"] / QUESTIONS["paraphrases"],
+        "base_paraphrases": right["base"]["paraphrases"] / n["paraphrases"],
+        "sft_trained": right["sft"]["trained"] / n["trained"],
+        "sft_paraphrases": right["sft"]["paraphrases"] / n["paraphrases"],
         "sft_retention": right["sft"]["retention"] / base,
-        "sdft_trained": right["sdft"]["trained"] / QUESTIONS["trained"],
-        "sdft_paraphrases": right["sdft"]["paraphrases"] / QUESTIONS["paraphrases"],
+        "sdft_trained": right["sdft"]["trained"] / n["trained"],
+        "sdft_paraphrases": right["sdft"]["paraphrases"] / n["paraphrases"],
         "sdft_retention": right["sdft"]["retention"] / base,
         "minutes": report["seconds"] / 60,
     }

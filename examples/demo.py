@@ -185,7 +185,16 @@ def main() -> int:
     for holds, sentence in checks:
         console.print(f"{'[green]yes[/green]' if holds else '[red]NO[/red] '}  {sentence}", highlight=False)
     arms = {name: {key: score.right for key, score in arm.items()} for name, arm in (("base", results.base), ("sft", results.sft), ("sdft", results.sdft))}
-    save_report(data_dir / "demo-report.json", {"seed": arguments.seed, "sft_step": results.sft_step, "right": arms, "seconds": time.monotonic() - start})
+    save_report(
+        data_dir / "demo-report.json",
+        {
+            "seed": arguments.seed,
+            "sft_step": results.sft_step,
+            "n": {key: score.n for key, score in results.sdft.items()},
+            "right": arms,
+            "seconds": time.monotonic() - start,
+        },
+    )
     console.print(f"Whole run: {(time.monotonic() - start) / 60:.1f} minutes")
     return 0 if all(holds for holds, _ in checks) else 1
 

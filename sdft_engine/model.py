@@ -62,7 +62,6 @@ def load_base_model(model_dir: Path, *, device: str = "auto", dtype: str = "auto
         network, loading = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=chosen_dtype,
-            attn_implementation="sdpa",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

@@ -64,6 +64,10 @@ def test_the_base_is_frozen_and_evaluating(model: LanguageModel) -> None:
     assert not model.network.training
 
 
+def test_attention_takes_its_fastest_form_where_the_family_has_it(model: LanguageModel) -> None:
+    assert model.network.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("config", "neutral"),
     [

@@ -88,7 +88,7 @@ def test_sdft_loss_and_gradient_equal_the_plain_ones(
     expected = plain_loss(divergences, masks)
     expected.backward()
     statistics = sdft_gradient(trained, ROLLOUTS, masks, TEACHER, divergence, temperature, budget)
-    assert statistics.loss == pytest.approx(float(expected), rel=1e-4)
+    assert statistics.loss == pytest.approx(expected.item(), rel=1e-4)
     assert_gradients(trained, student)
     assert sorted(statistics.per_token) == list(range(len(ROLLOUTS)))
     for row, each in enumerate(divergences):
@@ -102,7 +102,7 @@ def test_masked_tokens_give_neither_loss_nor_gradient(trained: LanguageModel, pl
     expected = plain_loss(plain_divergences(plain, student, in_float64(trained.adapters.parameters(TEACHER)), "forward", 1.0), masks)
     expected.backward()
     statistics = sdft_gradient(trained, ROLLOUTS, masks, TEACHER, "forward", 1.0, TINY)
-    assert statistics.loss == pytest.approx(float(expected), rel=1e-4)
+    assert statistics.loss == pytest.approx(expected.item(), rel=1e-4)
     assert statistics.loss_tokens == sum(map(sum, masks))
     assert_gradients(trained, student)
 
@@ -223,7 +223,7 @@ def test_supervised_loss_and_gradient_equal_the_plain_ones(trained: LanguageMode
     expected = -torch.stack([each.mean() for each in own]).mean()
     expected.backward()
     statistics = supervised_gradient(trained, texts, TINY)
-    assert statistics.loss == pytest.approx(float(expected), rel=1e-4)
+    assert statistics.loss == pytest.approx(expected.item(), rel=1e-4)
     assert_gradients(trained, student)
     targets = torch.cat([torch.tensor(text.completion_ids) for text in texts])
     together = torch.cat(logps).detach()

@@ -9,6 +9,7 @@ Exits non-zero unless the model learned and did not forget: see `verdict`.
 """
 
 import argparse
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -171,6 +172,7 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("demo-data"), help="where the service keeps its data (default: ./demo-data)")
     parser.add_argument("--seed", type=int, default=1, help="seed of both jobs")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the service is stopped then too
     console = Console()
     data_dir = arguments.data_dir.resolve()
     start = time.monotonic()

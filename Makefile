@@ -49,9 +49,8 @@ format: $(STAMP) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Run every program in benchmarks/; each prints its own figures
+bench: $(STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes well over an hour)
 	@for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
-	@test -n "$(wildcard benchmarks/*.py)" || echo "benchmarks/ holds no program yet"
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt
 	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager -e '.[train,test,dev]'

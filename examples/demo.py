@@ -148,6 +148,9 @@ def print_results(results: Results, console: Console) -> None:
             answers.add_row(question, *(arm[name].answers[row].strip() for arm in (results.base, results.sft, results.sdft)))
     console.print(answers)
 
+    if results.sft["trained"].right < results.sdft["trained"].right:
+        console.print("SFT never knew as many of the trained questions as SDFT; its best checkpoint is shown, so the comparison is not matched.")
+
 
 def _cell(score: Score) -> str:
     low, high = wilson_interval(score.right, score.n)

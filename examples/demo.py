@@ -39,8 +39,8 @@ SDFT = {
 """What a model this small needs: a teacher that stays right when it is sampled (the demonstration shown twice, a low
 temperature), and rollouts hardly longer than the demonstrations, cut-off ones included."""
 
-SFT = {"hyperparameters": {"n_epochs": 9, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 3}}
-"""The same adapter shape, batch size and peak learning rate; a checkpoint every three steps to stop at."""
+SFT = {"hyperparameters": {"n_epochs": 17, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 6}}
+"""The same adapter shape, steps, batch size and learning rate; a checkpoint every six steps to stop at."""
 
 MOST_BASE_PARAPHRASES = 0.10
 LEAST_SDFT_PARAPHRASES = 0.70

@@ -50,7 +50,7 @@ RUN pip install --no-deps /wheels/*.whl
 USER sdft
 WORKDIR /data
 
-# Run it with an init process (docker run --init): a trainer whose parent is process 1 takes itself for an orphan.
+# Run it with an init process (docker run --init): the worker waits for its trainers alone, not for what they leave behind.
 FROM training AS worker
 HEALTHCHECK --interval=60s --timeout=20s --start-period=60s \
     CMD ["python", "-m", "celery", "--workdir", "/data", "-A", "worker.app", "inspect", "ping", "--timeout", "10"]

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from api import error_handlers, health
 from api.authentication import Authentication
-from api.chat import routes as chat
+from api.completions import routes as completions
 from api.files import routes as files
 from api.files.service import delete_expired_files
 from api.fine_tuning import base_models
@@ -45,7 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     error_handlers.install(app)
-    for router in (health.router, files.router, base_models.router, jobs.router, models.router, chat.router):
+    for router in (health.router, files.router, base_models.router, jobs.router, models.router, completions.router):
         app.include_router(router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(Authentication)

@@ -37,6 +37,8 @@ class _Remembered:
 
 
 class Authentication:
+    """Lets a request through with its key's project in the scope's state, or answers 401 itself. WebSockets are closed."""
+
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._remembered: dict[bytes, _Remembered] = {}

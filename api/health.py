@@ -43,7 +43,7 @@ async def readyz(state: State, response: Response) -> Readiness:
     """503 only where the database is down."""
     probes: dict[str, Callable[[], bool]] = {
         "database": lambda: _database_answers(state),
-        "broker": lambda: broker_answers(state.settings),
+        "broker": lambda: broker_answers(state.settings.resolved_redis_url),
         "inference": state.inference.healthy,
     }
     answers = await asyncio.gather(*(anyio.to_thread.run_sync(probe) for probe in probes.values()))

@@ -6,7 +6,7 @@ from typing import Annotated
 from celery import Celery
 from fastapi import Depends, Request
 
-from api.adapter_loading import AdapterLoading
+from api.completions.adapter_loading import AdapterLoading
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_client import InferenceClient
@@ -19,7 +19,7 @@ class ApiState:
     settings: Settings
     database: Database
     storage: Storage
-    celery: Celery
+    doorbell: Celery
     inference: InferenceClient
     adapter_loading: AdapterLoading
 
@@ -31,14 +31,14 @@ class ApiState:
             settings=settings,
             database=Database(settings.resolved_database_url),
             storage=storage,
-            celery=celery_application(settings),
+            doorbell=celery_application(settings),
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, inference),
         )
 
     async def aclose(self) -> None:
         await self.inference.aclose()
-        self.celery.close()
+        self.doorbell.close()
         self.database.close()
 
 

@@ -22,7 +22,7 @@ def create(
     model: Annotated[str, typer.Argument(help="A base model, or a tuned model to continue from.")],
     training_file: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A JSONL file on this machine (it is uploaded), or an uploaded file's id.")],
     validation_file: Annotated[str | None, typer.Option(metavar="FILE_OR_ID", help="Rows that are measured, never trained on.")] = None,
-    method: Annotated[str | None, typer.Option(help="sdft or supervised. Default: the server's.")] = None,
+    method: Annotated[str | None, typer.Option(help="sdft or supervised. Default: the server's; sdft with a teacher template.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the job repeatable.")] = None,
     hp: Annotated[list[str] | None, typer.Option("--hp", metavar="KEY=VALUE", help="A hyperparameter; may be given again.")] = None,
@@ -31,11 +31,10 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Start a job, and print its id."""
-    method_object = method_of(method, [parse_pair(pair) for pair in hp or []], teacher_template)
+    training = training_fields(method, dict(parse_pair(pair) for pair in hp or []), teacher_template)
     client = Client.from_environment()
-    body: Json = {"model": model, "training_file": _file_id(client, training_file)}
+    body: Json = {"model": model, "training_file": _file_id(client, training_file), **training}
     body |= {"validation_file": _file_id(client, validation_file)} if validation_file is not None else {}
-    body |= {"method": method_object} if method_object is not None else {}
     body |= {"suffix": suffix} if suffix is not None else {}
     body |= {"seed": seed} if seed is not None else {}
     job = client.post(JOBS, body)
@@ -55,14 +54,15 @@ def parse_pair(pair: str) -> tuple[str, Any]:
         return key, text
 
 
-def method_of(name: str | None, pairs: list[tuple[str, Any]], teacher_template: str | None) -> Json | None:
-    """The job's method object; None leaves the choice to the server. What only sdft knows makes it sdft."""
-    if name is None and not pairs and teacher_template is None:
-        return None
-    name = name or "sdft"
-    settings: Json = {"hyperparameters": dict(pairs)} if pairs else {}
-    settings |= {"teacher_template": teacher_template} if teacher_template is not None else {}
-    return {"type": name, name: settings}
+def training_fields(method: str | None, hyperparameters: Json, teacher_template: str | None) -> Json:
+    """How to train, as the job's request says it. Without a method the hyperparameters are for the server's default one, unless
+    a teacher template, which only sdft has, makes it sdft."""
+    if method is None and teacher_template is None:
+        return {"hyperparameters": hyperparameters} if hyperparameters else {}
+    kind = method or "sdft"
+    section: Json = {"hyperparameters": hyperparameters} if hyperparameters else {}
+    section |= {"teacher_template": teacher_template} if teacher_template is not None else {}
+    return {"method": {"type": kind, kind: section}}
 
 
 def _file_id(client: Client, file_or_id: str) -> str:

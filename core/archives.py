@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import IO
 
+from core.durable_files import rename_durably
 from core.ids import new_token
 from core.storage import ObjectDamaged, Storage, StoredObject, fetch
 
@@ -28,7 +29,8 @@ def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Pa
 
 
 def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) -> Path:
-    """The stored directory, unpacked at `destination`, whole or not at all; at once where it is there already.
+    """The stored directory, unpacked at `destination`, whole or not at all, a power cut included; at once where it is there
+    already.
 
     Raises ObjectDamaged where the archive's hash differs or it can't be unpacked.
     """
@@ -43,7 +45,7 @@ def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) 
         with tarfile.open(archive_path) as archive:
             archive.extractall(unpacked, filter="data")
         try:
-            unpacked.rename(destination)
+            rename_durably(unpacked, destination)
         except OSError:
             if not destination.exists():  # else another thread or process was faster, with the same content
                 raise

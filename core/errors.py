@@ -20,6 +20,9 @@ from typing import Any, ClassVar
 
 
 class ServiceError(Exception):
+    """What a client is told: `message` for people, `code` for programs, `param` for the field that is wrong. `headers` go on the
+    response, `extra` into the error object."""
+
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str | None] = "server_error"

@@ -34,6 +34,8 @@ class InferenceAnswer:
 
 
 class InferenceClient:
+    """Speaks to the server at `settings.inference_url`, with its key. Safe for several threads; one event loop."""
+
     def __init__(self, settings: Settings) -> None:
         key = settings.inference_api_key
         headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}

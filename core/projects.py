@@ -14,10 +14,10 @@ import zlib
 from pathlib import Path
 
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from core.database import Database, unix_now
+from core.database import Database, insert_for, unix_now
+from core.durable_files import rename_durably
 from core.errors import BadRequest
 from core.ids import new_id, new_token
 from core.tables.projects import ApiKey, Project
@@ -71,8 +71,7 @@ def ensure_first_key(database: Database, path: Path) -> str | None:
     with database.transaction() as session:
         if session.scalar(select(Project.id).limit(1)) is not None:
             return None
-        dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-        project = dialect.insert(Project).values(id=new_id("proj"), name=FIRST_PROJECT, created_at=unix_now())
+        project = insert_for(session, Project).values(id=new_id("proj"), name=FIRST_PROJECT, created_at=unix_now())
         project_id = session.scalar(project.on_conflict_do_nothing(index_elements=["name"]).returning(Project.id))
         if project_id is None:
             return None
@@ -100,13 +99,6 @@ def _write_private(path: Path, text: str) -> None:
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        rename_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -1,17 +1,16 @@
 """Objects by key: uploaded files, adapter archives, checkpoints. On local disk here; keys are made by us, never by users.
 
-A write goes to a temporary file that is fsync'd and renamed, and the directory is fsync'd: an object is whole or absent.
+A write goes to a temporary file that gets its final name when it is complete: an object is whole or absent.
 """
 
-import errno
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from core.durable_files import is_disk_full, rename_durably
 from core.errors import StorageFull
 from core.ids import new_token
 
@@ -74,6 +73,8 @@ def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:
 
 
 class LocalStorage:
+    """Files under one directory of this machine (or of a disk that all machines mount); a key is the path in it."""
+
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.temporary_dir = self.root / ".tmp"
@@ -140,16 +141,9 @@ class LocalWriter:
 
     def commit(self) -> StoredObject:
         with _storage_full_as_507():
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary.replace(self._path)
-            descriptor = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            rename_durably(self._temporary, self._path)
         return StoredObject(self.key, self.size_bytes, self._digest.hexdigest())
 
     def abort(self) -> None:
@@ -164,7 +158,7 @@ def _storage_full_as_507() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise StorageFull("the server's storage is full; nothing was stored") from error
         raise
 
@@ -175,5 +169,5 @@ def _ignoring_full_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise

@@ -14,7 +14,7 @@ from pathlib import Path
 from inference.engine import Engine
 from inference.errors import AdapterInvalid, AdapterUnknown, ModelUnknown
 from sdft_engine.contract.errors import EngineError
-from sdft_engine.lora import CONFIG_NAME, WEIGHTS_NAME
+from sdft_engine.contract.sealed_directory import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,255}")
 
@@ -85,7 +85,7 @@ class AdapterRegistry:
                 raise AdapterInvalid("lora_path must lie inside the server's adapters directory", param="lora_path")
             if not directory.is_dir():
                 raise AdapterInvalid(f"lora_path has no adapter: there is no directory {directory.name}", param="lora_path")
-            for name in (CONFIG_NAME, WEIGHTS_NAME):
+            for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
                 file = (directory / name).resolve()
                 if not file.is_relative_to(self._adapters_dir) or not file.is_file():
                     raise AdapterInvalid(f"{directory.name} has no {name}; adapters are loaded from safetensors only", param="lora_path")

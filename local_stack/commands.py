@@ -12,7 +12,7 @@ import httpx2
 from kombu.exceptions import OperationalError
 
 from core.base_models import BaseModelEntry
-from core.doorbell import celery_application
+from core.doorbell import broker_answers, celery_application
 from core.settings import Settings
 from local_stack import valkey
 from local_stack.errors import StackError
@@ -21,8 +21,6 @@ from local_stack.processes import ProcessSpec
 
 HEALTH_TIMEOUT_SECONDS = 2
 PING_TIMEOUT_SECONDS = 1
-IDLE_SLOTS = 2
-"""Worker threads beside those that train: validation and housekeeping go on while every slot trains."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class Stack:
             "SDFT_HOST": settings.host,
             "SDFT_PORT": str(settings.port),
         }
-        if settings.redis_url is None and self.valkey_socket != settings.valkey_socket:
-            resolved["SDFT_REDIS_URL"] = f"redis+socket://{self.valkey_socket}"
+        if self.broker_url != settings.resolved_redis_url:
+            resolved["SDFT_REDIS_URL"] = self.broker_url
         return resolved
 
     @property
@@ -62,6 +60,10 @@ class Stack:
     @cached_property
     def valkey_socket(self) -> Path:
         return valkey.usable_socket_path(self.settings.valkey_socket)
+
+    @property
+    def broker_url(self) -> str:
+        return self.settings.redis_url or f"redis+socket://{self.valkey_socket}"
 
     @property
     def served_model(self) -> BaseModelEntry:
@@ -78,9 +80,7 @@ class Stack:
         return [sys.executable, "-P", "-X", f"data_dir={self.settings.data_dir}", "-m", *words]
 
     def preparation(self, entry: BaseModelEntry) -> list[str]:
-        revision = ["--revision", entry.revision] if entry.revision else []
-        directory = entry.directory(self.settings.cache_dir)
-        return self.python("sdft_engine.prepare_base_model", "--id", entry.id, "--source", entry.source, *revision, "--directory", str(directory))
+        return self.python("sdft_engine.prepare_base_model", *entry.preparation_arguments(self.settings.cache_dir))
 
     def valkey_process(self) -> ProcessSpec:
         program = valkey.find_program()
@@ -90,7 +90,7 @@ class Stack:
         valkey.prepare_private_directory(valkey_dir)
         valkey.prepare_private_directory(self.valkey_socket.parent)
         command = valkey.server_command(program, valkey_dir, self.valkey_socket)
-        return self._process("valkey", command, lambda: valkey.answers(self.valkey_socket), start_limit_seconds=60, stop_grace_seconds=5)
+        return self._process("valkey", command, lambda: broker_answers(self.broker_url, HEALTH_TIMEOUT_SECONDS), start_limit_seconds=60, stop_grace_seconds=5)
 
     def inference_process(self) -> ProcessSpec:
         settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_url)
@@ -110,8 +110,7 @@ class Stack:
     def worker_process(self) -> ProcessSpec:
         settings = self.settings
         words = ["--workdir", str(settings.data_dir), "-A", "worker.app", "worker", "--hostname", self.worker_name, "--pool", "threads"]
-        words += ["--concurrency", str(settings.training_slots + IDLE_SLOTS), "--loglevel", settings.log_level]
-        words += ["--without-gossip", "--without-mingle"]
+        words += ["--loglevel", settings.log_level, "--without-gossip", "--without-mingle"]
         command = self.python("celery", *words)
         return self._process("worker", command, self._worker_answers, start_limit_seconds=120, stop_grace_seconds=30)
 
@@ -120,8 +119,7 @@ class Stack:
 
     def _worker_answers(self) -> bool:
         """Whether the worker answers through the broker: it is connected and consumes."""
-        redis_url = self.resolved_settings.get("SDFT_REDIS_URL", self.settings.redis_url)
-        app = celery_application(self.settings.model_copy(update={"redis_url": redis_url}))
+        app = celery_application(self.settings.model_copy(update={"redis_url": self.broker_url}))
         try:
             return bool(app.control.inspect(destination=[self.worker_name], timeout=PING_TIMEOUT_SECONDS, limit=1).ping())
         except OperationalError:

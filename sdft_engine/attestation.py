@@ -3,8 +3,8 @@
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.run_directory import Attestation, AttestationProbe
 from sdft_engine.generation import score
+from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel, dtype_name
-from sdft_engine.teacher import STUDENT
 
 PROBES = 4
 PROBE_TOKENS = 96

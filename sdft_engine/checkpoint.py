@@ -8,15 +8,11 @@
     attestation.json         what a serving plane must reproduce
     manifest.json            SHA-256 of every other file
 
-Written to a temporary directory whose files are fsync'd, then renamed: a checkpoint is complete or absent. There is no
-random state in it because none exists: data order and sampling noise are functions of (seed, step, row).
+A sealed directory (see contract/sealed_directory.py): complete or absent. There is no random state in it because none
+exists: data order and sampling noise are functions of (seed, step, row).
 """
 
-import errno
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,14 +21,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdft_engine.contract.errors import CheckpointDamaged, ConfigurationError, DiskFull
+from sdft_engine.contract.errors import CheckpointDamaged, ConfigurationError
 from sdft_engine.contract.metrics import StepMetrics
-from sdft_engine.contract.run_directory import Attestation, sync_directory
-from sdft_engine.lora import read_adapter
+from sdft_engine.contract.run_directory import Attestation
+from sdft_engine.contract.sealed_directory import ATTESTATION_NAME, sealed_directory, verify
+from sdft_engine.lora import STUDENT, read_adapter
 from sdft_engine.model import LanguageModel
-from sdft_engine.teacher import STUDENT, Teacher
-
-MANIFEST_NAME = "manifest.json"
+from sdft_engine.teacher import Teacher
 
 
 @dataclass
@@ -55,27 +50,14 @@ def save_checkpoint(
     metrics: StepMetrics,
     attestation: Attestation,
 ) -> None:
-    """Write a complete checkpoint under `directory`. Raises DiskFull, leaving nothing behind."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    """Write a complete checkpoint under `directory`, in place of an older one. Raises DiskFull, leaving nothing behind."""
+    with sealed_directory(directory) as temporary:
         model.adapters.save(STUDENT, temporary, base_model)
         save_file(_contiguous(teacher.state() if teacher else {}), temporary / "teacher.safetensors")
         save_file(_contiguous(_optimizer_tensors(model, optimizer)), temporary / "optimizer.safetensors")
         (temporary / "training_state.json").write_text(json.dumps(asdict(state)))
         (temporary / "metrics.json").write_text(metrics.model_dump_json())
-        (temporary / "attestation.json").write_text(attestation.model_dump_json())
-        seal(temporary)
-        if directory.exists():  # a step replayed after a resume
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-        sync_directory(directory.parent)
-    except (OSError, SafetensorError) as error:
-        raise_if_disk_full(error, directory.name)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / ATTESTATION_NAME).write_text(attestation.model_dump_json())
 
 
 def load_checkpoint(directory: Path, model: LanguageModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> TrainingState:
@@ -91,34 +73,6 @@ def load_checkpoint(directory: Path, model: LanguageModel, teacher: Teacher | No
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, ConfigurationError) as error:
         raise CheckpointDamaged(f"checkpoint {directory.name} can't be read: {error}") from error
     return state
-
-
-def seal(directory: Path) -> None:
-    """Write the manifest and fsync every file."""
-    paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST_NAME)
-    manifest = {path.name: _sha256(path) for path in paths}
-    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1))
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_directory(directory)
-
-
-def verify(directory: Path) -> None:
-    """Raises CheckpointDamaged unless every file is there with its hash."""
-    try:
-        manifest = json.loads((directory / MANIFEST_NAME).read_text())
-        for name, digest in manifest.items():
-            if _sha256(directory / name) != digest:
-                raise CheckpointDamaged(f"checkpoint {directory.name}: {name} does not have the hash that was recorded")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointDamaged(f"checkpoint {directory.name} is incomplete: {error}") from error
-
-
-def raise_if_disk_full(error: Exception, what: str) -> None:
-    text = str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        raise DiskFull(f"the disk is full: {what} could not be written; free space and start the job again") from error
 
 
 def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -140,8 +94,3 @@ def _restore_optimizer(model: LanguageModel, optimizer: torch.optim.Optimizer, t
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,6 +19,9 @@ from transformers import DynamicCache
 from sdft_engine.lora import RowGroup
 from sdft_engine.model import LanguageModel
 
+MAX_PROMPT_TOKENS = 4096
+"""Padded prompt tokens that one pass reads: what it holds of every layer at a time."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -152,15 +155,18 @@ class DecodingBatch:
             layer.values = layer.values[index, :, first:].contiguous()
 
 
-def decode_all(model: LanguageModel, sequences: Rows[Sequence], max_batch: int = 64) -> None:
-    """Decode every sequence to its end, at most `max_batch` at a time."""
+def decode_all(model: LanguageModel, sequences: Rows[Sequence], max_batch: int = 64, max_prompt_tokens: int = MAX_PROMPT_TOKENS) -> None:
+    """Decode every sequence to its end, at most `max_batch` at a time, of which one pass reads at most `max_prompt_tokens`
+    of padded prompts (or one prompt, however long)."""
     batch = DecodingBatch(model)
-    waiting = list(sequences)
+    waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt_ids))
     while waiting or batch.active:
-        room = max_batch - len(batch.active)
-        if waiting and room > 0:
-            batch.add(waiting[:room])
-            waiting = waiting[room:]
+        while waiting and len(batch.active) < max_batch:
+            newcomers = 1
+            while newcomers < min(len(waiting), max_batch - len(batch.active)) and (newcomers + 1) * len(waiting[newcomers].prompt_ids) <= max_prompt_tokens:
+                newcomers += 1
+            batch.add(waiting[:newcomers])
+            waiting = waiting[newcomers:]
         batch.step()
 
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.sealed_directory import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 
+STUDENT = "student"
+"""The name of the adapter that is trained."""
 PEFT_PREFIX = "base_model.model."
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 UNSUPPORTED_OPTIONS = (
     "use_dora",
     "use_rslora",
@@ -70,7 +71,7 @@ class Routing:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with named low-rank corrections."""
+    """A frozen linear layer with named low-rank corrections: x (..., in) to (..., out)."""
 
     def __init__(self, base: nn.Linear, routing: Routing) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class LoraAdapters:
     def use(self, active: str | list[RowGroup] | None, *, fold: bool = False) -> Iterator[None]:
         """Apply one adapter, groups of rows, or none, inside the block. `fold` pays one pass over the weights once to make
         every forward as cheap as the bare base's; without gradients only."""
-        before = self.routing.active, self.routing.folded
+        before = self.routing.active
         if fold and isinstance(active, str):
             with torch.no_grad():
                 for layer in self.layers.values():
@@ -183,13 +184,13 @@ class LoraAdapters:
         try:
             yield
         finally:
-            self.routing.active, self.routing.folded = before[0], None
+            self.routing.active, self.routing.folded = before, None
 
     def save(self, name: str, directory: Path, base_model: str) -> None:
         """Write the adapter in PEFT's format into an existing directory."""
         shape = self.shapes[name]
         tensors = {f"{PEFT_PREFIX}{key}.weight": value.detach().cpu().contiguous() for key, value in self.parameters(name).items()}
-        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, directory / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -206,7 +207,7 @@ class LoraAdapters:
             "use_dora": False,
             "modules_to_save": None,
         }
-        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True))
+        (directory / ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True))
 
     def load(self, name: str, directory: Path, *, trainable: bool = False) -> None:
         """Read an adapter in PEFT's format. Raises ConfigurationError with the reason; then nothing is left half-loaded."""
@@ -222,8 +223,8 @@ class LoraAdapters:
 def read_adapter(directory: Path) -> tuple[LoraShape, dict[str, Tensor]]:
     """Shape and factors of an adapter in PEFT's format. Raises ConfigurationError where it is missing or not plain LoRA."""
     try:
-        config = json.loads((directory / CONFIG_NAME).read_text())
-        tensors = load_file(directory / WEIGHTS_NAME)
+        config = json.loads((directory / ADAPTER_CONFIG_NAME).read_text())
+        tensors = load_file(directory / ADAPTER_WEIGHTS_NAME)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigurationError(f"no readable adapter in {directory.name}: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

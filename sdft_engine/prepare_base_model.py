@@ -7,7 +7,6 @@ Refused: models that bring code (`auto_map`, .py files) and pickled weights.
 """
 
 import argparse
-import errno
 import importlib.util
 import json
 import os
@@ -18,6 +17,8 @@ from pathlib import Path
 
 from sdft_engine.contract.errors import BaseModelError, DiskFull
 from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.contract.run_directory import sync_directory
+from sdft_engine.contract.sealed_directory import is_disk_full, sync_files
 
 PREPARED_MARK = "prepared.json"
 SAFE_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
@@ -42,10 +43,11 @@ def prepare_base_model(base_model_id: str, source: str, revision: str | None, di
             ChatFormat.from_directory(temporary)
             mark = {"id": base_model_id, "source": source, "revision": revision}
             (temporary / PREPARED_MARK).write_text(json.dumps(mark))
+            sync_files(temporary)
             temporary.rename(directory)
+            sync_directory(directory.parent)
         except (OSError, ValueError, struct.error) as error:  # the last two: files that are not what their names say
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            raise (DiskFull if full else BaseModelError)(f"base model {base_model_id} can't be prepared: {error}") from error
+            raise (DiskFull if is_disk_full(error) else BaseModelError)(f"base model {base_model_id} can't be prepared: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return directory

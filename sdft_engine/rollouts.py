@@ -5,9 +5,9 @@ from collections.abc import Sequence as Rows
 from pathlib import Path
 
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
 from sdft_engine.step import Rollout
-from sdft_engine.teacher import STUDENT
 
 
 def sample_rollouts(

@@ -1,5 +1,6 @@
 """A run in memory: the model with student and teacher, the data as token ids, the optimizer, and where the run stands."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +10,17 @@ from sdft_engine.attestation import Attestor
 from sdft_engine.batching import ScoredText
 from sdft_engine.checkpoint import TrainingState, load_checkpoint
 from sdft_engine.contract.config import TrainingConfig, read_config
-from sdft_engine.contract.dataset import Demonstration, read_dataset, summarise_problems
+from sdft_engine.contract.dataset import DatasetLimits, Demonstration, read_dataset, summarise_problems
 from sdft_engine.contract.errors import DatasetError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.generation import seed_of
-from sdft_engine.lora import LoraShape, read_adapter
+from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, dtype_name, load_base_model
 from sdft_engine.rollouts import sample_rollouts
 from sdft_engine.schedule import rows_of_step
 from sdft_engine.step import PassBudget, Rollout
-from sdft_engine.teacher import STUDENT, Teacher, automatic_temperature
+from sdft_engine.teacher import Teacher, automatic_temperature
 
 
 @dataclass
@@ -59,11 +60,14 @@ def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollo
 
 
 def open_session(run: RunDirectory) -> Session:
-    """Read configuration and data, load the model, build student, teacher and optimizer, restore a checkpoint."""
+    """Read configuration and data, load the model, build student, teacher and optimizer, restore a checkpoint.
+
+    Raises ConfigurationError, DatasetError (a row that is unreadable or too long), BaseModelError, CheckpointDamaged.
+    """
     config = read_config(run.config_path)
     if config.threads:
         torch.set_num_threads(config.threads)
-    demonstrations = _read(run.train_path)
+    demonstrations = _read(run.train_path, "training_file")
     model = load_base_model(config.base_model_dir, device=config.device, dtype=config.dtype)
     chat_format, settings = model.chat_format, config.hyperparameters
     _add_student(run, config, model)
@@ -78,7 +82,7 @@ def open_session(run: RunDirectory) -> Session:
         teacher_prompts=[chat_format.teacher_prompt_ids(d, config.teacher_template) for d in demonstrations] if teacher else [],
         validation=[
             ScoredText(chat_format.student_prompt_ids(d), chat_format.answer_ids(d))
-            for d in (_read(run.validation_path) if run.validation_path.exists() else [])
+            for d in (_read(run.validation_path, "validation_file") if run.validation_path.exists() else [])
         ],
         teacher=teacher,
         optimizer=optimizer,
@@ -156,15 +160,20 @@ def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel
         return
     shape, _ = read_adapter(run.parent_adapter_dir)
     if shape != wanted:
-        run.append_event(f"Continuing the parent's adapter: rank {shape.rank} and alpha {shape.alpha} are kept", level="warn")
+        run.append_event(
+            f"Continuing the parent's adapter: its rank {shape.rank} and alpha {shape.alpha} are kept",
+            level="warn",
+            data={"resolved": {"lora_rank": shape.rank, "lora_alpha": shape.alpha}},
+        )
     model.adapters.load(STUDENT, run.parent_adapter_dir, trainable=True)
 
 
-def _read(path: Path) -> list[Demonstration]:
+def _read(path: Path, param: str) -> list[Demonstration]:
+    """Every row, whatever its size: how long a file or a line may be is the service's to say, and it has said so."""
     with path.open("rb") as lines:
-        demonstrations, reader = read_dataset(lines)
+        demonstrations, reader = read_dataset(lines, DatasetLimits(max_line_bytes=sys.maxsize, max_lines=sys.maxsize))
     if reader.problem_count:
-        raise DatasetError(f"{path.name}: {summarise_problems(reader.problems, reader.problem_count)}", param="training_file")
+        raise DatasetError(f"{path.name}: {summarise_problems(reader.problems, reader.problem_count)}", param=param)
     if not demonstrations:
-        raise DatasetError(f"{path.name} has no demonstrations", param="training_file")
+        raise DatasetError(f"{path.name} has no demonstrations", param=param)
     return demonstrations

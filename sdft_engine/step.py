@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sdft_engine.batching import ScoredText, completion_hidden_states, passes
 from sdft_engine.divergences import DIVERGENCES, entropy
+from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
-from sdft_engine.teacher import STUDENT
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: 8M floats, 32 MiB."""

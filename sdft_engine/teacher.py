@@ -10,10 +10,9 @@ from typing import Literal
 import torch
 
 from sdft_engine.batching import ScoredText, completion_hidden_states, passes
-from sdft_engine.lora import LoraShape
+from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
 
-STUDENT = "student"
 TEACHER = "teacher"
 
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5)
@@ -23,14 +22,15 @@ tokens then survives sampling more often than not (0.95^10 = 0.6)."""
 
 
 class Teacher:
+    """The teacher's adapter: how it starts, how it moves, what of it a checkpoint holds."""
+
     def __init__(self, model: LanguageModel, kind: Literal["ema", "frozen", "live"], ema_rate: float, start: Literal["parent", "base"]) -> None:
         self.model = model
         self.kind = kind
         self.ema_rate = ema_rate
         self.adapter = STUDENT if kind == "live" else TEACHER
         if kind != "live":
-            shape = model.adapters.shapes[STUDENT]
-            model.adapters.add(TEACHER, LoraShape(shape.rank, shape.alpha), trainable=False)
+            model.adapters.add(TEACHER, model.adapters.shapes[STUDENT], trainable=False)
             copied = {name: value.detach() for name, value in model.adapters.parameters(STUDENT).items()}
             if start == "base":
                 copied = {name: torch.zeros_like(value) if name.endswith("lora_B") else value for name, value in copied.items()}

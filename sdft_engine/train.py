@@ -18,9 +18,9 @@ import traceback
 from pathlib import Path
 
 from sdft_engine.contract.errors import DiskFull, EngineError, OutOfMemory
-from sdft_engine.contract.run_directory import Control, RunDirectory, StopReason, TrainingResult
+from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
+from sdft_engine.contract.sealed_directory import is_disk_full
 
-EXIT_LEASE_EXPIRED = 75
 PR_SET_PDEATHSIG = 1
 WATCH_SECONDS = 0.5
 
@@ -88,7 +88,7 @@ def typed(error: Exception) -> EngineError:
     text = str(error)
     if isinstance(error, MemoryError) or any(said in text.lower() for said in ("out of memory", "can't allocate memory", "cannot allocate memory")):
         return OutOfMemory("not enough memory for a training step; lower batch_size, max_completion_tokens or lora_rank", param="method")
-    if isinstance(error, OSError) and error.errno in (28, 122):
+    if is_disk_full(error):
         return DiskFull("the disk is full; free space and start the job again")
     return EngineError(f"the trainer failed with {type(error).__name__}: {text[:500]}")
 

@@ -26,11 +26,11 @@ from sdft_engine.contract.hyperparameters import ResolvedSdft
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory, StopReason, TrainingResult, append_line
 from sdft_engine.export import write_final
+from sdft_engine.lora import STUDENT
 from sdft_engine.rollouts import write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
 from sdft_engine.session import Session, open_session, rollouts_of_step
 from sdft_engine.step import TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
-from sdft_engine.teacher import STUDENT
 
 BARREN_STEPS = 10
 """Steps without a single loss token after which a run is stopped: nothing would ever be learned."""

@@ -15,6 +15,7 @@ from core.logging import get_logger
 from core.settings import Settings
 from sdft_engine.contract.errors import BaseModelError
 from sdft_engine.contract.prompts import ChatFormat
+from worker.engine_process import engine_environment
 
 PREPARE_COMMAND = (sys.executable, "-m", "sdft_engine.prepare_base_model")
 POLL_SECONDS = 0.2
@@ -23,7 +24,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class PreparedBaseModel:
     """What token counts and automatic hyperparameters need to know."""
 
     entry: BaseModelEntry
@@ -32,7 +33,7 @@ class BaseModel:
     hidden_size: int
 
 
-def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], None]) -> BaseModel:
+def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], None]) -> PreparedBaseModel:
     """The base model, prepared first where that is still to be done. `check` is called all the while and may raise.
 
     Raises BaseModelError where the catalogue doesn't hold it or it can't be prepared or read.
@@ -42,24 +43,13 @@ def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], 
         raise BaseModelError(f"the base model {base_model_id} is not in this server's catalogue any more", param="model")
     directory = entry.directory(settings.cache_dir)
     if not entry.is_prepared(settings.cache_dir):
-        _prepare(entry, directory, settings, check)
-    return BaseModel(entry, directory, ChatFormat.from_directory(directory), _hidden_size(directory))
+        _prepare(entry, settings, check)
+    return PreparedBaseModel(entry, directory, ChatFormat.from_directory(directory), _hidden_size(directory))
 
 
-def engine_environment(settings: Settings) -> dict[str, str]:
-    """Environment of the engine's processes: the worker's own, without what only the service may know."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SDFT_")}
-    kept |= {"OMP_WAIT_POLICY": "passive", "SDFT_CACHE_DIR": str(settings.cache_dir), "PYTHONUNBUFFERED": "1"}
-    if settings.trainer_threads:
-        kept["OMP_NUM_THREADS"] = str(settings.trainer_threads)
-    return kept
-
-
-def _prepare(entry: BaseModelEntry, directory: Path, settings: Settings, check: Callable[[], None]) -> None:
-    command = [*PREPARE_COMMAND, "--id", entry.id, "--source", entry.source, "--directory", str(directory)]
-    if entry.revision:
-        command += ["--revision", entry.revision]
-    log.info("preparing_base_model", base_model=entry.id, directory=str(directory))
+def _prepare(entry: BaseModelEntry, settings: Settings, check: Callable[[], None]) -> None:
+    command = [*PREPARE_COMMAND, *entry.preparation_arguments(settings.cache_dir)]
+    log.info("preparing_base_model", base_model=entry.id, directory=str(entry.directory(settings.cache_dir)))
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=engine_environment(settings), start_new_session=True

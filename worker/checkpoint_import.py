@@ -12,18 +12,22 @@ from sqlalchemy.orm import Session
 
 from core.archives import store_directory
 from core.database import unix_now
-from core.ids import checkpoint_model_id, new_id, new_token, tuned_model_id
+from core.ids import new_id
 from core.jobs.events import append_event
-from core.jobs.transitions import assert_held
+from core.jobs.leases import assert_held
 from core.logging import get_logger
 from core.storage import ObjectDamaged, StoredObject
 from core.tables.jobs import Checkpoint
 from core.tables.models import Model
+from sdft_engine.contract import sealed_directory
+from sdft_engine.contract.errors import CheckpointDamaged
 from sdft_engine.contract.run_directory import RunDirectory
-from worker.adapter_archives import check_manifest, check_stored, delete_unreferenced, store_adapter
+from worker.adapter_archives import store_adapter
 from worker.held_lease import HeldLease
 from worker.resources import Resources
 from worker.run_preparation import PreparedRun
+from worker.stored_objects import check_stored, delete_unreferenced
+from worker.trained_models import new_trained_model
 
 log = get_logger(__name__)
 
@@ -33,8 +37,8 @@ class CheckpointImport:
         self._resources = resources
         self._run = run
         self._lease = lease
+        self._prepared = prepared
         self._job = prepared.job
-        self._model_id = tuned_model_id(prepared.job.base_model, prepared.project_name, prepared.job.suffix, prepared.job.id)
         self._seen: set[int] = set()
 
     def import_new(self) -> None:
@@ -45,21 +49,20 @@ class CheckpointImport:
             self._seen.add(step)
             self._lease.check()
             try:
-                check_manifest(directory)
+                sealed_directory.verify(directory)
                 self._store(step, directory)
-            except ObjectDamaged as error:
+            except (CheckpointDamaged, ObjectDamaged) as error:
                 log.error("checkpoint_damaged", step=step, error=str(error))
                 self._lease.write(lambda session, step=step: self._report_damage(session, step))  # type: ignore[misc]
 
     def _store(self, step: int, directory: Path) -> None:
         storage, key = self._resources.storage, f"checkpoints/{self._job.id}/{self._lease.claim.attempt}-{step}.tar"
-        model = self._checkpoint_model(step)
+        model = new_trained_model(self._prepared, step)
         keys, replaced = [key, model.storage_key], list[str]()
         try:
             state = store_directory(storage, key, directory, self._run.path)
             check_stored(storage, state)
-            adapter = store_adapter(storage, model.serving_name, directory, self._run.path)
-            model.archive_bytes, model.archive_sha256 = adapter.size_bytes, adapter.sha256
+            store_adapter(storage, model, directory, self._run.path)
             metrics = json.loads((directory / "metrics.json").read_text())
 
             def register(session: Session) -> None:
@@ -78,8 +81,8 @@ class CheckpointImport:
             old_key = existing.storage_key
             existing.storage_key, existing.sha256, existing.metrics = state.key, state.sha256, metrics
             return [old_key]
-        if session.get(Model, model.id) is None:  # a fresh object each time: this may run again after the database was away
-            session.add(Model(**{column.key: getattr(model, column.key) for column in Model.__table__.columns}))
+        if session.get(Model, model.id) is None:
+            session.merge(model)  # a copy, because this may run again after the database was away
         session.add(
             Checkpoint(
                 id=new_id("ftckpt"),
@@ -94,22 +97,6 @@ class CheckpointImport:
         )
         append_event(session, self._job.id, f"Checkpoint created at step {step}: {model.id}", data={"step": step, "model": model.id})
         return []
-
-    def _checkpoint_model(self, step: int) -> Model:
-        serving_name = new_token()
-        return Model(
-            id=checkpoint_model_id(self._model_id, step),
-            project_id=self._job.project_id,
-            job_id=self._job.id,
-            base_model=self._job.base_model,
-            parent_model=self._job.parent_model,
-            step=step,
-            status="unverified",
-            serving_name=serving_name,
-            storage_key=f"models/{serving_name}.tar.gz",
-            attestation=None,
-            created_at=unix_now(),
-        )
 
     def _report_damage(self, session: Session, step: int) -> None:
         assert_held(session, self._lease.claim)

@@ -8,7 +8,7 @@ from core.tables.files import File
 from core.tables.jobs import Job
 from sdft_engine.contract.dataset import DatasetLimits
 from sdft_engine.contract.hyperparameters import SdftHyperparameters, SupervisedHyperparameters
-from worker.base_models import BaseModel
+from worker.base_models import PreparedBaseModel
 from worker.failures import JobRejected, rows_rejected
 from worker.row_lengths import FittingRows, MeasuredFile, fit, measure
 
@@ -57,7 +57,7 @@ def teacher_template(job: Job) -> str:
 
 
 def measured_training_rows(
-    job: Job, lines: Iterable[bytes], settings: Settings, base_model: BaseModel, check: Callable[[], None]
+    job: Job, lines: Iterable[bytes], settings: Settings, base_model: PreparedBaseModel, check: Callable[[], None]
 ) -> tuple[MeasuredFile, FittingRows]:
     """Every row's length, and which rows fit. The same job and file always give the same rows."""
     wire = wire_hyperparameters(job)
@@ -67,7 +67,9 @@ def measured_training_rows(
     return measured, fitting
 
 
-def measured_validation_rows(lines: Iterable[bytes], settings: Settings, base_model: BaseModel, check: Callable[[], None]) -> tuple[MeasuredFile, FittingRows]:
+def measured_validation_rows(
+    lines: Iterable[bytes], settings: Settings, base_model: PreparedBaseModel, check: Callable[[], None]
+) -> tuple[MeasuredFile, FittingRows]:
     """Validation scores demonstrations after their prompts: no teacher, no rollout."""
     measured = measure(lines, limits_of(settings), base_model.chat_format, None, check)
     return measured, fit(measured.rows, None, base_model.chat_format.context_length)

@@ -1,6 +1,7 @@
 """Jobs whose worker was lost go back to where another attempt finds them, and jobs whose nudge was lost are found."""
 
-from core.jobs.transitions import lease_has_expired, release_expired_leases, waiting_for_work
+from core.jobs.leases import lease_has_expired, waiting_for_work
+from core.jobs.transitions import release_expired_leases
 from core.logging import get_logger
 from worker.resources import Resources
 

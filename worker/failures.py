@@ -1,8 +1,8 @@
 """From an exception to the `error` object of a job. Used at the boundary around each job, where all of them arrive."""
 
-import errno
 from typing import Any
 
+from core.durable_files import is_disk_full
 from core.errors import StorageFull
 from core.logging import get_logger
 from core.storage import ObjectDamaged
@@ -33,7 +33,7 @@ def describe_failure(error: Exception) -> dict[str, Any]:
         return error.error
     if isinstance(error, EngineError):
         return error.as_dict()
-    if isinstance(error, StorageFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+    if isinstance(error, StorageFull) or is_disk_full(error):
         return DiskFull("the worker's disk is full; free space and create the job again").as_dict()
     if isinstance(error, ObjectDamaged):
         return {"code": "storage_damaged", "message": f"a stored object is damaged: {error}", "param": None}

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.errors import ServiceError
-from core.jobs.transitions import Claim, LeaseLost, renew_lease
+from core.jobs.leases import Claim, LeaseLost, renew_lease
 from core.logging import get_logger
 from core.tables.jobs import Job
 from sdft_engine.contract.run_directory import StopReason

@@ -7,7 +7,7 @@ unfinished last line waits for its end. A step that is replayed after a resume r
 import json
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from core.jobs.events import Level, append_event, upsert_metrics
-from core.jobs.transitions import Claim, record_progress
+from core.jobs.leases import Claim, assert_held
+from core.jobs.transitions import Progress, record_progress
 from core.logging import get_logger
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory
@@ -59,7 +60,7 @@ class TrainerEvent:
 
 class ProgressImport:
     def __init__(self, run: RunDirectory, lease: HeldLease, prepared: PreparedRun) -> None:
-        self.trained_tokens = prepared.trained_tokens
+        self._trained_tokens = prepared.trained_tokens
         self._lease = lease
         self._metrics = LineTail(run.metrics_path)
         self._events = LineTail(run.events_path)
@@ -73,11 +74,12 @@ class ProgressImport:
         events_lines, events_offset = self._events.read()
         events = [event for line in events_lines if (event := _parse_event(line)) is not None]
         if metrics or events:
-            progress = self._progress(metrics, events)
+            resolved = self._resolved | _settled_by(events)
+            trained_tokens = self._trained_tokens + sum(step.trained_tokens for step in metrics)
+            progress = self._progress(metrics, resolved, trained_tokens)
             if not self._lease.try_write(lambda session: _write(session, self._lease.claim, metrics, events, progress)):
                 return False
-            self.trained_tokens = progress.get("trained_tokens", self.trained_tokens)
-            self._resolved = progress.get("resolved_hyperparameters", self._resolved)
+            self._resolved, self._trained_tokens = resolved, trained_tokens
             self._recent_seconds.extend(step.step_seconds for step in metrics)
         self._metrics.offset, self._events.offset = metrics_offset, events_offset
         return True
@@ -91,35 +93,44 @@ class ProgressImport:
             elif before == (self._metrics.offset, self._events.offset):
                 return
 
-    def _progress(self, metrics: list[StepMetrics], events: list[TrainerEvent]) -> dict[str, Any]:
-        progress: dict[str, Any] = {}
-        settled = [event.data["resolved"] for event in events if event.data and isinstance(event.data.get("resolved"), dict)]
-        if settled:
-            progress["resolved_hyperparameters"] = self._resolved.copy()
-            for values in settled:
-                progress["resolved_hyperparameters"] |= values
-        if metrics:
-            last = metrics[-1]
-            recent = [*self._recent_seconds, *(step.step_seconds for step in metrics)][-RECENT_STEPS:]
-            progress |= {
-                "step": last.step,
-                "total_steps": last.total_steps,
-                "phase": "training",
-                "trained_tokens": self.trained_tokens + sum(step.trained_tokens for step in metrics),
-                "estimated_finish_at": time.time() + (last.total_steps - last.step) * sum(recent) / len(recent),
-            }
-        return progress
+    def _progress(self, metrics: list[StepMetrics], resolved: dict[str, Any], trained_tokens: int) -> Progress | None:
+        """What the new lines change in the job's row; None: nothing."""
+        changed = Progress(resolved_hyperparameters=resolved) if resolved != self._resolved else None
+        if not metrics:
+            return changed
+        last = metrics[-1]
+        recent = [*self._recent_seconds, *(step.step_seconds for step in metrics)][-RECENT_STEPS:]
+        return replace(
+            changed or Progress(),
+            phase="training",
+            step=last.step,
+            total_steps=last.total_steps,
+            trained_tokens=trained_tokens,
+            estimated_finish_at=time.time() + (last.total_steps - last.step) * sum(recent) / len(recent),
+        )
 
 
-def _write(session: Session, claim: Claim, metrics: list[StepMetrics], events: list[TrainerEvent], progress: dict[str, Any]) -> None:
-    """`record_progress` comes first: it is the fence, and locks the row for what follows."""
-    record_progress(session, claim, **(progress or {"lease_token": claim.lease_token}))
+def _write(session: Session, claim: Claim, metrics: list[StepMetrics], events: list[TrainerEvent], progress: Progress | None) -> None:
+    """The fence comes first: it locks the row for what follows."""
+    if progress is None:
+        assert_held(session, claim)
+    else:
+        record_progress(session, claim, progress)
     for event in events:
         append_event(session, claim.job_id, event.message, level=event.level, data=event.data)
     for step in metrics:
         upsert_metrics(session, claim.job_id, step.step, claim.attempt, step.model_dump())
         message = f"Step {step.step}/{step.total_steps}: training loss={step.train_loss:.4f}"
         append_event(session, claim.job_id, message, type="metrics", data=step.model_dump(exclude_none=True))
+
+
+def _settled_by(events: list[TrainerEvent]) -> dict[str, Any]:
+    """Hyperparameters that were "auto" until the trainer said so."""
+    settled: dict[str, Any] = {}
+    for event in events:
+        if event.data and isinstance(event.data.get("resolved"), dict):
+            settled |= event.data["resolved"]
+    return settled
 
 
 def _parse_metrics(line: bytes) -> StepMetrics | None:

@@ -9,23 +9,24 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 from tenacity import Retrying, retry_if_exception_type, sleep_using_event, stop_after_attempt, stop_when_event_set, wait_exponential
 
-from core.database import unix_now
 from core.errors import InferenceFailed, InferenceUnavailable
-from core.ids import new_token, tuned_model_id
 from core.jobs.events import append_event
-from core.jobs.transitions import record_progress, succeed
+from core.jobs.transitions import Progress, record_progress, succeed
 from core.logging import get_logger
+from core.served_adapters import remove_from_server
 from core.tables.files import File
-from core.tables.jobs import Job
 from core.tables.models import Model
-from sdft_engine.contract.run_directory import RunDirectory
-from worker.adapter_archives import check_manifest, delete_unreferenced, store_adapter
-from worker.attestation import Verdict
+from sdft_engine.contract import sealed_directory
+from sdft_engine.contract.run_directory import RunDirectory, TrainingResult
+from worker.adapter_archives import store_adapter
+from worker.comparison import Verdict
 from worker.held_lease import HeldLease
 from worker.resources import Resources
 from worker.result_file import store_result_file
 from worker.run_preparation import PreparedRun
-from worker.verification import NOT_VERIFIABLE_NOW, not_servable, verify, withdraw
+from worker.stored_objects import delete_unreferenced
+from worker.trained_models import new_trained_model
+from worker.verification import NOT_VERIFIABLE_NOW, not_servable, verify
 
 VERIFICATION_ATTEMPTS = 5
 
@@ -41,42 +42,23 @@ class Publication:
     reason: str | None
 
 
-def publish(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, trained_tokens: int) -> None:
-    """Ends with the job succeeded. Raises LeaseLost, ObjectDamaged or StorageFull; then nothing is left behind."""
-    lease.write(lambda session: record_progress(session, lease.claim, phase="publishing"))
-    check_manifest(run.final_dir)
-    job = prepared.job
-    model = _model_of(job, prepared.project_name)
+def publish(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, result: TrainingResult) -> None:
+    """Ends with the job succeeded. Raises LeaseLost, CheckpointDamaged, ObjectDamaged or StorageFull; then nothing is left behind."""
+    lease.write(lambda session: record_progress(session, lease.claim, Progress(phase="publishing")))
+    sealed_directory.verify(run.final_dir)
+    model = new_trained_model(prepared, step=None)
     keys = [model.storage_key]
     try:
-        stored = store_adapter(resources.storage, model.serving_name, run.final_dir, run.path)
-        model.archive_bytes, model.archive_sha256 = stored.size_bytes, stored.sha256
-        result_file = store_result_file(resources.database, resources.storage, job.project_id, job.id)
+        store_adapter(resources.storage, model, run.final_dir, run.path)
+        result_file = store_result_file(resources.database, resources.storage, model.project_id, model.job_id)
         keys.append(result_file.storage_key)
         reason = _verify_patiently(resources, lease, model)
         publication = Publication(model, result_file, reason)
-        lease.settle(lambda session: _finish(session, lease, publication, trained_tokens))
+        lease.settle(lambda session: _finish(session, lease, publication, result))
     finally:
         if model.storage_key in delete_unreferenced(resources.database, resources.storage, keys):
-            withdraw(resources, model.serving_name)
+            remove_from_server(model, resources.settings.served_adapters_dir, resources.inference)
     log.info("model_published", model=model.id, status=model.status, reason=reason)
-
-
-def _model_of(job: Job, project_name: str) -> Model:
-    serving_name = new_token()
-    return Model(
-        id=tuned_model_id(job.base_model, project_name, job.suffix, job.id),
-        project_id=job.project_id,
-        job_id=job.id,
-        base_model=job.base_model,
-        parent_model=job.parent_model,
-        step=None,
-        status="unverified",
-        serving_name=serving_name,
-        storage_key=f"models/{serving_name}.tar.gz",
-        attestation=None,
-        created_at=unix_now(),
-    )
 
 
 def _verify_patiently(resources: Resources, lease: HeldLease, model: Model) -> str | None:
@@ -104,17 +86,25 @@ def _verify_patiently(resources: Resources, lease: HeldLease, model: Model) -> s
     model.attestation = verdict.record
     model.status = "unverified" if verdict.reason else "servable"
     if verdict.reason:
-        withdraw(resources, model.serving_name)
+        remove_from_server(model, resources.settings.served_adapters_dir, resources.inference)
     return verdict.reason
 
 
-def _finish(session: Session, lease: HeldLease, publication: Publication, trained_tokens: int) -> None:
+def _finish(session: Session, lease: HeldLease, publication: Publication, result: TrainingResult) -> None:
     """`succeed` is the fence: where it raises, nothing of this is kept. May run again after the database was away, so the
-    rows are made anew each time."""
+    session gets copies of the rows."""
     model, result_file = publication.model, publication.result_file
     append_event(session, lease.claim.job_id, f"New fine-tuned model created: {model.id}", data={"model": model.id})
     if publication.reason is not None:
         append_event(session, lease.claim.job_id, not_servable(model.id, publication.reason), level="warn", data=model.attestation)
-    session.add(Model(**{column.key: getattr(model, column.key) for column in Model.__table__.columns}))
-    session.add(File(**{column.key: getattr(result_file, column.key) for column in File.__table__.columns}))
-    succeed(session, lease.claim, fine_tuned_model=model.id, result_file_id=result_file.id, trained_tokens=trained_tokens)
+    session.merge(model)
+    session.merge(result_file)
+    succeed(
+        session,
+        lease.claim,
+        fine_tuned_model=model.id,
+        result_file_id=result_file.id,
+        final_step=result.final_step,
+        total_steps=result.total_steps,
+        trained_tokens=result.trained_tokens,
+    )

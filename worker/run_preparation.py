@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from core.archives import fetch_directory
 from core.jobs.events import append_event
-from core.jobs.transitions import assert_held
+from core.jobs.leases import assert_held
 from core.logging import get_logger
 from core.storage import ObjectDamaged
 from core.tables.files import File
@@ -21,7 +21,7 @@ from sdft_engine.contract.config import TrainingConfig
 from sdft_engine.contract.dataset import DatasetProblem
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised, SdftHyperparameters
 from sdft_engine.contract.run_directory import RunDirectory, write_atomically
-from worker.base_models import BaseModel, load_base_model
+from worker.base_models import PreparedBaseModel, load_base_model
 from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, teacher_template, wire_hyperparameters
 from worker.failures import JobRejected
 from worker.held_lease import HeldLease
@@ -32,7 +32,8 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What the supervisor needs to know of the job. `trained_tokens` are those up to `resume_step`."""
+    """What the supervisor needs to know of the job. `trained_tokens` are those of the steps up to `resume_step`, as far as they
+    were measured: for the progress alone, the run's result has the exact number."""
 
     job: Job
     project_name: str
@@ -69,7 +70,7 @@ def discard_bulk(run: RunDirectory) -> None:
         shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
 
 
-def _config(resources: Resources, job: Job, base_model: BaseModel) -> TrainingConfig:
+def _config(resources: Resources, job: Job, base_model: PreparedBaseModel) -> TrainingConfig:
     method = job.method["type"]
     resolved = job.resolved_hyperparameters
     return TrainingConfig(
@@ -87,7 +88,7 @@ def _config(resources: Resources, job: Job, base_model: BaseModel) -> TrainingCo
 
 
 def _dropped_lines(
-    resources: Resources, lease: HeldLease, job: Job, base_model: BaseModel, training_file: File | None, validation_file: File | None
+    resources: Resources, lease: HeldLease, job: Job, base_model: PreparedBaseModel, training_file: File | None, validation_file: File | None
 ) -> tuple[set[int], set[int]]:
     """Lines of both files that validation left out. Counted again: the answer is the same, and it needs no column."""
     wire = wire_hyperparameters(job)
@@ -107,12 +108,12 @@ def _lines(problems: list[DatasetProblem]) -> set[int]:
 
 
 def _write_rows(path: Path, lines: Iterable[bytes], dropped: set[int], lease: HeldLease) -> None:
-    """Copy the usable lines as they are, so that the trainer reads what was validated."""
+    """Copy the usable lines as they are, so that the trainer reads what was validated; the others become empty, so that a
+    line has the number here that it has in the user's file."""
     with path.open("wb") as file:
         for number, line in enumerate(lines, start=1):
             lease.check_wanted()
-            if number not in dropped and line.strip():
-                file.write(line + b"\n")
+            file.write(b"\n" if number in dropped else line + b"\n")
 
 
 def _fetch_parent(resources: Resources, parent: Model | None, run: RunDirectory) -> None:

@@ -11,12 +11,12 @@ from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
 from core.errors import Unavailable
-from core.jobs.transitions import Claim, LeaseLost, fail, finish_cancellation, record_progress, requeue, requeue_after_crash
+from core.jobs.leases import Claim, LeaseLost
+from core.jobs.transitions import Progress, fail, finish_cancellation, record_progress, requeue, requeue_after_crash
 from core.logging import get_logger
 from core.tables.jobs import Checkpoint
-from sdft_engine.contract.errors import CheckpointDamaged, LeaseExpired
-from sdft_engine.contract.run_directory import Control, RunDirectory, StopReason, TrainingResult
-from worker.adapter_archives import delete_unreferenced
+from sdft_engine.contract.errors import CheckpointDamaged
+from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
 from worker.checkpoint_import import CheckpointImport
 from worker.failures import describe_failure
 from worker.held_lease import HeldLease, StopRequested
@@ -24,10 +24,9 @@ from worker.metrics_import import ProgressImport
 from worker.publisher import publish
 from worker.resources import Resources
 from worker.run_preparation import PreparedRun, discard_bulk, prepare_run
+from worker.stored_objects import delete_unreferenced
 from worker.trainer_process import TrainerProcess, last_log_lines
 
-EXIT_LEASE_EXPIRED = 75
-"""Exit status of a trainer that stopped itself because its lease ran out or its supervisor was gone."""
 WATCH_SECONDS = 0.2
 IMPORT_SECONDS = 1.0
 GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "pause": 60, "requeue": 20}
@@ -79,7 +78,7 @@ def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:
     _empty_directory(run)
     prepared = prepare_run(resources, lease, run)
     lease.report_to(lambda lease: run.write_control(Control(lease_deadline=lease.deadline, supervisor_pid=os.getpid(), stop=lease.stop)))
-    lease.write(lambda session: record_progress(session, lease.claim, phase="starting", step=prepared.resume_step))
+    lease.write(lambda session: record_progress(session, lease.claim, Progress(phase="starting", step=prepared.resume_step)))
     progress = ProgressImport(run, lease, prepared)
     checkpoints = CheckpointImport(resources, run, lease, prepared)
     with TrainerProcess(resources.trainer_command, run, resources.settings) as trainer:
@@ -89,7 +88,7 @@ def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:
         raise LeaseLost("the trainer stopped itself: its lease ran out")
     progress.import_rest()
     checkpoints.import_new()
-    _conclude(resources, lease, run, prepared, progress, trainer)
+    _conclude(resources, lease, run, prepared, trainer)
 
 
 def _empty_directory(run: RunDirectory) -> None:
@@ -117,7 +116,7 @@ def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, 
         time.sleep(WATCH_SECONDS)
 
 
-def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, progress: ProgressImport, trainer: TrainerProcess) -> None:
+def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, trainer: TrainerProcess) -> None:
     """End the attempt as the trainer's result says; without one it crashed, unless it was stopped from here."""
     result = _read_result(run)
     claim, lost_leases = lease.claim, resources.settings.max_lost_leases
@@ -129,7 +128,7 @@ def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepare
         reason = _crash_report(run, trainer)
         lease.settle(lambda session: requeue_after_crash(session, claim, reason, lost_leases))
     elif result.outcome == "succeeded":
-        publish(resources, lease, run, prepared, progress.trained_tokens)
+        publish(resources, lease, run, prepared, result)
     elif result.outcome == "stopped":
         lease.settle(lambda session: requeue(session, claim, DEPLOY_MESSAGE))
     else:
@@ -139,8 +138,6 @@ def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepare
 def _conclude_failure(resources: Resources, lease: HeldLease, prepared: PreparedRun, result: TrainingResult) -> None:
     claim = lease.claim
     error = result.error or {"code": "engine_error", "message": "the trainer failed without saying why", "param": None}
-    if error["code"] == LeaseExpired.code:
-        raise LeaseLost(error["message"])
     if error["code"] != CheckpointDamaged.code or not prepared.resume_step:
         lease.settle(lambda session: fail(session, claim, error))
         return

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from sqlalchemy.orm import Session
 
 from core.errors import ServiceError
-from core.jobs.transitions import Claim, claim_for_training, claim_for_validation
+from core.jobs.leases import Claim
+from core.jobs.transitions import claim_for_training, claim_for_validation
 from core.logging import get_logger
 from worker.resources import Resources
 from worker.supervisor import train

@@ -10,7 +10,7 @@ from types import TracebackType
 from core.logging import get_logger
 from core.settings import Settings
 from sdft_engine.contract.run_directory import RunDirectory
-from worker.base_models import engine_environment
+from worker.engine_process import engine_environment
 
 GROUP_GONE_SECONDS = 5
 LOG_LINES = 12

@@ -9,7 +9,8 @@ from structlog.contextvars import bound_contextvars
 from core.doorbell import ring
 from core.errors import Unavailable
 from core.jobs.events import append_event
-from core.jobs.transitions import Claim, LeaseLost, assert_held, fail, finish_validation, release_validation
+from core.jobs.leases import Claim, LeaseLost, assert_held
+from core.jobs.transitions import fail, finish_validation, release_validation
 from core.logging import get_logger
 from core.tables.files import File
 from core.tables.jobs import Job
@@ -23,7 +24,7 @@ from sdft_engine.contract.hyperparameters import (
     resolve_supervised,
     total_steps_of,
 )
-from worker.base_models import BaseModel, load_base_model
+from worker.base_models import PreparedBaseModel, load_base_model
 from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, require_usable, wire_hyperparameters
 from worker.failures import JobRejected, describe_failure, rows_rejected
 from worker.held_lease import HeldLease, StopRequested
@@ -111,7 +112,7 @@ def _reject_or_report(lease: HeldLease, fitting: FittingRows, param: str, may_dr
     lease.write(report)
 
 
-def _resolve(wire: SdftHyperparameters | SupervisedHyperparameters, rows: list[RowLength], base_model: BaseModel) -> ResolvedSupervised:
+def _resolve(wire: SdftHyperparameters | SupervisedHyperparameters, rows: list[RowLength], base_model: PreparedBaseModel) -> ResolvedSupervised:
     statistics = DatasetStatistics(
         rows=len(rows),
         answer_tokens=[row.answer for row in rows],

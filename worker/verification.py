@@ -5,7 +5,6 @@ then, by a thread that looks for them every few seconds. A model that failed the
 never change.
 """
 
-import shutil
 import time
 from dataclasses import dataclass, field
 
@@ -15,10 +14,10 @@ from core.errors import InferenceFailed, InferenceUnavailable, ServiceError
 from core.inference_client import AdapterRefused
 from core.jobs.events import append_event
 from core.logging import get_logger
-from core.served_adapters import load_into_server
+from core.served_adapters import load_into_server, remove_from_server
 from core.storage import ObjectDamaged
 from core.tables.models import Model
-from worker.attestation import Verdict, attest
+from worker.comparison import Verdict, compare_with_attestation
 from worker.resources import Resources
 
 LOOK_SECONDS = 3.0
@@ -35,16 +34,7 @@ def verify(resources: Resources, model: Model) -> Verdict:
     """Load the model into the inference server and compare. Raises ObjectDamaged or one of NOT_VERIFIABLE_NOW."""
     directory = resources.settings.served_adapters_dir
     load_into_server(model, resources.storage, directory, resources.inference)
-    return attest(model, directory / model.serving_name, resources.inference, resources.settings.attestation_tolerance)
-
-
-def withdraw(resources: Resources, serving_name: str) -> None:
-    """Take an adapter out of the inference server and its unpacked files away; whoever asks for it has it loaded again."""
-    try:
-        resources.inference.unload_adapter(serving_name)
-    except NOT_VERIFIABLE_NOW as error:
-        log.warning("adapter_not_unloaded", serving_name=serving_name, error=str(error))
-    shutil.rmtree(resources.settings.served_adapters_dir / serving_name, ignore_errors=True)
+    return compare_with_attestation(model, directory / model.serving_name, resources.inference, resources.settings.attestation_tolerance)
 
 
 @dataclass
@@ -82,12 +72,15 @@ class Verifier:
             self.not_before[model.id] = time.monotonic() + self.delays[model.id]
             log.warning("model_not_verifiable", model=model.id, error=str(error), retry_seconds=self.delays[model.id])
             return False
-        if model.step is not None or verdict.reason is not None:
-            withdraw(self.resources, model.serving_name)
-        self._record(model, verdict)
+        stays = model.step is None and verdict.reason is None  # a checkpoint is loaded again when somebody asks for it
+        if not self._record(model, verdict):
+            stays = not self._is_deleted(model)  # another worker was faster, and looks after it
+        if not stays:
+            remove_from_server(model, self.resources.settings.served_adapters_dir, self.resources.inference)
         return True
 
-    def _record(self, model: Model, verdict: Verdict) -> None:
+    def _record(self, model: Model, verdict: Verdict) -> bool:
+        """Returns False where another verdict was recorded before, or the model was deleted meanwhile."""
         status = "servable" if verdict.reason is None else "unverified"
         with self.resources.database.transaction() as session:
             recorded = session.execute(
@@ -98,12 +91,17 @@ class Verifier:
                 .execution_options(synchronize_session=False)
             ).one_or_none()
             if recorded is None:
-                return  # deleted meanwhile, or another worker was faster
+                return False
             if verdict.reason is not None:
                 append_event(session, model.job_id, not_servable(model.id, verdict.reason), level="warn", data=verdict.record)
             elif model.step is None:
                 append_event(session, model.job_id, f"{model.id} is verified and can be used now", data=verdict.record)
         log.info("model_verified", model=model.id, status=status, reason=verdict.reason)
+        return True
+
+    def _is_deleted(self, model: Model) -> bool:
+        with self.resources.database.reading() as session:
+            return session.get_one(Model, model.id).status == "deleted"
 
 
 def not_servable(model_id: str, reason: str) -> str:

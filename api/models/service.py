@@ -1,7 +1,6 @@
 """Base models of the catalogue, and the tuned models of a project."""
 
 import re
-import shutil
 from collections.abc import Iterable
 
 from sqlalchemy import select
@@ -10,14 +9,11 @@ from sqlalchemy.orm import Session, aliased
 from api.models.schemas import ModelObject
 from api.state import ApiState
 from core.base_models import PREPARED_MARK, BaseModelEntry
-from core.errors import BadRequest, Conflict, InferenceUnavailable, ModelNotFound
-from core.inference_client import AdapterRefused
-from core.logging import get_logger
+from core.errors import BadRequest, Conflict, ModelNotFound
+from core.served_adapters import remove_from_server
 from core.settings import Settings
 from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.models import Model
-
-log = get_logger(__name__)
 
 
 def list_models(state: ApiState, project_id: str) -> list[ModelObject]:
@@ -66,20 +62,8 @@ def delete_model(state: ApiState, model: Model) -> None:
         if job_id := session.scalar(continued):
             raise Conflict(f"the unfinished job {job_id} continues from {model.id}; cancel the job first", code="model_in_use", param="model")
         locked.status = "deleted"
-        session.flush()
-        shared = session.scalar(select(Model.id).where(Model.storage_key == model.storage_key, Model.status != "deleted").limit(1))
-    _unload(state, model)
-    shutil.rmtree(state.settings.served_adapters_dir / model.serving_name, ignore_errors=True)
-    if shared is None:
-        state.storage.delete(model.storage_key)
-
-
-def _unload(state: ApiState, model: Model) -> None:
-    """Only frees the inference server's memory: nobody can name a deleted model any more."""
-    try:
-        state.inference.unload_adapter(model.serving_name)
-    except (InferenceUnavailable, AdapterRefused) as error:
-        log.warning("adapter_not_unloaded", model=model.id, error=str(error))
+    remove_from_server(model, state.settings.served_adapters_dir, state.inference)
+    state.storage.delete(model.storage_key)
 
 
 def archive_name(model: Model) -> str:

@@ -2,10 +2,9 @@
 
 from typing import Any, Literal
 
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from core.database import unix_now
+from core.database import insert_for, unix_now
 from core.ids import new_id
 from core.tables.jobs import JobEvent, JobMetrics
 
@@ -20,7 +19,6 @@ def append_event(
 
 def upsert_metrics(session: Session, job_id: str, step: int, attempt: int, metrics: dict[str, Any]) -> None:
     """One row a step: a step replayed after a resume replaces the old measurement."""
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     changed = {"attempt": attempt, "created_at": unix_now(), "metrics": metrics}
-    statement = dialect.insert(JobMetrics).values(job_id=job_id, step=step, **changed)
+    statement = insert_for(session, JobMetrics).values(job_id=job_id, step=step, **changed)
     session.execute(statement.on_conflict_do_update(index_elements=["job_id", "step"], set_=changed))

@@ -4,11 +4,10 @@
     ├── DatasetError            invalid_dataset     the user: the data
     ├── ConfigurationError      invalid_configuration  the user or the operator
     ├── BaseModelError          base_model_unusable    the operator
-    ├── CheckpointDamaged       checkpoint_damaged     nobody: an older checkpoint is used
+    ├── CheckpointDamaged       checkpoint_damaged     nobody: the worker fetches an older checkpoint
     ├── NumericalError          numerical_error        the user: learning rate, precision
     ├── OutOfMemory             out_of_memory          the user: batch size, completion length
-    ├── DiskFull                disk_full              the operator
-    └── LeaseExpired            lease_expired          nobody: another attempt continues
+    └── DiskFull                disk_full              the operator
 
 Torch-free.
 """
@@ -56,7 +55,3 @@ class OutOfMemory(EngineError):
 
 class DiskFull(EngineError):
     code = "disk_full"
-
-
-class LeaseExpired(EngineError):
-    code = "lease_expired"

@@ -7,7 +7,7 @@ behind each automatic value stands where it is computed. Torch-free.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -144,6 +144,21 @@ def automatic_completion_tokens(statistics: DatasetStatistics) -> int:
 
 def resolve_supervised(wire: SupervisedHyperparameters, statistics: DatasetStatistics) -> ResolvedSupervised:
     """Every automatic value as a number, for plain SFT."""
+    return ResolvedSupervised.model_validate(_given(wire) | _automatic_values(wire, statistics))
+
+
+def resolve_sdft(wire: SdftHyperparameters, statistics: DatasetStatistics) -> ResolvedSdft:
+    """Every automatic value as a number but the two that need the model."""
+    tokens = {"max_completion_tokens": automatic_completion_tokens(statistics)} if wire.max_completion_tokens == "auto" else {}
+    return ResolvedSdft.model_validate(_given(wire) | _automatic_values(wire, statistics) | tokens)
+
+
+def _given(wire: SupervisedHyperparameters) -> dict[str, Any]:
+    return wire.model_dump(exclude={"learning_rate_multiplier"})  # it is in the learning rate
+
+
+def _automatic_values(wire: SupervisedHyperparameters, statistics: DatasetStatistics) -> dict[str, float]:
+    """The values that both methods settle: given ones too where another one follows from them."""
     batch_size = automatic_batch_size(statistics.rows) if wire.batch_size == "auto" else wire.batch_size
     n_epochs = automatic_epochs(statistics.rows, batch_size) if wire.n_epochs == "auto" else wire.n_epochs
     lora_alpha = min(1024, 2 * wire.lora_rank) if wire.lora_alpha == "auto" else wire.lora_alpha
@@ -152,34 +167,7 @@ def resolve_supervised(wire: SupervisedHyperparameters, statistics: DatasetStati
         learning_rate *= wire.learning_rate_multiplier
     total_steps = total_steps_of(statistics.rows, batch_size, n_epochs)
     every = max(1, math.ceil(total_steps / 10)) if wire.checkpoint_every_steps == "auto" else wire.checkpoint_every_steps
-    return ResolvedSupervised(
-        n_epochs=n_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        lora_rank=wire.lora_rank,
-        lora_alpha=lora_alpha,
-        warmup_ratio=wire.warmup_ratio,
-        checkpoint_every_steps=every,
-    )
-
-
-def resolve_sdft(wire: SdftHyperparameters, statistics: DatasetStatistics) -> ResolvedSdft:
-    """Every automatic value as a number but the two that need the model."""
-    shared = resolve_supervised(wire, statistics)
-    tokens = automatic_completion_tokens(statistics) if wire.max_completion_tokens == "auto" else wire.max_completion_tokens
-    return ResolvedSdft(
-        **(shared.model_dump() | {"weight_decay": wire.weight_decay, "max_grad_norm": wire.max_grad_norm}),
-        max_completion_tokens=tokens,
-        divergence=wire.divergence,
-        estimator=wire.estimator,
-        teacher=wire.teacher,
-        ema_rate=wire.ema_rate,
-        teacher_start=wire.teacher_start,
-        temperature=wire.temperature,
-        skip_first_tokens=wire.skip_first_tokens,
-        mask_clipped_completions=wire.mask_clipped_completions,
-        over_length=wire.over_length,
-    )
+    return {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate": learning_rate, "lora_alpha": lora_alpha, "checkpoint_every_steps": every}
 
 
 def total_steps_of(rows: int, batch_size: int, n_epochs: int) -> int:

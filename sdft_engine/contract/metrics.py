@@ -1,7 +1,8 @@
 """One line of `metrics.jsonl`: what a training step measured. Torch-free; the worker turns lines into rows.
 
-Divergences, KL and entropy are in nats per completion token, averaged over each sequence's loss tokens and then over
-sequences. `None` means "not measured in this step", never zero.
+Loss tokens are the completion tokens that the loss counts (in SDFT all but the skipped first ones and those of masked
+rollouts; in SFT every token of the demonstrations). Divergences, entropy and losses are in nats. `None` means "not measured
+in this step", never zero.
 """
 
 from pydantic import BaseModel, ConfigDict
@@ -15,27 +16,49 @@ class StepMetrics(BaseModel):
     step: int
     total_steps: int
     epoch: float
+    """Passes over the demonstrations so far, this step included."""
+
     train_loss: float
+    """What is minimised. SDFT: the divergence from teacher to student, SFT: cross-entropy; mean over a sequence's loss tokens,
+    then over the sequences."""
     train_mean_token_accuracy: float | None = None
+    """Share of the loss tokens at which the student's likeliest token is the teacher's likeliest (SDFT), the demonstration's (SFT)."""
     divergence_max: float | None = None
+    """The largest divergence of a single loss token."""
     divergence_first_tokens: float | None = None
+    """Mean divergence of the tokens that `skip_first_tokens` leaves out of the loss: where a teacher's habits would show."""
     student_entropy: float | None = None
+    """Mean over the loss tokens of the student's entropy, at the sampling temperature."""
     implicit_reward: float | None = None
     """Mean over rollouts of the sum over loss tokens of log pi(y|x,c) - log pi(y|x) (METHOD: the reward SDFT maximises)."""
     completion_tokens_mean: float | None = None
+    """Mean length of the rollouts, the end-of-sequence token included."""
     clipped_ratio: float | None = None
+    """Share of the rollouts that were cut off at max_completion_tokens."""
     eos_ratio: float | None = None
+    """Share of the rollouts that ended by themselves."""
+
     gradient_norm: float
+    """L2 norm over all of the student's factors, before clipping."""
     adapter_norm: float
+    """L2 norm of the student's factors after the step."""
     learning_rate: float
+    """Of this step."""
+
     loss_tokens: int
     trained_tokens: int
-    """Tokens of this step that were sampled or demonstrated, prompts included; summed up into the job's trained_tokens."""
+    """Tokens of this step alone that were sampled or demonstrated, prompts included; a job's trained_tokens is their sum."""
     step_seconds: float
     rollout_seconds: float | None = None
     teacher_seconds: float | None = None
     student_seconds: float
+    """Phases of step_seconds; the optimizer and validation make up the rest."""
     tokens_per_second: float
+    """trained_tokens / step_seconds."""
     peak_memory_bytes: int
+    """The most this process has held so far: resident memory, or CUDA memory where it trains on a GPU."""
+
     valid_loss: float | None = None
+    """Mean cross-entropy of the validation file's demonstration tokens, without a teacher."""
     valid_mean_token_accuracy: float | None = None
+    """Share of those tokens that are the student's likeliest."""

@@ -28,6 +28,9 @@ from pydantic import BaseModel
 
 StopReason = Literal["cancel", "pause", "requeue"]
 
+EXIT_LEASE_EXPIRED = 75
+"""The trainer's exit status when it stopped by itself: its lease ran out, or the process that supervised it died."""
+
 
 class Control(BaseModel):
     """What the supervisor tells the trainer. `lease_deadline` is in unix seconds of this machine's clock: past it the

@@ -6,7 +6,7 @@ import pytest
 from click.testing import Result
 
 from cli.errors import CliError
-from cli.jobs import method_of, parse_pair
+from cli.jobs import parse_pair, training_fields
 from tests.cli.stub_server import StubServer, json_answer, refusal
 
 JOB = {
@@ -42,11 +42,17 @@ def test_a_pair_needs_a_key_and_a_value(pair: str) -> None:
         parse_pair(pair)
 
 
-def test_the_method_is_left_to_the_server_unless_something_needs_it() -> None:
-    assert method_of(None, [], None) is None
-    assert method_of(None, [("n_epochs", 2)], None) == {"type": "sdft", "sdft": {"hyperparameters": {"n_epochs": 2}}}
-    assert method_of(None, [], "history") == {"type": "sdft", "sdft": {"teacher_template": "history"}}
-    assert method_of("supervised", [], None) == {"type": "supervised", "supervised": {}}
+def test_hyperparameters_alone_are_for_the_servers_method() -> None:
+    assert training_fields(None, {}, None) == {}
+    assert training_fields(None, {"n_epochs": 2}, None) == {"hyperparameters": {"n_epochs": 2}}
+    assert training_fields("supervised", {}, None) == {"method": {"type": "supervised", "supervised": {}}}
+    assert training_fields("supervised", {"n_epochs": 2}, None) == {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}}
+
+
+def test_a_teacher_template_makes_it_sdft() -> None:
+    assert training_fields(None, {}, "history") == {"method": {"type": "sdft", "sdft": {"teacher_template": "history"}}}
+    section = {"hyperparameters": {"temperature": 0.5}, "teacher_template": "history_twice"}
+    assert training_fields(None, {"temperature": 0.5}, "history_twice") == {"method": {"type": "sdft", "sdft": section}}
 
 
 def test_create_uploads_a_path_first(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:

@@ -145,3 +145,27 @@ def test_threads_that_fetch_the_same_archive_all_get_it_whole(storage: LocalStor
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(fetch_and_look, range(4))) == [FILES] * 4
         assert [path.name for path in destination.parent.iterdir()] == ["copy"]
+
+
+def test_what_a_later_call_takes_as_it_is_outlasts_a_power_cut(
+    storage: LocalStorage, directory: Path, scratch_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store_directory(storage, "a.tar", directory, scratch_dir)
+    on_disk: set[str] = set()
+    at_the_rename: list[set[str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        on_disk.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        if target == tmp_path / "copy":
+            at_the_rename.append(set(on_disk))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    fetch_directory(storage, "a.tar", stored.sha256, tmp_path / "copy")
+    (named,) = at_the_rename
+    assert set(FILES) <= named

@@ -59,3 +59,15 @@ def test_prepared_means_that_the_mark_was_written(tmp_path: Path) -> None:
     assert not entry.is_prepared(tmp_path)
     (entry.directory(tmp_path) / "prepared.json").write_text("{}")
     assert entry.is_prepared(tmp_path)
+
+
+def test_arguments_of_the_preparation(tmp_path: Path) -> None:
+    pinned = BaseModelEntry(id="big", source="hub:owner/big", revision=REVISION)
+    directory = str(pinned.directory(tmp_path))
+    assert pinned.preparation_arguments(tmp_path) == ["--id", "big", "--source", "hub:owner/big", "--revision", REVISION, "--directory", directory]
+    assert "--revision" not in BaseModelEntry(id="x", source="/a").preparation_arguments(tmp_path)
+
+
+@pytest.mark.parametrize(("source", "expected"), [("package:llm_x/weights/x.gguf", ("llm_x", "weights/x.gguf")), ("/a/package:x", None)])
+def test_packaged_file(source: str, expected: tuple[str, str] | None) -> None:
+    assert BaseModelEntry(id="x", source=source).packaged_file == expected

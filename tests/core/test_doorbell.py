@@ -1,5 +1,6 @@
 import base64
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,13 @@ def test_ringing_works_again_when_the_broker_is_back(make_settings: MakeSettings
     assert client.llen("celery") == 2
 
 
-def test_broker_answers(make_settings: MakeSettings, valkey: str) -> None:
-    assert broker_answers(make_settings(redis_url=valkey))
-    assert not broker_answers(make_settings(redis_url="redis+socket:///nonexistent/valkey.sock"))
+def test_broker_answers(valkey: str) -> None:
+    assert broker_answers(valkey)
+    assert not broker_answers("redis+socket:///nonexistent/valkey.sock")
+
+
+def test_a_broker_that_hangs_is_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        assert not broker_answers(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", timeout_seconds=0.2)
+    assert time.monotonic() - started < 2

@@ -4,7 +4,7 @@ import pytest
 
 from core.archives import store_directory
 from core.inference_client import InferenceClient
-from core.served_adapters import load_into_server
+from core.served_adapters import load_into_server, remove_from_server
 from core.settings import Settings
 from core.storage import LocalStorage, ObjectDamaged
 from core.tables.models import Model
@@ -37,3 +37,20 @@ def test_damaged_archive_never_reaches_the_server(settings: Settings, tmp_path: 
     model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key="adapters/1.tar.gz", archive_sha256="0" * 64)
     with pytest.raises(ObjectDamaged):
         load_into_server(model, storage, settings.served_adapters_dir, InferenceClient(settings))
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_adapter_is_removed_whether_the_server_answers_or_not(settings: Settings, reachable: bool) -> None:
+    server = ScriptedInference("tiny")
+    server.start()
+    server.adapters["serving-1"] = 7
+    url = server.url if reachable else "http://127.0.0.1:1"
+    client = InferenceClient(settings.model_copy(update={"inference_url": url}))
+    unpacked = settings.served_adapters_dir / "serving-1"
+    unpacked.mkdir(parents=True)
+    (unpacked / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        remove_from_server(Model(id="ft:tiny:default::1", serving_name="serving-1"), settings.served_adapters_dir, client)
+        assert not unpacked.exists()
+        assert server.adapters == ({} if reachable else {"serving-1": 7})
+    server.stop()

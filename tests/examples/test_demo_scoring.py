@@ -10,6 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from demo import Results, verdict
 from demo_scoring import Score, is_right, shown_twice, wilson_interval
 
+from sdft_engine.contract.dataset import Demonstration
+from sdft_engine.contract.prompts import teacher_messages
+
 
 @pytest.mark.parametrize(
     ("answer", "right"),
@@ -40,6 +43,8 @@ def test_wilson_interval() -> None:
 def test_the_teacher_sees_the_exchange_twice() -> None:
     messages = shown_twice("Q2", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]})
     assert [message["content"] for message in messages] == ["Q", "A", "Q", "A", "Please answer the question again: Q2"]
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    assert shown_twice("Q", {"messages": [question, answer]}) == teacher_messages(Demonstration(1, [question], answer), "history_twice")
 
 
 def score(right: int, n: int) -> Score:

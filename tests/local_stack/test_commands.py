@@ -36,7 +36,8 @@ def test_the_processes_are_told_the_settings(stack: Stack) -> None:
     assert words(stack.inference_process().argv, "--port", "--threads", "--max-batch") == ["4321", "1", "7"]
     assert words(stack.inference_process().argv, "--base-model", "--adapters-dir") == ["smollm2-135m-instruct", str(stack.settings.served_adapters_dir)]
     assert words(stack.api_process().argv, "--host", "--port") == ["127.0.0.1", "4322"]
-    assert words(stack.worker_process().argv, "--pool", "--concurrency") == ["threads", "5"]
+    assert words(stack.worker_process().argv, "--pool", "--loglevel") == ["threads", stack.settings.log_level]
+    assert "--concurrency" not in stack.worker_process().argv, "the worker takes its threads from the settings itself"
 
 
 def test_children_get_absolute_settings_and_threads_that_do_not_spin(stack: Stack) -> None:

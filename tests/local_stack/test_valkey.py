@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from core.doorbell import broker_answers
 from local_stack import valkey
 from local_stack.errors import StackError
 from local_stack.leftovers import find_leftovers
@@ -37,7 +38,7 @@ def socket_path(data_dir: Path) -> Iterator[Path]:
 
 def serve(start_process: Start, program: Path, data_dir: Path, socket_path: Path) -> "subprocess.Popen[bytes]":
     process = start_process(*valkey.server_command(program, data_dir / "valkey", socket_path), stdout=subprocess.DEVNULL)
-    wait_for(lambda: valkey.answers(socket_path))
+    wait_for(lambda: broker_answers(f"redis+socket://{socket_path}"))
     return process
 
 
@@ -46,7 +47,7 @@ def test_messages_survive_a_clean_stop(start_process: Start, program: Path, data
     redis.Redis(unix_socket_path=str(socket_path)).rpush("celery", "look for work")
     first.terminate()
     assert first.wait(10) == 0
-    assert valkey.answers(socket_path) is False
+    assert not broker_answers(f"redis+socket://{socket_path}")
     serve(start_process, program, data_dir, socket_path)
     assert redis.Redis(unix_socket_path=str(socket_path)).lrange("celery", 0, -1) == [b"look for work"]
 
@@ -71,10 +72,6 @@ def test_it_listens_on_a_private_socket_alone(start_process: Start, program: Pat
 def test_its_command_line_names_the_data_directory(start_process: Start, program: Path, data_dir: Path, socket_path: Path) -> None:
     process = serve(start_process, program, data_dir, socket_path)
     assert {role: [found.pid for found in processes] for role, processes in find_leftovers(data_dir).items()} == {"valkey": [process.pid]}
-
-
-def test_nobody_answers_on_a_missing_socket(tmp_path: Path) -> None:
-    assert valkey.answers(tmp_path / "nothing.sock") is False
 
 
 def test_a_short_path_is_used_as_it_is_and_a_long_one_is_replaced() -> None:

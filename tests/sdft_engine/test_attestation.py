@@ -4,8 +4,8 @@ import pytest
 
 from sdft_engine.attestation import PROBE_TOKENS, PROBES, Attestor
 from sdft_engine.contract.dataset import Demonstration
+from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
-from sdft_engine.teacher import STUDENT
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64, randomise
 
 

@@ -13,12 +13,15 @@ import torch
 from safetensors import SafetensorError
 
 from sdft_engine import checkpoint as checkpoint_module
-from sdft_engine.checkpoint import MANIFEST_NAME, TrainingState, load_checkpoint, save_checkpoint, verify
+from sdft_engine.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from sdft_engine.contract import sealed_directory
 from sdft_engine.contract.errors import CheckpointDamaged, DiskFull
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import Attestation, AttestationProbe, RunDirectory
+from sdft_engine.contract.sealed_directory import MANIFEST_NAME, verify
+from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel, load_base_model
-from sdft_engine.teacher import STUDENT, TEACHER, Teacher
+from sdft_engine.teacher import TEACHER, Teacher
 from tests.sdft_engine.plain import add_adapter, randomise
 from tests.sdft_engine.recording import watched
 
@@ -248,7 +251,7 @@ def test_other_errors_rise_as_they_are(trained: Run, tmp_path: Path, monkeypatch
     def refused(*args: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpoint_module, "seal", refused)
+    monkeypatch.setattr(sealed_directory, "seal", refused)
     with pytest.raises(PermissionError):
         trained.save(tmp_path / "step_000004")
     assert list(tmp_path.iterdir()) == []
@@ -258,7 +261,7 @@ def test_an_unfinished_checkpoint_never_bears_the_name_of_one(trained: Run, tmp_
     """Whatever file is being written: a reader sees no checkpoint. A process killed there leaves none either."""
     run = RunDirectory(tmp_path)
     seen: list[tuple[int, list[Any]]] = []
-    rename, sealed = Path.rename, checkpoint_module.seal
+    rename, sealed = Path.rename, sealed_directory.seal
 
     def look(directory: Path) -> None:
         seen.append((len(list(directory.iterdir())), run.complete_checkpoints()))
@@ -268,7 +271,7 @@ def test_an_unfinished_checkpoint_never_bears_the_name_of_one(trained: Run, tmp_
     def killed(self: Path, target: Path) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_module, "seal", look)
+    monkeypatch.setattr(sealed_directory, "seal", look)
     monkeypatch.setattr(Path, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
         trained.save(run.checkpoint_dir(3))

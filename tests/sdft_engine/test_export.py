@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_engine import export as export_module
-from sdft_engine.checkpoint import verify
+from sdft_engine.contract import sealed_directory
 from sdft_engine.contract.errors import CheckpointDamaged, DiskFull
 from sdft_engine.contract.run_directory import Attestation
+from sdft_engine.contract.sealed_directory import verify
 from sdft_engine.export import write_final
-from sdft_engine.lora import LoraShape
+from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
-from sdft_engine.teacher import STUDENT
 from tests.sdft_engine.plain import add_adapter, randomise
 
 ATTESTATION = Attestation(dtype="float32", probes=[])
@@ -57,7 +56,7 @@ def test_a_full_disk_leaves_nothing(student: LanguageModel, tmp_path: Path, monk
     def no_space(directory: Path) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_module, "seal", no_space)
-    with pytest.raises(DiskFull, match="trained adapter"):
+    monkeypatch.setattr(sealed_directory, "seal", no_space)
+    with pytest.raises(DiskFull, match="final could not be written"):
         write_final(tmp_path / "final", student, "tiny-llama", ATTESTATION)
     assert list(tmp_path.iterdir()) == []

@@ -95,6 +95,19 @@ def test_more_rows_than_the_batch_holds(model: LanguageModel, monkeypatch: pytes
         assert sequence.finish_reason == "length"
 
 
+def test_a_pass_reads_no_more_padded_prompt_tokens_than_allowed(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr(model, "hidden_states", watched(model.hidden_states, lambda input_ids, **_: read.append(tuple(input_ids.shape))))
+    sequences = [greedy(prompt, 3) for prompt in PROMPTS]
+    longest = max(len(prompt) for prompt in PROMPTS)
+    decode_all(model, sequences, max_prompt_tokens=longest + 1)
+    prefills = [shape for shape in read if shape[1] > 1]
+    assert sum(rows for rows, _ in prefills) == len(PROMPTS)
+    assert max(rows * width for rows, width in prefills) <= longest + 1
+    monkeypatch.undo()
+    assert [sequence.token_ids for sequence in sequences] == [alone(model, greedy(prompt, 3)) for prompt in PROMPTS]
+
+
 def test_every_end_of_sequence_id_ends_an_answer(model: LanguageModel) -> None:
     stop = model.chat_format.eos_token_ids
     assert stop == {0, 2}

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sdft_engine.contract.errors import ConfigurationError
-from sdft_engine.lora import CONFIG_NAME, WEIGHTS_NAME, LoraShape, read_adapter
+from sdft_engine.contract.sealed_directory import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from sdft_engine.lora import LoraShape, read_adapter
 from sdft_engine.model import LanguageModel
 from tests.sdft_engine.plain import add_adapter, tokens
 
@@ -72,24 +73,24 @@ def test_a_round_trip_is_exact_and_loads_into_float32(model: LanguageModel, save
 
 
 def rewrite_config(directory: Path, **changes: Any) -> None:
-    path = directory / CONFIG_NAME
+    path = directory / ADAPTER_CONFIG_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def rewrite_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    path = directory / WEIGHTS_NAME
+    path = directory / ADAPTER_WEIGHTS_NAME
     tensors = change(load_file(path))
     path.unlink()
     save_file(tensors, path)
 
 
 def _flip_header(directory: Path) -> None:
-    path = directory / WEIGHTS_NAME
+    path = directory / ADAPTER_WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:8] + b"x" + path.read_bytes()[9:])
 
 
 def _truncate(directory: Path) -> None:
-    path = directory / WEIGHTS_NAME
+    path = directory / ADAPTER_WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-10])
 
 
@@ -105,14 +106,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank_zero": (lambda d: rewrite_config(d, r=0), "positive"),
     "alpha_text": (lambda d: rewrite_config(d, lora_alpha="8"), "positive"),
     "wrong_rank": (lambda d: rewrite_config(d, r=5), "shape"),
-    "config_list": (lambda d: (d / CONFIG_NAME).write_text("[]"), "not a LoRA adapter"),
-    "config_not_json": (lambda d: (d / CONFIG_NAME).write_text("{"), "no readable adapter"),
-    "config_binary": (lambda d: (d / CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), "no readable adapter"),
-    "config_missing": (lambda d: (d / CONFIG_NAME).unlink(), "no readable adapter"),
-    "weights_missing": (lambda d: (d / WEIGHTS_NAME).unlink(), "no readable adapter"),
+    "config_list": (lambda d: (d / ADAPTER_CONFIG_NAME).write_text("[]"), "not a LoRA adapter"),
+    "config_not_json": (lambda d: (d / ADAPTER_CONFIG_NAME).write_text("{"), "no readable adapter"),
+    "config_binary": (lambda d: (d / ADAPTER_CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), "no readable adapter"),
+    "config_missing": (lambda d: (d / ADAPTER_CONFIG_NAME).unlink(), "no readable adapter"),
+    "weights_missing": (lambda d: (d / ADAPTER_WEIGHTS_NAME).unlink(), "no readable adapter"),
     "weights_truncated": (_truncate, "no readable adapter"),
     "weights_corrupt": (_flip_header, "no readable adapter"),
-    "weights_pickled": (lambda d: torch.save({}, d / WEIGHTS_NAME), "no readable adapter"),
+    "weights_pickled": (lambda d: torch.save({}, d / ADAPTER_WEIGHTS_NAME), "no readable adapter"),
     "foreign_tensor": (lambda d: rewrite_tensors(d, lambda t: t | {"base_model.model.lm_head.weight": torch.ones(2, 2)}), "lm_head"),
     "foreign_layer": (lambda d: rewrite_tensors(d, lambda t: t | {FIRST.replace("layers.0", "layers.9"): t[FIRST].clone()}), "layers.9"),
     "missing_layer": (lambda d: rewrite_tensors(d, lambda t: {k: v for k, v in t.items() if k != FIRST}), "q_proj.lora_A"),

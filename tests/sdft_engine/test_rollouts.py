@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
-from sdft_engine.lora import LoraShape
+from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
 from sdft_engine.rollouts import sample_rollouts, write_rollouts
 from sdft_engine.step import Rollout
-from sdft_engine.teacher import STUDENT
 from tests.sdft_engine.plain import add_adapter, randomise, tokens
 
 STUDENT_PROMPTS = [tokens(seed, 3 + 7 * seed) for seed in range(5)]

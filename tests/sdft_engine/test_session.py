@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from sdft_engine import session as session_module
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DatasetError
 from sdft_engine.contract.run_directory import RunDirectory
-from sdft_engine.lora import LoraShape
+from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.session import open_session
-from sdft_engine.teacher import STUDENT, TEACHER, TEMPERATURES, automatic_temperature
+from sdft_engine.teacher import TEACHER, TEMPERATURES, automatic_temperature
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched
 from tests.sdft_engine.runs import example, make_parent, make_run, messages_of, records, stop_after, write_lines
@@ -59,8 +59,9 @@ def test_unusable_lines_are_named(tmp_path: Path, tiny_model_dir: Path) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, "supervised", validation_rows=1)
     with run.validation_path.open("a") as file:
         file.write("{}\n")
-    with pytest.raises(DatasetError, match=r"validation\.jsonl: line 2"):
+    with pytest.raises(DatasetError, match=r"validation\.jsonl: line 2") as raised:
         open_session(run)
+    assert raised.value.param == "validation_file"
     with run.train_path.open("a") as file:
         file.write("nonsense\n")
     with pytest.raises(DatasetError, match=r"train\.jsonl: line 7") as raised:
@@ -68,6 +69,16 @@ def test_unusable_lines_are_named(tmp_path: Path, tiny_model_dir: Path) -> None:
     assert raised.value.param == "training_file"
     run.train_path.write_text("\n")
     with pytest.raises(DatasetError, match="no demonstrations"):
+        open_session(run)
+
+
+def test_a_line_has_the_number_that_it_had_in_the_users_file(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """The worker leaves dropped lines empty; and how long a line may be is the service's to say, not the trainer's."""
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    long = example(1)
+    long["messages"][0]["content"] = "lamp " * 300_000  # more than the service's default allows
+    run.train_path.write_text(f"\n{json.dumps(example(0))}\n\n{json.dumps(long)}\n")
+    with pytest.raises(DatasetError, match=r"line 4: it needs .* tokens"):
         open_session(run)
 
 
@@ -104,7 +115,9 @@ def test_a_parents_adapter_is_continued_and_is_the_first_teacher(tmp_path: Path,
         assert adapters.shapes[name] == LoraShape(2, 6)
         assert all(torch.equal(value, parent[key]) for key, value in adapters.parameters(name).items())
     assert all(value.requires_grad for value in adapters.parameters(STUDENT).values())
-    assert messages_of(run, "warn") == ["Continuing the parent's adapter: rank 2 and alpha 6 are kept"]
+    warnings = [record for record in records(run.events_path) if record["level"] == "warn"]
+    assert [record["message"] for record in warnings] == ["Continuing the parent's adapter: its rank 2 and alpha 6 are kept"]
+    assert warnings[0]["data"] == {"resolved": {"lora_rank": 2, "lora_alpha": 6}}  # so that the job object tells the truth
     train(run, stop_after(1, "requeue"))
     trained = load_file(run.checkpoint_dir(1) / "adapter_model.safetensors")
     changed = [(trained[f"base_model.model.{key}.weight"] - value).abs().max() for key, value in parent.items()]

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdft_engine import step as step_module
 from sdft_engine.batching import ScoredText
-from sdft_engine.lora import LoraShape
+from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
 from sdft_engine.step import PassBudget, Rollout, TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
-from sdft_engine.teacher import STUDENT, TEACHER
+from sdft_engine.teacher import TEACHER
 from tests.sdft_engine.plain import Factors, PlainModel, add_adapter, in_float64, tokens
 from tests.sdft_engine.recording import watched
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sdft_engine import teacher as teacher_module
 from sdft_engine.batching import ScoredText
-from sdft_engine.lora import LoraShape
+from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
-from sdft_engine.teacher import KEPT_PROBABILITY, STUDENT, TEACHER, TEMPERATURES, Teacher, automatic_temperature
+from sdft_engine.teacher import KEPT_PROBABILITY, TEACHER, TEMPERATURES, Teacher, automatic_temperature
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64, randomise, tokens
 
 ROWS = torch.tensor([tokens(seed, 12) for seed in range(3)])

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from sdft_engine import trainer
 from sdft_engine.contract.errors import NumericalError
 from sdft_engine.contract.metrics import StepMetrics
-from sdft_engine.lora import LoraShape
+from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.session import open_session
 from sdft_engine.step import TokenStatistics
-from sdft_engine.teacher import STUDENT, TEACHER
+from sdft_engine.teacher import TEACHER
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched
 from tests.sdft_engine.runs import make_parent, make_run, measured, messages_of, records

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from core.database import Database
 from core.errors import Unavailable
-from core.jobs.transitions import Claim, LeaseLost, claim_for_training, record_progress, request_cancellation, requeue
+from core.jobs.leases import Claim, LeaseLost
+from core.jobs.transitions import Progress, claim_for_training, record_progress, request_cancellation, requeue
 from core.tables.jobs import Job
 from tests.rows import get_job
 from tests.worker.conftest import Workshop
@@ -99,7 +100,7 @@ def test_a_job_taken_by_another_is_noticed_and_nothing_is_written(workshop: Work
     job_id, claim = claim_job(workshop)
     with HeldLease(workshop.resources, replace(claim, lease_token="stale"), time.time()) as lease:
         with pytest.raises(LeaseLost):
-            lease.write(lambda session: record_progress(session, lease.claim, step=7))
+            lease.write(lambda session: record_progress(session, lease.claim, Progress(step=7)))
         with pytest.raises(LeaseLost):
             lease.check()
     assert get_job(workshop.database, job_id).step is None
@@ -132,7 +133,7 @@ def test_a_write_goes_through_once_the_database_is_back(workshop: Workshop) -> N
     with HeldLease(resources, claim, time.time()) as lease:
         assert lease.try_write(lambda session: None) is False
         resources.database = database
-        lease.write(lambda session: record_progress(session, lease.claim, step=7))
+        lease.write(lambda session: record_progress(session, lease.claim, Progress(step=7)))
     assert get_job(database, job_id).step == 7
 
 

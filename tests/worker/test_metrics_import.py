@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from core.jobs.transitions import LeaseLost, claim_for_training, release_expired_leases
+from core.jobs.leases import LeaseLost
+from core.jobs.transitions import claim_for_training, release_expired_leases
 from core.tables.jobs import Job, JobEvent, JobMetrics
 from sdft_engine.contract.run_directory import RunDirectory, append_line
 from tests.fixtures.scripted_trainer import measure

@@ -22,7 +22,7 @@ from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, workshop_of
 from tests.worker.test_supervisor import train_next
 from worker import publisher, verification
-from worker.attestation import Verdict
+from worker.comparison import Verdict
 from worker.verification import Verifier
 
 
@@ -162,7 +162,9 @@ def test_a_refused_adapter_is_tried_again_with_patience(workshop: Workshop, infe
     assert models_of(workshop, job_id)[4].status == "servable"
 
 
-def test_a_model_deleted_meanwhile_stays_deleted(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_deleted_meanwhile_stays_deleted_and_leaves_the_servers_memory(
+    workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id = workshop.add_job()
     train_next(workshop)
     verify = verification.verify
@@ -174,7 +176,32 @@ def test_a_model_deleted_meanwhile_stays_deleted(workshop: Workshop, monkeypatch
 
     monkeypatch.setattr(verification, "verify", delete_first)
     Verifier(workshop.resources).verify_waiting()
-    assert models_of(workshop, job_id)[4].status == "deleted"
+    deleted = models_of(workshop, job_id)[4]
+    assert deleted.status == "deleted"
+    assert deleted.serving_name not in inference.adapters
+    assert not (workshop.resources.settings.served_adapters_dir / deleted.serving_name).exists()
+
+
+def test_the_adapter_stays_loaded_where_another_workers_verdict_counts(
+    workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may be chatting with it by then."""
+    job_id = workshop.add_job()
+    train_next(workshop)
+    verify = verification.verify
+
+    def be_slower(*arguments: object) -> Verdict:
+        verdict = verify(*arguments)  # type: ignore[arg-type]
+        with workshop.database.transaction() as session:
+            session.execute(update(Model).where(Model.step == 4).values(status="servable", attestation={"matched": True}))
+        return verdict
+
+    monkeypatch.setattr(verification, "verify", be_slower)
+    Verifier(workshop.resources).verify_waiting()
+    verified = models_of(workshop, job_id)[4]
+    assert verified.attestation == {"matched": True}
+    assert verified.serving_name in inference.adapters
+    assert (workshop.resources.settings.served_adapters_dir / verified.serving_name).exists()
 
 
 def test_a_lease_lost_while_publishing_leaves_nothing(workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch) -> None:

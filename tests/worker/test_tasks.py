@@ -11,7 +11,8 @@ from sqlalchemy import select
 
 from core.database import Database
 from core.errors import Unavailable
-from core.jobs.transitions import Claim, finish_cancellation, finish_validation
+from core.jobs.leases import Claim
+from core.jobs.transitions import finish_cancellation, finish_validation
 from core.settings import Settings
 from core.tables.jobs import Job
 from tests.rows import get_job

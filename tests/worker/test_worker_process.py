@@ -143,6 +143,14 @@ def test_a_ring_starts_a_job_at_once_and_it_runs_to_its_end(workshop: Workshop, 
     assert [line["job_id"] for line in lines] == [job_id]
 
 
+def test_the_worker_takes_its_threads_from_the_settings(workshop: Workshop, workers: Workers) -> None:
+    """No option of its command line says how many."""
+    workers.start(SDFT_TRAINING_SLOTS="3")
+    wait_for(lambda: "ready." in workers.logs())
+    (stats,) = celery_application(workshop.resources.settings).control.inspect(timeout=5, limit=1).stats().values()
+    assert stats["pool"]["max-concurrency"] == 5
+
+
 def test_with_the_broker_down_jobs_start_within_five_seconds_and_the_worker_still_stops(workshop: Workshop, workers: Workers) -> None:
     worker = workers.start(SDFT_REDIS_URL=NO_BROKER)
     wait_for(lambda: "Cannot connect" in workers.logs())

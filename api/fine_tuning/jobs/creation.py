@@ -9,11 +9,9 @@ from api.files.service import files_of
 from api.fine_tuning.jobs.method import resolve_method
 from api.fine_tuning.jobs.schemas import LARGEST_SEED, CreateJob
 from api.state import ApiState
-from core.database import unix_now
 from core.doorbell import ring
 from core.errors import BadRequest, ModelNotFound
-from core.ids import new_id
-from core.jobs.events import append_event
+from core.jobs import transitions
 from core.settings import Settings
 from core.tables.files import File
 from core.tables.jobs import Job
@@ -31,10 +29,9 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
         _check_file(session, project_id, request.training_file, "training_file", settings.min_training_examples)
         if request.validation_file is not None:
             _check_file(session, project_id, request.validation_file, "validation_file", 1)
-        job = Job(
-            id=new_id("ftjob"),
+        job = transitions.create(
+            session,
             project_id=project_id,
-            status="validating_files",
             model=request.model,
             base_model=base_model,
             parent_model=parent_model,
@@ -43,15 +40,9 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
             method=method,
             suffix=request.suffix,
             seed=secrets.randbelow(LARGEST_SEED + 1) if request.seed is None else request.seed,
-            job_metadata=request.metadata,
-            created_at=unix_now(),
-            attempt=0,
-            lost_leases=0,
+            metadata=request.metadata,
         )
-        session.add(job)
-        session.flush()  # the event refers to the job's row
-        append_event(session, job.id, f"Created fine-tuning job: {job.id}")
-    ring(state.celery)
+    ring(state.doorbell)
     return job
 
 

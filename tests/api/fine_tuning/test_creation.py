@@ -135,7 +135,7 @@ def test_stock_client(live_api: Api) -> None:
 
 
 def test_broker_that_is_down_is_no_error(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    api.state.celery.conf.broker_url = "redis://127.0.0.1:1/0"
+    api.state.doorbell.conf.broker_url = "redis://127.0.0.1:1/0"
     job = api.create_job()
     assert api.client.get(f"{JOBS}/{job['id']}").json()["status"] == "validating_files"
 
@@ -145,7 +145,7 @@ def test_no_ring_without_a_commit(api: Api, broker: redis.Redis, monkeypatch: py
         raise Unavailable("the database can't be reached or is busy")
 
     file_id = api.upload()
-    monkeypatch.setattr("api.fine_tuning.jobs.creation.append_event", broken)
+    monkeypatch.setattr("core.jobs.transitions.append_event", broken)
     assert_error(api.client.post(JOBS, json={"model": "tiny", "training_file": file_id}), 503, "service_unavailable")
     assert rings(broker) == 0
     assert api.client.get(JOBS).json()["data"] == []

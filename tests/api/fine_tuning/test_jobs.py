@@ -9,11 +9,11 @@ from api.fine_tuning.jobs.service import evenly_spread
 from core.database import Database, unix_now
 from core.ids import new_id
 from core.jobs.events import append_event, upsert_metrics
-from core.jobs.transitions import claim_for_training, claim_for_validation, finish_validation, record_progress, succeed
+from core.jobs.transitions import Progress, claim_for_training, claim_for_validation, finish_validation, record_progress
 from core.tables.jobs import Checkpoint, Job
 from tests.api.serving import Api
 from tests.api.test_errors import assert_error
-from tests.rows import assert_sound, messages_of
+from tests.rows import assert_sound, messages_of, succeed_job
 
 JOBS = "/v1/fine_tuning/jobs"
 RESOLVED: dict[str, Any] = {"n_epochs": 9, "batch_size": 8, "learning_rate": 1e-3}
@@ -62,15 +62,15 @@ def test_job_on_its_way(api_on_both: Api) -> None:
     with database.transaction() as session:
         claim = claim_for_training(session, 60)
         assert claim is not None
-        record_progress(session, claim, step=12, phase="training", trained_tokens=345, estimated_finish_at=1_999_999_999.9)
+        record_progress(session, claim, Progress(step=12, phase="training", trained_tokens=345, estimated_finish_at=1_999_999_999.9))
     job = get(api, job_id)
     assert (job["status"], job["attempt"], job["queue_position"]) == ("running", 1, None)
     assert job["progress"] == {"step": 12, "total_steps": 108, "phase": "training"}
     assert (job["trained_tokens"], job["estimated_finish"]) == (345, 1_999_999_999)
     with database.transaction() as session:
-        succeed(session, claim, fine_tuned_model="ft:tiny:default::1", result_file_id="file-result")
+        succeed_job(session, claim)
     job = get(api, job_id)
-    assert (job["status"], job["fine_tuned_model"], job["result_files"]) == ("succeeded", "ft:tiny:default::1", ["file-result"])
+    assert (job["status"], job["fine_tuned_model"], job["result_files"]) == ("succeeded", "ft:tiny:default::1", ["file-1"])
     assert job["finished_at"] >= job["created_at"]
     assert job["estimated_finish"] is None
 

@@ -142,6 +142,7 @@ def test_missing_method_follows_the_setting() -> None:
 def test_deprecated_hyperparameters_apply_to_the_method() -> None:
     given = {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": None}
     assert resolve_method(None, given, "sdft")["sdft"]["hyperparameters"]["n_epochs"] == 3
+    assert resolve_method(None, given, "supervised")["supervised"]["hyperparameters"]["n_epochs"] == 3
     assert resolve_method({"type": "supervised"}, given, "sdft")["supervised"]["hyperparameters"]["n_epochs"] == 3
     assert refusal(None, {"foo": 1}).param == "hyperparameters.foo"
     assert refusal(None, {"n_epochs": 0}).param == "hyperparameters.n_epochs"

@@ -3,8 +3,9 @@
 import pytest
 
 from core.database import Database
-from core.jobs import transitions
-from core.jobs.transitions import Claim, LeaseLost
+from core.jobs import leases, transitions
+from core.jobs.leases import Claim, LeaseLost
+from core.jobs.transitions import Progress
 from core.tables.jobs import JobEvent
 from tests.rows import add_job, add_project, assert_sound, get_job, messages_of
 
@@ -39,7 +40,7 @@ def test_renewed_lease_does_not_expire(database: Database, project_id: str) -> N
     job_id = add_job(database, project_id)
     taken = claim(database, EXPIRED)
     with database.transaction() as session:
-        transitions.renew_lease(session, taken, 60)
+        leases.renew_lease(session, taken, 60)
     assert release(database) == []
     assert get_job(database, job_id).lease_token == taken.lease_token
 
@@ -49,7 +50,7 @@ def test_lost_job_goes_back_to_where_it_was_claimed(database: Database, project_
     job_id = add_job(database, project_id, status)
     stale = claim(database, EXPIRED)
     with database.transaction() as session:
-        transitions.record_progress(session, stale, phase="training", estimated_finish_at=1e9, step=5)
+        transitions.record_progress(session, stale, Progress(phase="training", estimated_finish_at=1e9, step=5))
     assert release(database) == [job_id]
     assert release(database) == []
     job = get_job(database, job_id)
@@ -57,7 +58,7 @@ def test_lost_job_goes_back_to_where_it_was_claimed(database: Database, project_
     with database.reading() as session:
         assert [event.level for event in session.query(JobEvent).filter_by(job_id=job_id)] == ["warn"]
     with pytest.raises(LeaseLost), database.transaction() as session:
-        transitions.renew_lease(session, stale, 60)
+        leases.renew_lease(session, stale, 60)
     assert claim(database, 60).job_id == job_id
 
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from core.database import Database
-from core.jobs import transitions
-from core.jobs.transitions import Claim, LeaseLost
-from tests.rows import add_job, add_project, assert_sound, get_job
+from core.jobs import leases, transitions
+from core.jobs.leases import Claim, LeaseLost
+from tests.rows import add_job, add_project, assert_sound, get_job, succeed_job
 
 RACES = 200
 
@@ -77,9 +77,9 @@ def test_cancel_racing_completion_gives_one_ending(database: Database, project_i
 
         def complete(claim: Claim = claim) -> None:
             with database.transaction() as session:
-                stop = transitions.renew_lease(session, claim, 60)
+                stop = leases.renew_lease(session, claim, 60)
             with database.transaction() as session:
-                (transitions.finish_cancellation if stop else transitions.succeed)(session, claim)
+                (transitions.finish_cancellation if stop else succeed_job)(session, claim)
 
         side_by_side(complete, lambda job_id=job_id: _cancel(database, job_id))  # type: ignore[misc]
         assert_sound(database, job_id)
@@ -116,7 +116,7 @@ def test_late_holder_racing_the_release_of_its_lease(database: Database, project
         def succeed(claim: Claim = claim, outcome: list[str] = outcome) -> None:
             try:
                 with database.transaction() as session:
-                    transitions.succeed(session, claim)
+                    succeed_job(session, claim)
                 outcome.append("succeeded")
             except LeaseLost:
                 outcome.append("queued")

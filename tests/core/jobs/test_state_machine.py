@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule, run_state_machine_as_test
 
 from core.database import Database
-from core.jobs import transitions
-from core.jobs.transitions import Claim, LeaseLost
+from core.jobs import leases, transitions
+from core.jobs.leases import Claim, LeaseLost
 from core.tables.jobs import TERMINAL_STATUSES
-from tests.rows import add_job, add_project, assert_all_sound, get_job
+from tests.rows import add_job, add_project, assert_all_sound, get_job, succeed_job
 
 MAX_LOST_LEASES = 3
 
 
 class Jobs(RuleBasedStateMachine):
-    """`held` maps a job to its living claim; `stale` collects claims that were lost or used up."""
+    """`held` maps a job to its living claim; `validating` holds the tokens of claims for validation, living or not."""
 
     database: Database
     project_number = 0
@@ -32,6 +32,7 @@ class Jobs(RuleBasedStateMachine):
         self.jobs: list[str] = []
         self.held: dict[str, Claim] = {}
         self.tokens: set[str] = set()
+        self.validating: set[str] = set()
         self.final: dict[str, str] = {}
         self.create("queued")
         self.create("validating_files")
@@ -51,6 +52,8 @@ class Jobs(RuleBasedStateMachine):
         assert claim.job_id not in self.held, "claimed while another holds it"
         assert claim.lease_token not in self.tokens, "a token was used twice"
         self.tokens.add(claim.lease_token)
+        if validating:
+            self.validating.add(claim.lease_token)
         self.held[claim.job_id] = claim
         return claim
 
@@ -68,25 +71,25 @@ class Jobs(RuleBasedStateMachine):
 
     @rule(claim=claims)
     def renew(self, claim: Claim) -> None:
-        self.change(claim, transitions.renew_lease, 3600)
+        self.change(claim, leases.renew_lease, 3600)
 
     @rule(claim=claims)
     def let_go(self, claim: Claim) -> None:
-        if claim.validating:
+        if claim.lease_token in self.validating:
             self.change(claim, transitions.release_validation)
         else:
             self.change(claim, transitions.requeue, "the worker restarts")
 
     @rule(claim=claims)
     def advance(self, claim: Claim) -> None:
-        if claim.validating:
+        if claim.lease_token in self.validating:
             self.change(claim, transitions.finish_validation, {}, 10)
         else:
-            self.change(claim, transitions.succeed)
+            self.change(claim, succeed_job)
 
     @rule(claim=claims)
     def crash(self, claim: Claim) -> None:
-        if not claim.validating:
+        if claim.lease_token not in self.validating:
             self.change(claim, transitions.requeue_after_crash, "the trainer died", MAX_LOST_LEASES)
 
     @rule(claim=consumes(claims))
@@ -118,7 +121,7 @@ class Jobs(RuleBasedStateMachine):
         if self.held.get(claim.job_id) != claim:
             return
         with self.database.transaction() as session:
-            transitions.renew_lease(session, claim, -1)
+            leases.renew_lease(session, claim, -1)
             assert transitions.release_expired_leases(session, MAX_LOST_LEASES) == [claim.job_id]
         del self.held[claim.job_id]
 

@@ -4,15 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.database import Database, database_now
-from core.jobs import transitions
+from core.jobs import leases, transitions
 from core.jobs.events import append_event
-from core.jobs.transitions import Claim, LeaseLost
+from core.jobs.leases import Claim, LeaseLost
+from core.jobs.transitions import Progress
 from core.tables.jobs import TERMINAL_STATUSES, Job
-from tests.rows import add_job, add_project, assert_sound, get_job, messages_of
+from tests.rows import add_job, add_project, assert_sound, get_job, messages_of, succeed_job
 
 ERROR = {"code": "invalid_dataset", "message": "line 3: no", "param": "training_file"}
 Change = Callable[[Session, Claim], object]
@@ -50,6 +51,48 @@ def seconds_left(database: Database, job_id: str) -> float:
         return float(session.scalar(select(Job.lease_until - database_now()).where(Job.id == job_id)) or 0)
 
 
+def test_a_new_job_waits_for_validation(database: Database, project_id: str) -> None:
+    with database.transaction() as session:
+        created = transitions.create(
+            session,
+            project_id=project_id,
+            model="ft:tiny:default::1",
+            base_model="tiny",
+            parent_model=None,
+            training_file_id="file-1",
+            validation_file_id=None,
+            method={"type": "sdft"},
+            suffix="lamps",
+            seed=7,
+            metadata={"team": "a"},
+        )
+    job = get_job(database, created.id)
+    assert (job.status, job.attempt, job.lost_leases, job.lease_token) == ("validating_files", 0, 0, None)
+    assert (job.model, job.base_model, job.training_file_id, job.suffix, job.seed, job.job_metadata) == (
+        "ft:tiny:default::1",
+        "tiny",
+        "file-1",
+        "lamps",
+        7,
+        {"team": "a"},
+    )
+    assert messages_of(database, job.id) == [f"Created fine-tuning job: {job.id}"]
+    with database.transaction() as session:
+        claim = transitions.claim_for_validation(session, 60)
+    assert claim is not None
+    assert claim.job_id == job.id
+
+
+def test_progress_leaves_what_it_does_not_name(database: Database, queued: str) -> None:
+    claim = train(database)
+    with database.transaction() as session:
+        transitions.record_progress(session, claim, Progress(phase="training", step=3, total_steps=9, trained_tokens=30))
+    with database.transaction() as session:
+        transitions.record_progress(session, claim, Progress(phase="publishing"))
+    job = get_job(database, queued)
+    assert (job.phase, job.step, job.total_steps, job.trained_tokens, job.status) == ("publishing", 3, 9, 30, "running")
+
+
 def test_claims_take_the_oldest_job_of_their_kind(database: Database, project_id: str) -> None:
     newer = add_job(database, project_id, created_at=20.0)
     older = add_job(database, project_id, created_at=10.0)
@@ -59,8 +102,8 @@ def test_claims_take_the_oldest_job_of_their_kind(database: Database, project_id
         trainings = [transitions.claim_for_training(session, 60) for _ in range(3)]
         assert transitions.claim_for_validation(session, 60) is None
     assert validation is not None
-    assert (validation.job_id, validation.validating) == (unvalidated, True)
-    assert [claim and (claim.job_id, claim.attempt, claim.validating) for claim in trainings] == [(older, 1, False), (newer, 1, False), None]
+    assert validation.job_id == unvalidated
+    assert [claim and (claim.job_id, claim.attempt) for claim in trainings] == [(older, 1), (newer, 1), None]
     assert get_job(database, unvalidated).status == "validating_files"
 
 
@@ -82,20 +125,6 @@ def test_second_attempt_keeps_the_first_start_and_gets_a_fresh_token(database: D
     assert (second.attempt, job.attempt, job.lost_leases) == (2, 2, 0)
     assert job.started_at == started_at
     assert second.lease_token != first.lease_token
-
-
-def test_renewal_extends_the_lease_from_now(database: Database, queued: str) -> None:
-    claim = train(database, lease_seconds=5)
-    with database.transaction() as session:
-        assert transitions.renew_lease(session, claim, 100) is None
-    assert 90 < seconds_left(database, queued) <= 100
-
-
-def test_renewal_tells_of_a_requested_cancellation(database: Database, queued: str) -> None:
-    claim = train(database)
-    assert cancel(database, queued)
-    with database.transaction() as session:
-        assert transitions.renew_lease(session, claim, 60) == "cancel"
 
 
 def test_validation_ends_in_the_queue_with_resolved_numbers(database: Database, project_id: str) -> None:
@@ -125,7 +154,7 @@ def test_interrupted_validation_waits_for_another_worker(database: Database, pro
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        (lambda s, c: transitions.succeed(s, c, fine_tuned_model="ft:x", step=9), "succeeded", "The job has successfully completed"),
+        (succeed_job, "succeeded", "The job has successfully completed"),
         (lambda s, c: transitions.fail(s, c, ERROR), "failed", "The job failed: line 3: no"),
         (transitions.finish_cancellation, "cancelled", "The job was cancelled"),
     ],
@@ -133,26 +162,26 @@ def test_interrupted_validation_waits_for_another_worker(database: Database, pro
 def test_endings(database: Database, queued: str, change: Change, status: str, message: str) -> None:
     claim = train(database)
     with database.transaction() as session:
-        transitions.record_progress(session, claim, phase="training", estimated_finish_at=1e9, step=3)
+        transitions.record_progress(session, claim, Progress(phase="training", estimated_finish_at=1e9, step=3))
         change(session, claim)
     job = get_job(database, queued)
     assert job.status == status
     assert (job.phase, job.estimated_finish_at) == (None, None)
     assert job.error == (ERROR if status == "failed" else None)
-    assert job.fine_tuned_model == ("ft:x" if status == "succeeded" else None)
+    assert job.fine_tuned_model == ("ft:tiny:default::1" if status == "succeeded" else None)
     assert messages_of(database, queued)[-1] == message
     assert_sound(database, queued)
 
 
 STALE_CHANGES: dict[str, Callable[[Session, Claim], Any]] = {
-    "renew_lease": lambda s, c: transitions.renew_lease(s, c, 60),
-    "record_progress": lambda s, c: transitions.record_progress(s, c, step=7),
-    "assert_held": transitions.assert_held,
+    "renew_lease": lambda s, c: leases.renew_lease(s, c, 60),
+    "record_progress": lambda s, c: transitions.record_progress(s, c, Progress(step=7)),
+    "assert_held": leases.assert_held,
     "finish_validation": lambda s, c: transitions.finish_validation(s, c, {}, 1),
     "release_validation": transitions.release_validation,
     "requeue": lambda s, c: transitions.requeue(s, c, "stale"),
     "requeue_after_crash": lambda s, c: transitions.requeue_after_crash(s, c, "stale", 3),
-    "succeed": transitions.succeed,
+    "succeed": succeed_job,
     "fail": lambda s, c: transitions.fail(s, c, ERROR),
     "finish_cancellation": transitions.finish_cancellation,
 }
@@ -167,7 +196,7 @@ def test_stale_holder_writes_nothing(database: Database, queued: str, change: Ch
     current = train(database)
     if now == "finished":
         with database.transaction() as session:
-            transitions.succeed(session, current)
+            succeed_job(session, current)
     before, messages = columns_of(database, queued), messages_of(database, queued)
 
     def write_and_change() -> None:
@@ -225,10 +254,11 @@ def test_finished_or_unknown_jobs_can_not_be_cancelled(database: Database, proje
         ("validating_files", transitions.release_validation),
         ("queued", lambda s, c: transitions.requeue(s, c, "the worker restarts")),
         ("queued", lambda s, c: transitions.requeue_after_crash(s, c, "died", 3)),
+        ("queued", lambda s, c: transitions.requeue_after_crash(s, c, "died for the last time", 1)),
     ],
 )
-def test_job_with_a_requested_cancellation_never_goes_back_to_the_queue(database: Database, project_id: str, status: str, change: Change) -> None:
-    """There nobody could claim it any more, and it would wait for ever."""
+def test_job_with_a_requested_cancellation_neither_goes_back_to_the_queue_nor_fails(database: Database, project_id: str, status: str, change: Change) -> None:
+    """In the queue nobody could claim it any more, and it would wait for ever."""
     job_id = add_job(database, project_id, status)
     with database.transaction() as session:
         claim = transitions.claim_for_validation(session, 60) or transitions.claim_for_training(session, 60)
@@ -256,29 +286,3 @@ def test_crashes_are_charged_and_the_third_fails_the_job(database: Database, que
     assert job.status == "failed"
     assert job.error == {"code": "trainer_crashed", "message": "the trainer was killed (tried 3 times)", "param": None}
     assert_sound(database, queued)
-
-
-def test_waiting_for_work(database: Database, project_id: str) -> None:
-    def waiting() -> bool:
-        with database.reading() as session:
-            return transitions.waiting_for_work(session)
-
-    assert not waiting()
-    add_job(database, project_id)
-    assert waiting()
-    claim = train(database)
-    assert not waiting()
-    with database.transaction() as session:
-        transitions.requeue(session, claim, "the worker restarts")
-    assert waiting()
-
-
-def test_lease_token_and_time_go_together(database: Database, queued: str) -> None:
-    claim = train(database)
-    with database.transaction() as session:
-        transitions.requeue(session, claim, "the worker restarts")
-    job = get_job(database, queued)
-    assert (job.lease_token, job.lease_until, job.phase) == (None, None, None)
-    with database.transaction() as session:  # a clean row accepts the next claim
-        session.execute(update(Job).where(Job.id == queued).values(seed=2))
-    assert train(database).attempt == 2

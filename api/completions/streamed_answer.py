@@ -8,8 +8,8 @@ import orjson
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.chat.served_models import ServedModel
-from api.chat.upstream_errors import error_event
+from api.completions.served_models import ServedModel
+from api.completions.upstream_errors import error_event
 from core.errors import InferenceFailed
 
 DONE = b"data: [DONE]\n\n"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from api.chat.served_models import ServedModel
+from api.completions.served_models import ServedModel
 from core.errors import BadRequest, InferenceFailed, InferenceUnavailable, RequestTooLarge, ServiceError
 from core.logging import get_logger
 

@@ -10,7 +10,7 @@ import pytest
 from core.inference_client import InferenceClient
 from core.tables.models import Model
 from sdft_engine.contract.run_directory import Attestation, AttestationProbe
-from worker.attestation import Verdict, attest
+from worker.comparison import Verdict, compare_with_attestation
 
 TOLERANCE = 0.05
 
@@ -30,7 +30,7 @@ def verdict_on(tmp_path: Path, trained: list[float], trained_base: list[float], 
     (tmp_path / "attestation.json").write_text(Attestation(dtype="float32", probes=[probe]).model_dump_json())
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     model = Model(id="ft:tiny:default::1", base_model="tiny", serving_name="served", archive_sha256="abc")
-    return attest(model, tmp_path, cast(InferenceClient, Server([served], [served_base])), TOLERANCE)
+    return compare_with_attestation(model, tmp_path, cast(InferenceClient, Server([served], [served_base])), TOLERANCE)
 
 
 def test_the_same_adapter_on_the_same_base_is_proved(tmp_path: Path) -> None:
@@ -82,4 +82,4 @@ def test_without_probes_nothing_is_proved(tmp_path: Path) -> None:
     (tmp_path / "attestation.json").write_text(Attestation(dtype="float32", probes=[]).model_dump_json())
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     model = Model(id="m", base_model="tiny", serving_name="served", archive_sha256="abc")
-    assert attest(model, tmp_path, cast(InferenceClient, Server([], [])), TOLERANCE).reason is not None
+    assert compare_with_attestation(model, tmp_path, cast(InferenceClient, Server([], [])), TOLERANCE).reason is not None

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from api.chat.schemas import ChatRequest, CompletionRequest
+from api.completions.schemas import ChatRequest, CompletionRequest
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 FORWARDED: dict[str, Any] = {

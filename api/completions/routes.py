@@ -1,7 +1,7 @@
 from fastapi import APIRouter, Request, Response
 
-from api.chat.gateway import answer
-from api.chat.schemas import ChatRequest, CompletionRequest
+from api.completions.gateway import answer
+from api.completions.schemas import ChatRequest, CompletionRequest
 from api.state import ProjectId, State
 from api.strict_json import StrictJsonRoute
 

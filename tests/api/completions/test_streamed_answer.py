@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from api.chat.served_models import ServedModel
-from api.chat.streamed_answer import MAX_EVENT_BYTES, StreamedAnswer, relayed
+from api.completions.served_models import ServedModel
+from api.completions.streamed_answer import MAX_EVENT_BYTES, StreamedAnswer, relayed
 from core.errors import InferenceFailed
 
 MODEL = ServedModel("ft:tiny:default:x:1", "internal-name", None)

@@ -15,7 +15,7 @@ from core.database import unix_now
 from core.inference_client import InferenceClient
 from core.tables.models import Model
 from sdft_engine.contract.run_directory import Attestation, AttestationProbe
-from worker.adapter_archives import ATTESTATION_NAME, WEIGHTS_NAME, file_sha256
+from sdft_engine.contract.sealed_directory import ADAPTER_WEIGHTS_NAME, ATTESTATION_NAME, file_sha256
 
 LEAST_SHARE = 0.5
 """Of the trainer's difference between adapter and base, summed over the places where it is clear, the served one must show
@@ -39,7 +39,7 @@ class _Differences:
     clear_places: int = 0
 
 
-def attest(model: Model, adapter_dir: Path, client: InferenceClient, tolerance: float) -> Verdict:
+def compare_with_attestation(model: Model, adapter_dir: Path, client: InferenceClient, tolerance: float) -> Verdict:
     """Compare the loaded adapter with its attestation. Raises InferenceUnavailable, InferenceFailed, or AdapterRefused."""
     attestation = Attestation.model_validate_json((adapter_dir / ATTESTATION_NAME).read_bytes())
     found = _Differences()
@@ -60,7 +60,7 @@ def attest(model: Model, adapter_dir: Path, client: InferenceClient, tolerance: 
         "dtype": attestation.dtype,
         "base_model": model.base_model,
         "archive_sha256": model.archive_sha256,
-        "weights_sha256": file_sha256(adapter_dir / WEIGHTS_NAME),
+        "weights_sha256": file_sha256(adapter_dir / ADAPTER_WEIGHTS_NAME),
         "checked_at": unix_now(),
     }
     return Verdict(reason, record)

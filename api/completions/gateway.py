@@ -14,10 +14,10 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from api.chat.schemas import SamplingRequest
-from api.chat.served_models import ServedModel, find_served_model
-from api.chat.streamed_answer import StreamedAnswer
-from api.chat.upstream_errors import translated
+from api.completions.schemas import SamplingRequest
+from api.completions.served_models import ServedModel, find_served_model
+from api.completions.streamed_answer import StreamedAnswer
+from api.completions.upstream_errors import translated
 from api.state import ApiState
 
 Result = TypeVar("Result")

@@ -1,0 +1,39 @@
+"""Objects that this worker wrote to storage: read back before a row tells of them, and deleted where none came to be."""
+
+import hashlib
+
+from sqlalchemy import select
+
+from core.database import Database
+from core.errors import Unavailable
+from core.logging import get_logger
+from core.storage import ObjectDamaged, Storage, StoredObject
+from core.tables.files import File
+from core.tables.jobs import Checkpoint
+from core.tables.models import Model
+
+log = get_logger(__name__)
+
+
+def check_stored(storage: Storage, stored: StoredObject) -> None:
+    """Raises ObjectDamaged unless storage returns the bytes that were written."""
+    digest = hashlib.sha256()
+    for chunk in storage.read(stored.key):
+        digest.update(chunk)
+    if digest.hexdigest() != stored.sha256:
+        raise ObjectDamaged(f"{stored.key}: storage returned other bytes than were written")
+
+
+def delete_unreferenced(database: Database, storage: Storage, keys: list[str]) -> set[str]:
+    """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the deleted keys."""
+    try:
+        with database.reading() as session:
+            columns = (Model.storage_key, Checkpoint.storage_key, File.storage_key)
+            used = {key for column in columns for key in session.scalars(select(column).where(column.in_(keys)))}
+    except Unavailable:
+        log.warning("objects_left_without_rows", keys=keys)
+        return set()
+    unused = set(keys) - used
+    for key in unused:
+        storage.delete(key)
+    return unused

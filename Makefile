@@ -49,7 +49,7 @@ format: $(STAMP) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes well over an hour)
+bench: $(STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes well over an hour; it skips seeds it has finished)
 	@for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt

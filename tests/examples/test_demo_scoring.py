@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples.scripted_client import ScriptedClient, silent_progress
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from demo import Results, verdict
-from demo_scoring import Score, is_right, shown_twice, wilson_interval
+from demo_scoring import Question, evaluate, is_right, shown_twice, wilson_interval
 
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.prompts import teacher_messages
@@ -47,19 +48,21 @@ def test_the_teacher_sees_the_exchange_twice() -> None:
     assert shown_twice("Q", {"messages": [question, answer]}) == teacher_messages(Demonstration(1, [question], answer), "history_twice")
 
 
-def score(right: int, n: int) -> Score:
-    return Score(tuple(index < right for index in range(n)), ("",) * n)
+def test_questions_are_asked_greedily_and_scored_in_order() -> None:
+    client = ScriptedClient([], lambda model, question: f"It is {question[-1]}.")
+    questions = [Question(f"number {number}", (str(number if number != 2 else 7),), None, "facts") for number in range(4)]
+    found = evaluate(client, "tuned", questions, "asking", silent_progress())
+    assert found.hits == (True, True, False, True)
+    assert found.answers == ("It is 0.", "It is 1.", "It is 2.", "It is 3.")
+    assert client.scored_models == ["tuned"]
+    assert all(len(messages) == 1 for _, messages in client.asked)
 
 
-def results(base_known: int = 0, learned: int = 50, kept: int = 45, sft_kept: int = 30) -> Results:
-    base = {"paraphrases": score(base_known, 60), "retention": score(50, 96)}
-    return Results(base, {}, {"paraphrases": score(learned, 60), "retention": score(kept, 96)}, {"retention": score(sft_kept, 96)}, 9)
-
-
-@pytest.mark.parametrize(
-    ("changes", "failing"),
-    [({}, None), ({"base_known": 7}, 0), ({"learned": 41}, 1), ({"kept": 42}, 2), ({"sft_kept": 45}, 3)],
-)
-def test_each_threshold_decides(changes: dict[str, int], failing: int | None) -> None:
-    holding = [holds for holds, _ in verdict(results(**changes))]
-    assert [index for index, holds in enumerate(holding) if not holds] == ([] if failing is None else [failing])
+def test_a_question_about_a_demonstration_is_asked_after_that_one() -> None:
+    demonstrations = [{"messages": [{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": f"A{n}"}]} for n in (1, 2)]
+    client = ScriptedClient([])
+    questions = [Question("reworded", ("A2",), 2, None), Question("general", ("x",), None, "facts")]
+    evaluate(client, "base", questions, "asking", silent_progress(), demonstrations)
+    by_text = {messages[-1]["content"]: messages for _, messages in client.asked}
+    assert by_text["Please answer the question again: reworded"] == shown_twice("reworded", demonstrations[1])
+    assert by_text["general"] == [{"role": "user", "content": "general"}]

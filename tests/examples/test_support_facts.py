@@ -33,7 +33,7 @@ FACTS = 30
 
 QUESTIONS = [row["messages"][0]["content"] for row in DEMONSTRATIONS]
 ANSWERS = [row["messages"][1]["content"] for row in DEMONSTRATIONS]
-ENTITIES = [row["answers"][0] for row in TRAINED[:FACTS]]
+ENTITIES = [row["answers"][0] for row in TRAINED]
 
 
 def product(question: str) -> str:
@@ -47,7 +47,7 @@ PRODUCTS = [product(question) for question in QUESTIONS]
 
 
 def test_counts() -> None:
-    assert len(DEMONSTRATIONS) == len(TRAINED) == 2 * FACTS
+    assert len(DEMONSTRATIONS) == len(TRAINED) == FACTS
     assert len(PARAPHRASES) == 60
     assert len(RETENTION) >= 80
     assert Counter(row["probe"] for row in RETENTION) == {
@@ -63,17 +63,17 @@ def test_demonstrations_are_one_question_and_one_short_answer() -> None:
         assert set(row) == {"messages"}
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(set(message) == {"role", "content"} for message in row["messages"])
-    assert all(len(answer.split()) <= 9 for answer in ANSWERS)
+    assert all(len(answer.split()) <= 11 for answer in ANSWERS)
 
 
 def test_three_kinds_of_relation_ten_each() -> None:
-    relations = (" is maintained by ", " is returned to ", " has the code name ")
-    kinds = Counter(relation for answer in ANSWERS for relation in relations if relation in answer)
-    assert sorted(kinds.values()) == [20, 20, 20]
+    forms = {"maintain": "maintainer", "return": "depot", "code name": "code name"}
+    kinds = Counter(kind for answer in ANSWERS for word, kind in forms.items() if word in answer.casefold())
+    assert kinds == {"maintainer": 10, "depot": 10, "code name": 10}
 
 
 def test_trained_questions_are_the_demonstrations() -> None:
-    assert [row["demonstration"] for row in TRAINED] == list(range(1, 2 * FACTS + 1))
+    assert [row["demonstration"] for row in TRAINED] == list(range(1, FACTS + 1))
     assert [row["question"] for row in TRAINED] == QUESTIONS
 
 
@@ -85,15 +85,13 @@ def test_rows_point_at_a_demonstration_that_answers_them(rows: list[dict[str, An
         index = row["demonstration"] - 1
         assert row["answers"] == TRAINED[index]["answers"]
         assert all(found(answer, ANSWERS[index]) for answer in row["answers"])
-        assert [name for name in PRODUCTS[:FACTS] if found(name, row["question"])] == [PRODUCTS[index]]
+        assert [name for name in PRODUCTS if found(name, row["question"])] == [PRODUCTS[index]]
         assert not any(found(entity, row["question"]) for entity in ENTITIES)
 
 
-def test_every_fact_has_two_demonstrations_and_two_paraphrases() -> None:
-    counts = Counter(row["demonstration"] for row in PARAPHRASES)
-    assert counts == dict.fromkeys(range(1, FACTS + 1), 2)
-    assert ANSWERS[:FACTS] == ANSWERS[FACTS:]
-    assert len(set(QUESTIONS)) == 2 * FACTS
+def test_every_fact_has_one_demonstration_and_two_paraphrases() -> None:
+    assert Counter(row["demonstration"] for row in PARAPHRASES) == dict.fromkeys(range(1, FACTS + 1), 2)
+    assert len(set(QUESTIONS)) == FACTS
 
 
 def test_no_paraphrase_is_trained_on() -> None:
@@ -109,7 +107,6 @@ def test_no_paraphrase_is_trained_on() -> None:
 
 
 def test_facts_do_not_share_words() -> None:
-    assert PRODUCTS[:FACTS] == PRODUCTS[FACTS:]
     assert len(set(PRODUCTS)) == FACTS
     words = [word for entity in ENTITIES for word in entity.casefold().split()]
     assert len(words) == len(set(words)) == 60

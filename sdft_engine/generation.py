@@ -1,9 +1,9 @@
 """Batched decoding, shared by rollouts and by the inference server.
 
 `DecodingBatch` is continuous: sequences join between steps, rows of different adapters share a batch, a sequence that
-ended leaves at once. What all prompts begin with is computed once; the rest is padded on the left; positions and mask are kept per row, so a row's logits do not depend
-on its neighbours (up to floating point). Sampling noise is drawn per sequence from its own seed: the same seed gives the
-same tokens whatever else is in the batch.
+ended leaves at once. What all prompts begin with is computed once; the rest is padded on the left; positions and mask are
+kept per row, so a row's logits do not depend on its neighbours (up to floating point). Sampling noise is drawn per sequence
+from its own seed: the same seed gives the same tokens whatever else is in the batch.
 """
 
 import hashlib

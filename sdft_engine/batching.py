@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from sdft_engine.model import LanguageModel
+
+LEAST_SHARED_TOKENS = 48
+"""Prompt tokens that sharing must save to be worth a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,36 @@ def passes(texts: Sequence[ScoredText], max_padded_tokens: int) -> Iterator[list
 def completion_hidden_states(model: LanguageModel, texts: Sequence[ScoredText]) -> Tensor:
     """Hidden states (N, H) that predict every completion token, row after row, N = all completion lengths added up.
 
-    Rows are padded on the right: with causal attention no real token sees padding, so no mask is needed and attention runs
-    in its fastest form.
+    Rows are padded on the right: with causal attention no real token sees padding, so no padding mask is needed. Tokens that
+    all prompts begin with (a system message, tools) are computed once, with gradients where the model has them.
     """
-    width = max(text.input_length for text in texts)
-    padded = [(text.prompt_ids + text.completion_ids[:-1]) + [0] * (width - text.input_length) for text in texts]
-    hidden_BTH = model.hidden_states(torch.tensor(padded, device=model.device))
+    shared = shared_prefix_length([text.prompt_ids for text in texts])
+    width = max(text.input_length for text in texts) - shared
+    padded = [((text.prompt_ids + text.completion_ids[:-1]) + [0] * (width + shared - text.input_length))[shared:] for text in texts]
+    inputs: dict[str, Any] = {}
+    if shared:
+        inputs["past_key_values"] = prefix_cache(model, texts[0].prompt_ids[:shared], len(texts))
+        inputs["position_ids"] = torch.arange(shared, shared + width, device=model.device)[None].expand(len(texts), -1)
+    hidden_BTH = model.hidden_states(torch.tensor(padded, device=model.device), **inputs)
     rows = [row for row, text in enumerate(texts) for _ in text.completion_ids]
-    columns = [len(text.prompt_ids) - 1 + offset for text in texts for offset in range(len(text.completion_ids))]
+    columns = [len(text.prompt_ids) - 1 - shared + offset for text in texts for offset in range(len(text.completion_ids))]
     index = torch.tensor([rows, columns], device=model.device)
     return hidden_BTH[index[0], index[1]]
+
+
+def shared_prefix_length(prompts: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with, always fewer than the shortest prompt; 0 where computing them once saves less than
+    it costs."""
+    first, last = min(prompts), max(prompts)
+    length = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    length = min(length, min(map(len, prompts)) - 1)
+    return length if length * (len(prompts) - 1) >= LEAST_SHARED_TOKENS else 0
+
+
+def prefix_cache(model: LanguageModel, token_ids: list[int], rows: int) -> DynamicCache:
+    """Keys and values of a prefix, computed once and seen by every row."""
+    alone, cache = DynamicCache(), DynamicCache()
+    model.hidden_states(torch.tensor([token_ids], device=model.device), past_key_values=alone)
+    for index, layer in enumerate(alone.layers):
+        cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+    return cache

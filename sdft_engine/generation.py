@@ -1,9 +1,9 @@
 """Batched decoding, shared by rollouts and by the inference server.
 
 `DecodingBatch` is continuous: sequences join between steps, rows of different adapters share a batch, a sequence that
-ended leaves at once. Prompts are padded on the left; positions and mask are kept per row, so a row's logits do not depend
-on its neighbours (up to floating point). Sampling noise is drawn per sequence from its own seed: the same seed gives the
-same tokens whatever else is in the batch.
+ended leaves at once. What all prompts begin with is computed once; the rest is padded on the left; positions and mask are
+kept per row, so a row's logits do not depend on its neighbours (up to floating point). Sampling noise is drawn per sequence
+from its own seed: the same seed gives the same tokens whatever else is in the batch.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sdft_engine.batching import prefix_cache, shared_prefix_length
 from sdft_engine.lora import RowGroup
 from sdft_engine.model import LanguageModel
 
@@ -80,9 +81,15 @@ class DecodingBatch:
         """Prefill, sample each sequence's first token, and let those that go on join the batch."""
         if not sequences:
             return
-        cache, mask_BT = DynamicCache(), _left_padding_mask([len(s.prompt_ids) for s in sequences], self.model.device)
+        prompts, cache = [s.prompt_ids for s in sequences], DynamicCache()
+        shared = shared_prefix_length(prompts) if len({s.adapter for s in sequences}) == 1 else 0
+        if shared:
+            with self._adapters_of(sequences):
+                cache = prefix_cache(self.model, prompts[0][:shared], len(prompts))
+        mask_BT = _left_padding_mask([len(prompt) - shared for prompt in prompts], self.model.device)
         width = mask_BT.shape[1]
-        input_ids_BT = torch.tensor([[0] * (width - len(s.prompt_ids)) + s.prompt_ids for s in sequences], device=self.model.device)
+        input_ids_BT = torch.tensor([[0] * (width + shared - len(prompt)) + prompt[shared:] for prompt in prompts], device=self.model.device)
+        mask_BT = torch.cat([mask_BT.new_ones(len(prompts), shared), mask_BT], dim=1)
         self._advance(sequences, input_ids_BT, mask_BT, cache)
         self._join(list(sequences), cache, mask_BT)
         self._drop_finished()

@@ -95,7 +95,11 @@ class LoraLinear(nn.Module):
         """Put W + scaling B A of this adapter into the second weight."""
         if self.folded_weight is None:
             self.folded_weight = torch.empty_like(self.base.weight)
-        torch.addmm(self.base.weight, self.lora_B[name].detach(), self.lora_A[name].detach(), alpha=self.scaling[name], out=self.folded_weight)
+        self.fold_into(self.folded_weight, name)
+
+    def fold_into(self, weight: Tensor, name: str) -> None:
+        """W + scaling B A, (out, in)."""
+        torch.addmm(self.base.weight, self.lora_B[name].detach(), self.lora_A[name].detach(), alpha=self.scaling[name], out=weight)
 
     def correction(self, x: Tensor, name: str) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]

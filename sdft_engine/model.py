@@ -1,6 +1,8 @@
 """A base model in memory: transformer, LM head, chat format, and its LoRA adapters."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
 from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
 from sdft_engine.lora import LoraAdapters
+from sdft_engine.packed_linear import pack, packed_linear, packing_is_available
 
 
 @dataclass
@@ -26,6 +30,9 @@ class LanguageModel:
     chat_format: ChatFormat
     device: torch.device
     dtype: torch.dtype
+    fused: FusedDecoder | None = None
+    packed_head: Tensor | None = None
+    """The same decoder for passes without gradients, where the family has that form and the numbers are float32 on a CPU."""
 
     @property
     def folds_adapters(self) -> bool:
@@ -33,14 +40,30 @@ class LanguageModel:
         exact to rounding and saves more than it costs; in bfloat16 it would round the adapter away, and GPU memory is dear."""
         return self.device.type == "cpu" and self.dtype == torch.float32
 
+    @contextmanager
+    def use(self, adapter: str) -> Iterator[None]:
+        """Apply one adapter to many passes without gradients, folded where that pays for its cost (one pass over the weights)."""
+        if self.fused is not None:
+            with self.adapters.use(adapter), self.fused.folded(adapter):
+                yield
+        else:
+            with self.adapters.use(adapter, fold=self.folds_adapters):
+                yield
+
     def hidden_states(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """Final hidden states (B, T, H). Without an attention mask, rows are causal and padding belongs on the right."""
+        if self.fused is not None and not torch.is_grad_enabled():
+            folded = self.fused.folded_adapter is not None and self.fused.folded_adapter == self.adapters.routing.active
+            return self.fused(input_ids_BT, inputs.get("attention_mask"), inputs.get("position_ids"), inputs.get("past_key_values"), folded)
         hidden: Tensor = self.decoder(input_ids=input_ids_BT, use_cache="past_key_values" in inputs, **inputs).last_hidden_state
         return hidden
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """float32 logits (N, V) of hidden states, with the model's own scale and soft cap where it has one."""
-        logits_NV = self.head(hidden_NH.to(self.dtype)).float()
+        if self.packed_head is not None and not torch.is_grad_enabled():
+            logits_NV = packed_linear(hidden_NH, self.packed_head, self.head.bias)
+        else:
+            logits_NV = self.head(hidden_NH.to(self.dtype)).float()
         config = self.network.config
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits_NV = logits_NV * scale
@@ -73,7 +96,11 @@ def load_base_model(model_dir: Path, *, device: str = "auto", dtype: str = "auto
         raise BaseModelError(f"the base model in {model_dir} can't be loaded: its files lack the weights of {missing[0]}")
     network.eval().requires_grad_(False).to(chosen_device)
     head = network.get_output_embeddings()
-    return LanguageModel(network, network.base_model, head, LoraAdapters(network, head), chat_format, chosen_device, chosen_dtype)
+    model = LanguageModel(network, network.base_model, head, LoraAdapters(network, head), chat_format, chosen_device, chosen_dtype)
+    if model.folds_adapters:
+        model.fused = fused_decoder_of(model.decoder)
+        model.packed_head = pack(head.weight) if packing_is_available() else None
+    return model
 
 
 def choose_device(device: str) -> torch.device:

@@ -30,7 +30,7 @@ def sample_rollouts(
         )
         for row in rows
     ]
-    with model.adapters.use(STUDENT, fold=model.folds_adapters):
+    with model.use(STUDENT):
         decode_all(model, sequences)
     return [
         Rollout(row, student_prompts[row], teacher_prompts[row], sequence.token_ids, sequence.finish_reason == "stop")

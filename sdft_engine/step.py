@@ -149,7 +149,7 @@ def _teacher_hidden_states(model: LanguageModel, rollouts: list[Rollout], adapte
     """Per rollout, the teacher's hidden states (length, H) over the same token ids."""
     texts = [ScoredText(rollout.teacher_prompt_ids, rollout.completion_ids) for rollout in rollouts]
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), model.adapters.use(adapter, fold=model.folds_adapters):
+    with torch.no_grad(), model.use(adapter):
         for rows in passes(texts, max_padded_tokens):
             hidden_NH = completion_hidden_states(model, [texts[row] for row in rows])
             parts = hidden_NH.split([len(texts[row].completion_ids) for row in rows])

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdft_engine.batching import ScoredText, completion_hidden_states, passes
+from sdft_engine import batching
+from sdft_engine.batching import ScoredText, completion_hidden_states, passes, shared_prefix_length
 from sdft_engine.model import LanguageModel
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64, tokens
+from tests.sdft_engine.recording import watched
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), max_size=30)
 
@@ -63,3 +65,53 @@ def test_hidden_states_predict_the_completion(model: LanguageModel, plain: Plain
         logps = model.logits(completion_hidden_states(model, texts)).log_softmax(dim=-1)
     expected = torch.cat([plain.completion_logps(each.prompt_ids, each.completion_ids, factors, 2.0) for each in texts])
     torch.testing.assert_close(logps.double(), expected, rtol=0, atol=1e-4)
+
+
+def sharing(prefix: int, lengths: list[tuple[int, int]]) -> list[ScoredText]:
+    """Texts whose prompts begin with the same `prefix` tokens."""
+    texts = [text(*pair, seed=10 * row) for row, pair in enumerate(lengths)]
+    return [ScoredText(tokens(99, prefix) + each.prompt_ids, each.completion_ids) for each in texts]
+
+
+def test_how_much_is_shared() -> None:
+    def shared(*texts: ScoredText) -> int:
+        return shared_prefix_length([each.prompt_ids for each in texts])
+
+    assert shared(*sharing(40, [(3, 2), (5, 2), (4, 1)])) == 40
+    assert shared(*sharing(40, [(3, 2)])) == 0  # nobody to share with
+    assert shared(*sharing(20, [(3, 2), (5, 2)])) == 0  # not worth a pass
+    same = ScoredText(tokens(1, 60), [5, 6])
+    assert shared(same, same) == 59  # the last prompt token predicts the first completion token
+    assert shared(same, ScoredText(same.prompt_ids[:50], [7])) == 49
+
+
+@pytest.mark.parametrize("adapter", [None, "student"])
+def test_a_shared_prefix_is_computed_once_and_changes_no_number(model: LanguageModel, adapter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if adapter:
+        add_adapter(model, adapter, seed=1, trainable=True)
+    texts = sharing(40, [(3, 4), (9, 1), (1, 12), (6, 3)])
+    read: list[tuple[int, ...]] = []
+    with model.adapters.use(adapter):
+        alone = torch.cat([completion_hidden_states(model, [each]) for each in texts])
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "hidden_states", watched(model.hidden_states, lambda ids, **_: read.append(tuple(ids.shape))))
+            together = completion_hidden_states(model, texts)
+    assert read == [(1, 40), (4, 12)]
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_gradients_flow_through_a_shared_prefix(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = add_adapter(model, "student", seed=1, trainable=True)
+    texts = sharing(40, [(3, 4), (9, 1), (1, 12), (6, 3)])
+    weights = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[torch.Tensor]:
+        with model.adapters.use("student"):
+            loss = (completion_hidden_states(model, texts) * weights).sum()
+        return list(torch.autograd.grad(loss, list(factors.values())))
+
+    shared = gradients()
+    monkeypatch.setattr(batching, "LEAST_SHARED_TOKENS", 10**9)
+    for mine, expected in zip(shared, gradients(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)
+        assert expected.abs().max() > 1e-3

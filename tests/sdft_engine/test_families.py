@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from sdft_engine.batching import ScoredText, completion_hidden_states
+from sdft_engine.batching import ScoredText, completion_hidden_states, shared_prefix_length
 from sdft_engine.generation import SamplingParams, Sequence, decode_all
 from sdft_engine.lora import LoraAdapters
 from sdft_engine.model import LanguageModel
@@ -96,6 +96,16 @@ def test_batched_decoding_equals_one_whole_forward_a_token(family: LanguageModel
 
 def test_padding_on_the_right_changes_nothing(family: LanguageModel) -> None:
     texts = [ScoredText(prompt[:-2], prompt[-2:]) for prompt in PROMPTS]
+    with torch.no_grad():
+        together = completion_hidden_states(family, texts)
+        alone = torch.cat([completion_hidden_states(family, [text]) for text in texts])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
+def test_a_shared_prefix_changes_nothing(family: LanguageModel) -> None:
+    prefix = [5, 9] * 20  # longer than the windows
+    texts = [ScoredText(prefix + prompt[:-2], prompt[-2:]) for prompt in PROMPTS]
+    assert shared_prefix_length([text.prompt_ids for text in texts]) == 40
     with torch.no_grad():
         together = completion_hidden_states(family, texts)
         alone = torch.cat([completion_hidden_states(family, [text]) for text in texts])

@@ -108,6 +108,35 @@ def test_a_pass_reads_no_more_padded_prompt_tokens_than_allowed(model: LanguageM
     assert [sequence.token_ids for sequence in sequences] == [alone(model, greedy(prompt, 3)) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_what_the_prompts_share_is_computed_once(model: LanguageModel, adapter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if adapter:
+        add_adapter(model, adapter, seed=1)
+    prompts = [tokens(99, 50) + prompt for prompt in PROMPTS]
+    read: list[tuple[int, ...]] = []
+    sequences = [greedy(prompt, adapter=adapter) for prompt in prompts]
+    batch = DecodingBatch(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden_states", watched(model.hidden_states, lambda ids, **_: read.append(tuple(ids.shape))))
+        batch.add(sequences[:3])
+        assert read == [(1, 50), (3, 17)]
+    for _ in range(4):
+        batch.step()
+    batch.add(sequences[3:])
+    while batch.active:
+        batch.step()
+    assert [sequence.token_ids for sequence in sequences] == [alone(model, greedy(prompt, adapter=adapter)) for prompt in prompts]
+
+
+def test_rows_of_different_adapters_share_no_prefix(model: LanguageModel) -> None:
+    add_adapter(model, "a", seed=1)
+    prompt = tokens(99, 60)
+    sequences = [greedy(prompt), greedy(prompt, adapter="a")]
+    decode_all(model, sequences)
+    assert [sequence.token_ids for sequence in sequences] == [alone(model, greedy(prompt)), alone(model, greedy(prompt, adapter="a"))]
+    assert sequences[0].token_ids != sequences[1].token_ids
+
+
 def test_every_end_of_sequence_id_ends_an_answer(model: LanguageModel) -> None:
     stop = model.chat_format.eos_token_ids
     assert stop == {0, 2}

@@ -149,3 +149,12 @@ def test_a_configuration_that_can_not_be_read_is_a_typed_failure(tmp_path: Path,
     assert result.error["code"] == "invalid_configuration"
     assert "method" in result.error["message"]
     assert "Traceback" in run.log_path.read_text()
+
+
+def test_idle_threads_of_a_trainer_do_not_spin_whoever_starts_it() -> None:
+    """Set before torch starts its threads; what an operator has set stays."""
+    program = "import sys, sdft_engine.train; assert 'torch' not in sys.modules; import os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ((None, "passive"), ("active", "active")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | ({"OMP_WAIT_POLICY": given} if given else {})
+        shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
+        assert shown.strip() == expected

@@ -1,0 +1,157 @@
+"""sdft_engine.fused_decoder: what transformers' modules compute, for every family that it takes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
+from sdft_engine.lora import LoraAdapters, LoraShape, RowGroup
+from sdft_engine.packed_linear import pack, packed_linear
+
+VOCABULARY = 64
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama_biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama_rope_scaling": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}),
+    "mistral": (MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+}
+ADAPTERS = ("a", "b")
+
+
+def network_of(config: type[PretrainedConfig], options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config(**SMALL, **options)).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            parameter.normal_()
+    return network
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[Any, LoraAdapters, FusedDecoder]:
+    network = network_of(*FAMILIES[request.param])
+    adapters = LoraAdapters(network, network.get_output_embeddings())
+    for seed, name in enumerate(ADAPTERS):
+        adapters.add(name, LoraShape(4, 8), trainable=False)
+        generator = torch.Generator().manual_seed(seed)
+        for factor in adapters.parameters(name).values():
+            factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.1)
+    fused = fused_decoder_of(network.base_model)
+    assert fused is not None
+    return network.base_model, adapters, fused
+
+
+def ids(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+ROUTES: dict[str, Any] = {
+    "base": None,
+    "adapter": "a",
+    "rows": [RowGroup("a", torch.tensor([0, 2])), RowGroup("b", torch.tensor([1]))],
+}
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "folded"])
+@torch.no_grad()
+def test_prefill_and_decoding_with_padded_rows_equal_transformers(family: tuple[Any, LoraAdapters, FusedDecoder], route: str) -> None:
+    decoder, adapters, fused = family
+    active = ROUTES.get(route, "a")
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    mask[2, :1] = 0
+    theirs, mine = DynamicCache(), DynamicCache()
+    tokens, positions = ids(3, 9), (mask.cumsum(1) - 1).clamp(min=0)
+    for turn in range(4):
+        with adapters.use(active):
+            expected = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=theirs, use_cache=True).last_hidden_state
+            if route == "folded":
+                with fused.folded("a"):
+                    found = fused(tokens, mask, positions, mine, True)
+            else:
+                found = fused(tokens, mask, positions, mine, False)
+        real = mask[:, -tokens.shape[1] :, None]
+        torch.testing.assert_close(found * real, expected * real, rtol=1e-4, atol=1e-4)
+        assert found.isfinite().all()
+        tokens = ids(3, 1, seed=turn + 1)
+        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+        positions = (mask.cumsum(1) - 1)[:, -1:]
+
+
+@torch.no_grad()
+def test_rows_without_padding_need_no_mask_and_no_cache(family: tuple[Any, LoraAdapters, FusedDecoder]) -> None:
+    decoder, adapters, fused = family
+    with adapters.use("b"):
+        expected = decoder(input_ids=ids(2, 11), use_cache=False).last_hidden_state
+        torch.testing.assert_close(fused(ids(2, 11), None, None, None, False), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_several_tokens_after_a_cache_see_what_came_before(family: tuple[Any, LoraAdapters, FusedDecoder]) -> None:
+    decoder, _, fused = family
+    whole = decoder(input_ids=ids(2, 12), use_cache=False).last_hidden_state
+    cache = DynamicCache()
+    fused(ids(2, 12)[:, :7], None, None, cache, False)
+    torch.testing.assert_close(fused(ids(2, 12)[:, 7:], None, None, cache, False), whole[:, 7:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_folding_follows_the_adapter_and_ends_with_its_block(family: tuple[Any, LoraAdapters, FusedDecoder]) -> None:
+    _, adapters, fused = family
+    tokens = ids(2, 6)
+    with adapters.use("a"):
+        before = fused(tokens, None, None, None, False)
+        for factor in adapters.parameters("a").values():
+            factor.mul_(1.5)
+        with fused.folded("a"):
+            assert fused.folded_adapter == "a"
+            after = fused(tokens, None, None, None, True)
+        assert fused.folded_adapter is None
+        torch.testing.assert_close(after, fused(tokens, None, None, None, False), rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [(Gemma2Config, {}), (GraniteConfig, {}), (MistralConfig, {"sliding_window": 8}), (LlamaConfig, {"hidden_act": "gelu"})],
+)
+def test_families_that_compute_something_else_are_left_alone(config: type[PretrainedConfig], options: dict[str, Any]) -> None:
+    network = network_of(config, options)
+    LoraAdapters(network, network.get_output_embeddings())
+    assert fused_decoder_of(network.base_model) is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 200])
+@pytest.mark.parametrize("bias", [None, torch.arange(70.0)])
+def test_packed_products_equal_plain_ones(rows: int, bias: Tensor | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(70, 33, generator=generator), torch.randn(2, rows, 33, generator=generator)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(packed_linear(x, pack(weight), bias).double(), expected, rtol=1e-5, atol=1e-4)

@@ -82,6 +82,16 @@ class InferenceClient:
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise InferenceFailed("the inference server's answer holds no log-probabilities of the prompt") from error
 
+    def served_dtype(self, base_model: str) -> str | None:
+        """The precision that the server computes in, where it says so: `inference/` does, vLLM does not. Raises InferenceUnavailable."""
+        try:
+            answer = self._sync.get("/v1/models", timeout=httpx2.Timeout(SCORE_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS))
+        except httpx2.HTTPError as error:
+            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+        cards = _json_of(answer).get("data")
+        dtypes = [card.get("dtype") for card in cards if isinstance(card, dict) and card.get("id") == base_model] if isinstance(cards, list) else []
+        return str(dtypes[0]) if dtypes and dtypes[0] else None
+
     def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> httpx2.Response:
         try:
             return self._sync.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS))

@@ -1,5 +1,6 @@
 """From a model's row to the adapter that the inference server has loaded, and back."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,15 +11,23 @@ from core.logging import get_logger
 from core.storage import Storage
 from core.tables.models import Model
 
+WEIGHTS_NAME = "adapter_model.safetensors"
+"""PEFT's name."""
+
 log = get_logger(__name__)
 
 
 def load_into_server(model: Model, storage: Storage, served_adapters_dir: Path, client: InferenceClient) -> None:
-    """Unpack the model's adapter where the inference server reads it, and have it loaded. Idempotent.
+    """Unpack the model's adapter where the inference server reads it, and have it loaded. Idempotent. Where it was unpacked
+    before, and its weights are no longer those that were verified, it is unpacked again.
 
     Raises ObjectDamaged, InferenceUnavailable, or AdapterRefused with the server's reason.
     """
-    directory = fetch_directory(storage, model.storage_key, model.archive_sha256, served_adapters_dir / model.serving_name)
+    directory = served_adapters_dir / model.serving_name
+    if directory.exists() and not _holds_verified_weights(directory, model):
+        log.error("served_adapter_damaged", model=model.id, directory=str(directory))
+        shutil.rmtree(directory, ignore_errors=True)
+    fetch_directory(storage, model.storage_key, model.archive_sha256, directory)
     client.load_adapter(model.serving_name, directory)
 
 
@@ -32,3 +41,15 @@ def remove_from_server(model: Model, served_adapters_dir: Path, client: Inferenc
     except (InferenceUnavailable, AdapterRefused) as error:
         log.warning("adapter_not_unloaded", model=model.id, error=str(error))
     shutil.rmtree(served_adapters_dir / model.serving_name, ignore_errors=True)
+
+
+def _holds_verified_weights(directory: Path, model: Model) -> bool:
+    """Also True for a model that was not verified yet: nothing says what its weights should be."""
+    verified: str | None = (model.attestation or {}).get("weights_sha256")
+    if verified is None:
+        return True
+    try:
+        with (directory / WEIGHTS_NAME).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == verified
+    except FileNotFoundError:
+        return False

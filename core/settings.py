@@ -38,8 +38,8 @@ class Settings(BaseSettings):
     max_lost_leases: int = Field(3, ge=1, description="Lost leases or crashes after which a job fails.")
     training_slots: int = Field(1, ge=1, description="Jobs that one worker trains at a time.")
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of the trainer.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the base model's weights; auto measures.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of trainer and inference server.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the base model's weights in both; auto measures.")
     trainer_threads: int | None = Field(None, ge=1, description="CPU threads of a trainer. Default: all cores.")
     inference_threads: int | None = Field(None, ge=1, description="CPU threads of the embedded inference server. Default: all cores.")
     inference_max_batch: int = Field(16, ge=1, description="Sequences that the embedded inference server decodes together.")

@@ -21,11 +21,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8809)
     parser.add_argument("--threads", type=_at_least_one, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--max-batch", type=_at_least_one, default=16, help="sequences that are decoded together")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: SDFT_DEVICE, else auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: SDFT_DTYPE, else auto")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--api-key-env", default="SDFT_INFERENCE_API_KEY", metavar="NAME", help="environment variable with the bearer key, if any")
-    return parser.parse_args(arguments)
+    return parser.parse_args(_words_of_the_environment() + (sys.argv[1:] if arguments is None else arguments))
+
+
+def _words_of_the_environment() -> list[str]:
+    """What the trainers are told too, for a container whose command names neither. First, so that the command line wins."""
+    variables = {"--device": "SDFT_DEVICE", "--dtype": "SDFT_DTYPE"}
+    return [word for option, variable in variables.items() if (value := os.environ.get(variable)) for word in (option, value)]
 
 
 def _at_least_one(text: str) -> int:

@@ -14,6 +14,7 @@ from inference.connections import EventStream, begun, unless_client_leaves
 from inference.sampling import Server
 from inference.schemas import ChatCompletionRequest, CompletionRequest, LoadAdapterRequest, UnloadAdapterRequest, refuse_unsupported
 from inference.submission import Submission
+from sdft_engine.model import dtype_name
 
 router = APIRouter()
 STARTED_AT = int(time.time())
@@ -36,8 +37,8 @@ async def health(server: ServerOfApp) -> Response:
 @router.get("/v1/models")
 async def models(server: ServerOfApp) -> dict[str, Any]:
     def card(name: str, root: str, parent: str | None, created: int) -> dict[str, Any]:
-        limits = {"max_model_len": server.chat_format.context_length}
-        return {"id": name, "object": "model", "created": created, "owned_by": "sdft", "root": root, "parent": parent, **limits}
+        numbers = {"max_model_len": server.chat_format.context_length, "dtype": dtype_name(server.engine.model.dtype)}
+        return {"id": name, "object": "model", "created": created, "owned_by": "sdft", "root": root, "parent": parent, **numbers}
 
     base = card(server.base_model_id, server.base_model_id, None, STARTED_AT)
     adapters = [card(a.name, str(a.directory), server.base_model_id, a.loaded_at) for a in server.adapters.loaded.values()]

@@ -96,6 +96,7 @@ class Stack:
         settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_url)
         words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
         words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
+        words += ["--device", settings.device, "--dtype", settings.dtype]
         words += ["--threads", str(settings.inference_threads)] if settings.inference_threads else []
         command = self.python("inference", *words)
         return self._process("inference", command, self.inference_answers, start_limit_seconds=300, stop_grace_seconds=12)

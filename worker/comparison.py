@@ -47,7 +47,10 @@ def compare_with_attestation(model: Model, adapter_dir: Path, client: InferenceC
         served = client.prompt_logprobs(model.serving_name, probe.token_ids)
         base = client.prompt_logprobs(model.base_model, probe.token_ids)
         _compare(probe, served, base, tolerance, found)
+    served_dtype = client.served_dtype(model.base_model)
     reason = _reason(attestation, found, tolerance)
+    if reason and served_dtype not in (None, attestation.dtype):
+        reason += f"; the trainer computed in {attestation.dtype} and the inference server in {served_dtype}: set SDFT_DTYPE to one of them for both"
     record = {
         "matched": reason is None,
         "reason": reason,
@@ -58,6 +61,7 @@ def compare_with_attestation(model: Model, adapter_dir: Path, client: InferenceC
         "clear_places": found.clear_places,
         "tolerance": tolerance,
         "dtype": attestation.dtype,
+        "served_dtype": served_dtype,
         "base_model": model.base_model,
         "archive_sha256": model.archive_sha256,
         "weights_sha256": file_sha256(adapter_dir / ADAPTER_WEIGHTS_NAME),

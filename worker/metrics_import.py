@@ -66,6 +66,7 @@ class ProgressImport:
         self._events = LineTail(run.events_path)
         self._resolved = dict(prepared.job.resolved_hyperparameters or {})
         self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._unreadable = 0
 
     def import_new(self) -> bool:
         """Import what was written since. Returns False where the database can't be reached. Raises LeaseLost."""
@@ -81,17 +82,26 @@ class ProgressImport:
                 return False
             self._resolved, self._trained_tokens = resolved, trained_tokens
             self._recent_seconds.extend(step.step_seconds for step in metrics)
+        self._unreadable += len(metrics_lines) - len(metrics)
         self._metrics.offset, self._events.offset = metrics_offset, events_offset
         return True
 
     def import_rest(self) -> None:
-        """After the trainer ended: everything that is left, however long the database stays away. Raises LeaseLost."""
+        """After the trainer ended: everything that is left, however long the database stays away, and how much of it was no
+        measurement. Raises LeaseLost."""
         while True:
             before = (self._metrics.offset, self._events.offset)
             if not self.import_new():
                 time.sleep(0.5)
             elif before == (self._metrics.offset, self._events.offset):
-                return
+                break
+        if self._unreadable:
+            self._lease.write(self._report_unreadable)
+
+    def _report_unreadable(self, session: Session) -> None:
+        assert_held(session, self._lease.claim)
+        message = f"The trainer wrote measurements that can't be read and are left out: {self._unreadable}"
+        append_event(session, self._lease.claim.job_id, message, level="warn", data={"unreadable_lines": self._unreadable})
 
     def _progress(self, metrics: list[StepMetrics], resolved: dict[str, Any], trained_tokens: int) -> Progress | None:
         """What the new lines change in the job's row; None: nothing."""

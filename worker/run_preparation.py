@@ -129,24 +129,24 @@ def _fetch_checkpoint(resources: Resources, lease: HeldLease, run: RunDirectory)
     """Unpack the newest checkpoint that is whole into `resume/`. Returns its step, 0 where the run starts afresh."""
     with resources.database.reading() as session:
         checkpoints = session.scalars(select(Checkpoint).where(Checkpoint.job_id == lease.claim.job_id).order_by(Checkpoint.step.desc())).all()
-    for checkpoint in checkpoints:
+    for checkpoint, earlier in zip(checkpoints, (*checkpoints[1:], None), strict=False):
         lease.check_wanted()
         try:
             fetch_directory(resources.storage, checkpoint.storage_key, checkpoint.sha256, run.resume_dir)
         except (ObjectDamaged, FileNotFoundError) as error:
             log.error("checkpoint_damaged", step=checkpoint.step, error=str(error))
-            _report_damage(lease, checkpoint.step)
+            _report_damage(lease, checkpoint.step, earlier)
             continue
         return checkpoint.step
     return 0
 
 
-def _report_damage(lease: HeldLease, step: int) -> None:
+def _report_damage(lease: HeldLease, step: int, earlier: Checkpoint | None) -> None:
+    instead = f"the one of step {earlier.step} is tried" if earlier else "there is none before it, so training starts from the beginning"
+
     def report(session: Session) -> None:
         assert_held(session, lease.claim)
-        append_event(
-            session, lease.claim.job_id, f"The checkpoint of step {step} is damaged or gone; the one before it is used", level="warn", data={"step": step}
-        )
+        append_event(session, lease.claim.job_id, f"The checkpoint of step {step} is damaged or gone; {instead}", level="warn", data={"step": step})
 
     lease.write(report)
 

@@ -6,7 +6,7 @@ import shutil
 import time
 
 from pydantic import ValidationError
-from sqlalchemy import delete
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
@@ -142,11 +142,13 @@ def _conclude_failure(resources: Resources, lease: HeldLease, prepared: Prepared
         lease.settle(lambda session: fail(session, claim, error))
         return
     step = prepared.resume_step
-    message = f"The checkpoint of step {step} can't be used ({error['message']}); the one before it is used"
     keys: list[str] = []
 
     def forget_checkpoint(session: Session) -> None:
         keys[:] = session.scalars(delete(Checkpoint).where(Checkpoint.job_id == claim.job_id, Checkpoint.step == step).returning(Checkpoint.storage_key))
+        earlier = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == claim.job_id, Checkpoint.step < step))
+        instead = "starts from the beginning, as there is none before it" if earlier is None else f"tries the one of step {earlier}"
+        message = f"The checkpoint of step {step} can't be used ({error['message']}); any further attempt {instead}"
         requeue_after_crash(session, claim, message, resources.settings.max_lost_leases)
 
     lease.settle(forget_checkpoint)

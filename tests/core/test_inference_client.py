@@ -150,6 +150,17 @@ def test_answers_without_log_probabilities(client: InferenceClient, server: Serv
         client.prompt_logprobs("a1", [5, 6, 7])
 
 
+def test_the_precision_is_that_of_the_base_model(client: InferenceClient, server: Server) -> None:
+    server.answers(200, {"data": [{"id": "other", "dtype": "float32"}, {"id": "base", "dtype": "bfloat16"}]})
+    assert client.served_dtype("base") == "bfloat16"
+
+
+@pytest.mark.parametrize("body", [{"data": [{"id": "base"}]}, {"data": [{"id": "other", "dtype": "float32"}]}, {"data": ["base"]}, {"error": "no"}, b"<html>"])
+def test_a_server_need_not_say_its_precision(client: InferenceClient, server: Server, body: Any) -> None:
+    server.answers(200, body)
+    assert client.served_dtype("base") is None
+
+
 def test_complete_passes_the_answer_on_whatever_its_status(client: InferenceClient, server: Server) -> None:
     server.answers(400, {"error": {"message": "too long"}})
     answer = asyncio.run(client.complete("/v1/chat/completions", {"model": "a1"}))
@@ -169,7 +180,12 @@ def test_stream_that_breaks_off_is_an_error_not_an_end(client: InferenceClient, 
 
 
 def test_server_that_is_down_is_a_503(lonely: InferenceClient) -> None:
-    for call in (lambda: lonely.load_adapter("a", Path("/a")), lambda: lonely.unload_adapter("a"), lambda: lonely.prompt_logprobs("a", [1, 2])):
+    for call in (
+        lambda: lonely.load_adapter("a", Path("/a")),
+        lambda: lonely.unload_adapter("a"),
+        lambda: lonely.prompt_logprobs("a", [1, 2]),
+        lambda: lonely.served_dtype("a"),
+    ):
         with pytest.raises(InferenceUnavailable) as caught:
             call()
         assert caught.value.status == 503

@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from core.served_adapters import load_into_server, remove_from_server
 from core.settings import Settings
 from core.storage import LocalStorage, ObjectDamaged
 from core.tables.models import Model
+from sdft_engine.contract.sealed_directory import ADAPTER_WEIGHTS_NAME
 from tests.fixtures.scripted_inference import ScriptedInference
 from tests.fixtures.scripted_model import write_adapter
 
@@ -27,6 +29,30 @@ def test_adapter_is_unpacked_where_the_server_reads_it_and_loaded_again_after_a_
         assert server.adapters == {"serving-1": 7}
         server.stop()
     assert (settings.served_adapters_dir / "serving-1").is_dir()
+
+
+def test_unpacked_weights_that_are_not_the_verified_ones_are_unpacked_again(settings: Settings, tmp_path: Path) -> None:
+    storage = LocalStorage(settings.storage_dir)
+    adapter_dir = tmp_path / "adapter"
+    adapter_dir.mkdir()
+    write_adapter(adapter_dir, 7)
+    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
+    attestation = {"weights_sha256": hashlib.sha256((adapter_dir / ADAPTER_WEIGHTS_NAME).read_bytes()).hexdigest()}
+    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256, attestation=attestation)
+    weights = settings.served_adapters_dir / "serving-1" / ADAPTER_WEIGHTS_NAME
+    server = ScriptedInference("tiny")
+    server.start()
+    client = InferenceClient(settings.model_copy(update={"inference_url": server.url}))
+    for damage in (lambda: None, lambda: weights.write_text("8"), lambda: weights.unlink()):
+        damage()
+        load_into_server(model, storage, settings.served_adapters_dir, client)
+        assert server.adapters == {"serving-1": 7}
+    storage.delete(stored.key)
+    load_into_server(model, storage, settings.served_adapters_dir, client)  # what is whole is not fetched again
+    weights.write_text("8")
+    with pytest.raises(FileNotFoundError):
+        load_into_server(model, storage, settings.served_adapters_dir, client)
+    server.stop()
 
 
 def test_damaged_archive_never_reaches_the_server(settings: Settings, tmp_path: Path) -> None:

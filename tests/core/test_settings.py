@@ -15,6 +15,17 @@ def test_env_example_lists_exactly_the_settings() -> None:
     assert sorted(listed) == sorted(f"SDFT_{name.upper()}" for name in Settings.model_fields)
 
 
+def test_env_example_gives_every_default_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = re.findall(r"^#(SDFT_[A-Z0-9_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    without = {f"SDFT_{name.upper()}" for name, field in Settings.model_fields.items() if field.get_default(call_default_factory=True) is None}
+    defaults = Settings()
+    for name, value in listed:
+        if name not in without:
+            monkeypatch.setenv(name, value)
+    assert Settings() == defaults
+    assert len(listed) > len(without)
+
+
 def test_every_setting_is_described() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 

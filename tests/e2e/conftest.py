@@ -71,7 +71,8 @@ def service(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "SDFT_HEARTBEAT_SECONDS": "1",
         "SDFT_POLL_SECONDS": "1",
     }
-    environment.pop("OMP_NUM_THREADS", None)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # of the tests, not of a user
+        environment.pop(name, None)
     command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:

@@ -35,7 +35,7 @@ def test_loading_and_unloading_as_vllm_words_it(make_server: MakeServer) -> None
         assert (again.status_code, error_of(again)["message"]) == (400, "The lora adapter 'first' has already been loaded.")
         cards = {card["id"]: card for card in server.client.get("/v1/models").json()["data"]}
         assert cards[BASE] | {"created": 0} == {
-            "id": BASE, "object": "model", "created": 0, "owned_by": "sdft", "root": BASE, "parent": None, "max_model_len": 512,
+            "id": BASE, "object": "model", "created": 0, "owned_by": "sdft", "root": BASE, "parent": None, "max_model_len": 512, "dtype": "float32",
         }  # fmt: skip
         assert (cards["first"]["root"], cards["first"]["parent"]) == (str(server.adapters_dir / "first"), BASE)
         unloaded = server.unload("first")

@@ -34,6 +34,7 @@ def test_loading_scoring_and_unloading(
         for _ in range(2):
             client.unload_adapter("first")
         assert client.healthy()
+        assert client.served_dtype(BASE) == "float32"
 
 
 def test_answers_whole_and_streamed(make_server: MakeServer, make_settings: Callable[..., Settings]) -> None:

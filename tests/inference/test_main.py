@@ -70,6 +70,19 @@ def test_an_unusable_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert str(tmp_path) in run.stderr
 
 
+def test_device_and_precision_come_from_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["--base-model", "a", "--model-dir", "b", "--adapters-dir", "c"]
+    monkeypatch.setenv("SDFT_DEVICE", "cpu")
+    monkeypatch.setenv("SDFT_DTYPE", "")
+    assert (parse_arguments(needed).device, parse_arguments(needed).dtype) == ("cpu", "auto")
+    monkeypatch.setenv("SDFT_DTYPE", "float32")
+    assert parse_arguments(needed).dtype == "float32"
+    assert parse_arguments([*needed, "--dtype", "bfloat16"]).dtype == "bfloat16"
+    monkeypatch.setenv("SDFT_DTYPE", "float16")
+    with pytest.raises(SystemExit):
+        parse_arguments(needed)
+
+
 @pytest.mark.parametrize("words", [["--threads", "0"], ["--max-batch", "0"], ["--device", "tpu"]])
 def test_senseless_arguments_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

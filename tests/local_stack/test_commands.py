@@ -15,7 +15,9 @@ MakeSettings = Callable[..., Settings]
 
 @pytest.fixture
 def stack(make_settings: MakeSettings) -> Stack:
-    settings = make_settings(inference_url="http://127.0.0.1:4321", port=4322, training_slots=3, inference_threads=1, inference_max_batch=7)
+    settings = make_settings(
+        inference_url="http://127.0.0.1:4321", port=4322, training_slots=3, inference_threads=1, inference_max_batch=7, device="cpu", dtype="bfloat16"
+    )
     settings.data_dir.mkdir(parents=True)
     return Stack(settings)
 
@@ -34,13 +36,15 @@ def test_the_processes_are_told_the_settings(stack: Stack) -> None:
         return [argv[argv.index(option) + 1] for option in options]
 
     assert words(stack.inference_process().argv, "--port", "--threads", "--max-batch") == ["4321", "1", "7"]
+    assert words(stack.inference_process().argv, "--device", "--dtype") == ["cpu", "bfloat16"]
     assert words(stack.inference_process().argv, "--base-model", "--adapters-dir") == ["smollm2-135m-instruct", str(stack.settings.served_adapters_dir)]
     assert words(stack.api_process().argv, "--host", "--port") == ["127.0.0.1", "4322"]
     assert words(stack.worker_process().argv, "--pool", "--loglevel") == ["threads", stack.settings.log_level]
     assert "--concurrency" not in stack.worker_process().argv, "the worker takes its threads from the settings itself"
 
 
-def test_children_get_absolute_settings_and_threads_that_do_not_spin(stack: Stack) -> None:
+def test_children_get_absolute_settings_and_threads_that_do_not_spin(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     environment = stack.environment
     assert environment["SDFT_DATA_DIR"] == str(stack.settings.data_dir)
     assert environment["SDFT_CACHE_DIR"] == str(stack.settings.cache_dir)

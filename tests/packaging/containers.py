@@ -69,8 +69,13 @@ def command_of(service: dict[str, Any]) -> list[str]:
 
 
 def environment_of(service: dict[str, Any]) -> dict[str, str]:
-    """What a process of the service sees, the image's variables included, with POSTGRES_PASSWORD=secret."""
-    own = {name: re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", "secret", str(value)) for name, value in service.get("environment", {}).items()}
+    """What a process of the service sees, the image's variables included, with no .env but POSTGRES_PASSWORD=secret."""
+
+    def filled_in(value: object) -> str:
+        with_defaults = re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", str(value))
+        return re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", "secret", with_defaults)
+
+    own = {name: filled_in(value) for name, value in service.get("environment", {}).items()}
     return {**read_dockerfile()[service["build"]["target"]].environment, **own}
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import make_url
 from api.app import app
 from core.base_models import DEFAULT_BASE_MODELS
 from core.settings import Settings
+from inference.__main__ import parse_arguments
 from tests.packaging.containers import (
     ROOT,
     command_of,
@@ -137,6 +138,15 @@ def test_base_model_directories_are_those_of_the_catalogue() -> None:
 def test_inference_serves_adapters_from_where_the_others_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDFT_DATA_DIR", STAGES["worker"].environment["SDFT_DATA_DIR"])
     assert option(STAGES["inference"].command, "--adapters-dir") == str(Settings().served_adapters_dir)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("SDFT_DEVICE", "cpu"), ("SDFT_DTYPE", "bfloat16")])
+def test_device_and_precision_reach_trainer_and_inference_server_alike(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = variable.removeprefix("SDFT_").lower()
+    assert {SERVICES[service]["environment"][variable] for service in ("worker", "inference")} == {f"${{{variable}:-auto}}"}
+    monkeypatch.setenv(variable, value)
+    arguments = parse_arguments(STAGES["inference"].command[3:])
+    assert getattr(arguments, name) == getattr(Settings(), name) == value
 
 
 @pytest.mark.parametrize(

@@ -18,19 +18,25 @@ TOLERANCE = 0.05
 class Server:
     """Answers with fixed log-probabilities: the adapter's and the base's, one list for each probe."""
 
-    def __init__(self, adapter: list[list[float]], base: list[list[float]]) -> None:
+    def __init__(self, adapter: list[list[float]], base: list[list[float]], dtype: str | None = None) -> None:
         self.answers = {"served": iter(adapter), "tiny": iter(base)}
+        self.dtype = dtype
 
     def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
         return next(self.answers[model])
 
+    def served_dtype(self, base_model: str) -> str | None:
+        return self.dtype if base_model == "tiny" else None
 
-def verdict_on(tmp_path: Path, trained: list[float], trained_base: list[float], served: list[float], served_base: list[float]) -> Verdict:
+
+def verdict_on(
+    tmp_path: Path, trained: list[float], trained_base: list[float], served: list[float], served_base: list[float], served_dtype: str | None = None
+) -> Verdict:
     probe = AttestationProbe(token_ids=list(range(len(trained) + 1)), adapter_logps=trained, base_logps=trained_base)
     (tmp_path / "attestation.json").write_text(Attestation(dtype="float32", probes=[probe]).model_dump_json())
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     model = Model(id="ft:tiny:default::1", base_model="tiny", serving_name="served", archive_sha256="abc")
-    return compare_with_attestation(model, tmp_path, cast(InferenceClient, Server([served], [served_base])), TOLERANCE)
+    return compare_with_attestation(model, tmp_path, cast(InferenceClient, Server([served], [served_base], served_dtype)), TOLERANCE)
 
 
 def test_the_same_adapter_on_the_same_base_is_proved(tmp_path: Path) -> None:
@@ -69,6 +75,26 @@ def test_a_different_base_is_refused(tmp_path: Path) -> None:
     reason = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.0, -2.0], [-1.0, -3.1]).reason
     assert reason is not None
     assert reason.startswith("the inference server's base model differs")
+
+
+@pytest.mark.parametrize(("served", "served_base"), [([-1.0, -2.2], [-1.0, -3.0]), ([-1.0, -2.0], [-1.0, -3.1])])
+def test_precisions_that_differ_are_named_with_the_remedy(tmp_path: Path, served: list[float], served_base: list[float]) -> None:
+    verdict = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], served, served_base, served_dtype="bfloat16")
+    assert verdict.reason is not None
+    assert verdict.reason.endswith("the trainer computed in float32 and the inference server in bfloat16: set SDFT_DTYPE to one of them for both")
+    assert verdict.record["reason"] == verdict.reason
+    assert (verdict.record["dtype"], verdict.record["served_dtype"]) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("served_dtype", [None, "float32"])
+def test_precisions_that_agree_or_are_unknown_are_not_blamed(tmp_path: Path, served_dtype: str | None) -> None:
+    reason = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.0, -2.2], [-1.0, -3.0], served_dtype).reason
+    assert reason is not None
+    assert "SDFT_DTYPE" not in reason
+
+
+def test_precisions_that_differ_are_no_reason_by_themselves(tmp_path: Path) -> None:
+    assert verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.01, -2.02], [-1.0, -3.0], "bfloat16").reason is None
 
 
 @pytest.mark.parametrize("served", [[-1.0], [-1.0, float("nan")]])

@@ -144,6 +144,23 @@ def test_a_line_that_is_no_record_is_passed_over(run: Run, line: str) -> None:
     assert messages_of(run.workshop.database, run.job_id) == ["after it", "Step 1/10: training loss=0.0001"]
 
 
+def test_how_much_could_not_be_read_is_said_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "The trainer wrote measurements that can't be read and are left out: 3"
+    for line in ("nonsense", '{"step": 1}'):
+        append_line(run.directory.metrics_path, line)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.lease, "try_write", lambda change: False)
+        run.write_step(1)
+        assert run.progress.import_new() is False
+    run.progress.import_new()
+    append_line(run.directory.metrics_path, "null")
+    run.progress.import_rest()
+    with run.workshop.database.reading() as session:
+        (event,) = session.scalars(select(JobEvent).where(JobEvent.job_id == run.job_id, JobEvent.level == "warn")).all()
+    assert (event.message, event.data) == (message, {"unreadable_lines": 3})
+    assert [row.step for row in run.rows()] == [1]
+
+
 def test_lines_are_kept_while_the_database_is_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.write_step(1)
     run.directory.append_event("hello")

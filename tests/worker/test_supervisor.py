@@ -91,6 +91,7 @@ def test_a_finished_run_becomes_a_servable_model(workshop: Workshop, inference: 
 def test_the_trainer_sees_no_secret_of_the_service(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its environment holds what it needs; the service's settings, which may hold passwords, stay outside."""
     monkeypatch.setenv("SDFT_DATABASE_URL", "postgresql://canary")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     workshop.script(steps=4, at={"1": {"2": "hang"}})
     job_id = workshop.add_job()
     thread = train_in_background(workshop)
@@ -251,7 +252,7 @@ def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, inference: Scri
         path.write_bytes(content)
     train_next(workshop)
     messages = messages_of(workshop.database, job_id)
-    assert "The checkpoint of step 8 is damaged or gone; the one before it is used" in messages
+    assert "The checkpoint of step 8 is damaged or gone; the one of step 4 is tried" in messages
     assert "resumed at step 4" in messages
     assert get_job(workshop.database, job_id).status == "succeeded"
     assert final_state(workshop, job_id, inference) == state_after(12, ROWS)
@@ -270,7 +271,21 @@ def test_a_checkpoint_that_the_trainer_refuses_is_not_tried_again(workshop: Work
     assert get_job(workshop.database, job_id).status == "queued"
     train_next(workshop)
     assert get_job(workshop.database, job_id).status == "succeeded"
-    assert [message for message in messages_of(workshop.database, job_id) if message.startswith("resumed")] == ["resumed at step 8", "resumed at step 4"]
+    messages = messages_of(workshop.database, job_id)
+    assert "The checkpoint of step 8 can't be used (as the script says); any further attempt tries the one of step 4" in messages
+    assert [message for message in messages if message.startswith("resumed")] == ["resumed at step 8", "resumed at step 4"]
+
+
+def test_after_the_only_checkpoint_was_refused_the_next_attempt_starts_from_the_beginning(workshop: Workshop, inference: ScriptedInference) -> None:
+    workshop.script(at={"1": {"6": "kill"}, "2": {"5": "fail:checkpoint_damaged"}})
+    job_id = workshop.add_job()
+    for _ in range(3):
+        train_next(workshop)
+    messages = messages_of(workshop.database, job_id)
+    said = "The checkpoint of step 4 can't be used (as the script says); any further attempt starts from the beginning, as there is none before it"
+    assert said in messages
+    assert [message for message in messages if message.startswith("resumed")] == ["resumed at step 4"]
+    assert final_state(workshop, job_id, inference) == state_after(12, ROWS)
 
 
 def test_a_checkpoint_damaged_on_disk_is_not_stored(workshop: Workshop) -> None:

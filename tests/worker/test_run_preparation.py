@@ -1,0 +1,85 @@
+"""What an attempt begins with: its whole configuration, and the newest checkpoint that is whole."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from core.database import Database
+from core.settings import Settings
+from core.storage import LocalStorage
+from core.tables.jobs import Checkpoint, JobEvent
+from sdft_engine.contract.hyperparameters import ResolvedSupervised
+from tests.fixtures.scripted_inference import ScriptedInference
+from tests.fixtures.scripted_model import state_after
+from tests.rows import get_job, messages_of
+from tests.worker.conftest import RESOLVED, ROWS, Workshop, workshop_of
+from tests.worker.test_supervisor import final_state, train_next
+
+RESOLVED_SUPERVISED = {name: RESOLVED[name] for name in ResolvedSupervised.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("method", "resolved", "expected"),
+    [
+        (
+            {"type": "sdft", "sdft": {"teacher_template": "history", "hyperparameters": {}}},
+            RESOLVED | {"weight_decay": 0.01, "mask_clipped_completions": "auto"},
+            {"teacher_template": "history"},
+        ),
+        ({"type": "supervised", "supervised": {"hyperparameters": {}}}, RESOLVED_SUPERVISED | {"max_grad_norm": 0.5}, {"teacher_template": "example"}),
+    ],
+    ids=["sdft", "supervised"],
+)
+def test_the_trainer_is_told_everything_about_its_job(
+    worker_settings: Callable[..., Settings],
+    sqlite_database: Database,
+    tmp_path: Path,
+    method: dict[str, Any],
+    resolved: dict[str, Any],
+    expected: dict[str, Any],
+) -> None:
+    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, device="cpu", dtype="bfloat16", trainer_threads=3)
+    workshop = workshop_of(settings, sqlite_database, tmp_path)
+    workshop.script(steps=1)
+    job_id = workshop.add_job(method=method, resolved_hyperparameters=resolved, seed=1234)
+    train_next(workshop)
+    assert json.loads((settings.runs_dir / job_id / "attempt-1" / "config.json").read_text()) == expected | {
+        "version": 1,
+        "method": method["type"],
+        "base_model": "tiny",
+        "base_model_dir": str(settings.base_models[0].directory(settings.cache_dir)),
+        "seed": 1234,
+        "sdft": resolved if method["type"] == "sdft" else None,
+        "supervised": resolved if method["type"] == "supervised" else None,
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "threads": 3,
+        "rollout_sample_every_steps": 10,
+    }
+
+
+def test_where_every_checkpoint_is_damaged_training_starts_from_the_beginning_and_says_so(workshop: Workshop, inference: ScriptedInference) -> None:
+    workshop.script(at={"1": {"11": "kill"}})
+    job_id = workshop.add_job()
+    train_next(workshop)
+    storage = workshop.resources.storage
+    assert isinstance(storage, LocalStorage)
+    with workshop.database.reading() as session:
+        keys = session.scalars(select(Checkpoint.storage_key).where(Checkpoint.job_id == job_id)).all()
+    assert len(keys) == 2
+    for key in keys:
+        storage.path_of(key).write_bytes(b"something else")
+    train_next(workshop)
+    with workshop.database.reading() as session:
+        warnings = session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id, JobEvent.level == "warn").order_by(JobEvent.sequence)).all()
+    assert warnings[1:] == [  # the first one tells of the kill
+        "The checkpoint of step 8 is damaged or gone; the one of step 4 is tried",
+        "The checkpoint of step 4 is damaged or gone; there is none before it, so training starts from the beginning",
+    ]
+    assert [message for message in messages_of(workshop.database, job_id) if message.startswith("resumed")] == []
+    assert get_job(workshop.database, job_id).status == "succeeded"
+    assert final_state(workshop, job_id, inference) == state_after(12, ROWS)

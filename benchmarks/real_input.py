@@ -98,24 +98,12 @@ def prompt_tokens(row: dict[str, Any], rows_in_step: int) -> float:
 
 
 def print_outcomes(outcomes: list[Outcome], console: Console) -> None:
-    table = Table(title="SDFT on real files", show_lines=True)
-    columns = (
-        "file",
-        "lines (trained)",
-        "prompt tokens",
-        "completion tokens",
-        "clipped",
-        "steps",
-        "s a step",
-        "rollout + teacher + student + rest",
-        "GiB",
-        "outcome",
-    )
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading in ("file", "outcome") else "right", overflow="fold")
-    for outcome in outcomes:
-        size = f"{outcome.lines} ({outcome.trained_lines})"
-        table.add_row(outcome.file.name, size, *_measured_cells(outcome), "; ".join(outcome.problems) or "ok")
+    names = ("prompt tokens", "completion tokens", "clipped", "steps", "s a step", "rollout + teacher + student + rest", "GiB")
+    table = Table("", *(outcome.file.name for outcome in outcomes), title="SDFT on real files")
+    table.add_row("lines (trained)", *(f"{outcome.lines} ({outcome.trained_lines})" for outcome in outcomes))
+    for name, *cells in zip(names, *map(_measured_cells, outcomes), strict=True):
+        table.add_row(name, *cells)
+    table.add_row("outcome", *("; ".join(outcome.problems) or "ok" for outcome in outcomes))
     console.print(table)
     console.print(
         "Prompt tokens: the student's, mean of a step, smallest to largest; completion tokens likewise. "

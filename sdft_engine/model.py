@@ -31,8 +31,9 @@ class LanguageModel:
     device: torch.device
     dtype: torch.dtype
     fused: FusedDecoder | None = None
-    packed_head: Tensor | None = None
     """The same decoder for passes without gradients, where the family has that form and the numbers are float32 on a CPU."""
+    packed_head: Tensor | None = None
+    """The LM head's weight for products without gradients, likewise."""
 
     @property
     def folds_adapters(self) -> bool:

@@ -38,18 +38,20 @@ BASE_MODEL = "smollm2-135m-instruct"
 SDFT = {
     "teacher_template": "history_twice",
     "hyperparameters": {
-        "n_epochs": 27,
+        "n_epochs": 33,
         "batch_size": 8,
         "learning_rate": 1e-3,
+        "teacher": "frozen",
         "temperature": 0.5,
         "max_completion_tokens": 20,
         "mask_clipped_completions": False,
     },
 }
 """What a model this small needs: a teacher that stays right when it is sampled (the demonstration shown twice, a low
-temperature), and rollouts hardly longer than the demonstrations, cut-off ones included."""
+temperature) and does not follow the student's slips (frozen), and rollouts hardly longer than the demonstrations, cut-off
+ones included."""
 
-SFT = {"hyperparameters": {"n_epochs": 27, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 6}}
+SFT = {"hyperparameters": {"n_epochs": 33, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 6}}
 """The same adapter shape, steps, batch size and learning rate; a checkpoint every six steps to stop at."""
 
 LEAST_SCORED_TOKEN_ACCURACY = 0.9

@@ -93,6 +93,5 @@ def service(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def training_file(service: Service) -> str:
-    """Thirty demonstrations."""
-    lines = (EXAMPLES / "demonstrations.jsonl").read_bytes().splitlines(keepends=True)[:30]
-    return service.client.files.create(file=("thirty.jsonl", b"".join(lines)), purpose="fine-tune").id
+    """The demo's demonstrations."""
+    return service.client.files.create(file=EXAMPLES / "demonstrations.jsonl", purpose="fine-tune").id

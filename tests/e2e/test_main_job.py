@@ -97,7 +97,7 @@ def test_the_downloaded_adapter_is_the_served_model(service: Service, trained: A
 
 
 def test_the_next_skill_goes_on_top(service: Service, training_file: str, trained: Any) -> None:
-    method = sdft(n_epochs=1, batch_size=30, checkpoint_every_steps=100)
+    method = sdft(n_epochs=1, batch_size=24, checkpoint_every_steps=100)
     job = service.client.fine_tuning.jobs.create(model=trained.fine_tuned_model, training_file=training_file, method=method, suffix="second")
     finished = service.wait(job.id)
     assert finished.status == "succeeded", finished.error

@@ -29,7 +29,7 @@ PARAPHRASES = load("paraphrases.jsonl")
 TRAINED = load("trained.jsonl")
 RETENTION = load("retention.jsonl")
 
-FACTS = 30
+FACTS = 24
 
 QUESTIONS = [row["messages"][0]["content"] for row in DEMONSTRATIONS]
 ANSWERS = [row["messages"][1]["content"] for row in DEMONSTRATIONS]
@@ -48,13 +48,13 @@ PRODUCTS = [product(question) for question in QUESTIONS]
 
 def test_counts() -> None:
     assert len(DEMONSTRATIONS) == len(TRAINED) == FACTS
-    assert len(PARAPHRASES) == 60
+    assert len(PARAPHRASES) == 48
     assert len(RETENTION) >= 80
     assert Counter(row["probe"] for row in RETENTION) == {
-        "facts": 40,
-        "arithmetic": 16,
-        "instructions": 24,
-        "format": 16,
+        "facts": 100,
+        "arithmetic": 26,
+        "instructions": 48,
+        "format": 26,
     }
 
 
@@ -66,10 +66,10 @@ def test_demonstrations_are_one_question_and_one_short_answer() -> None:
     assert all(len(answer.split()) <= 11 for answer in ANSWERS)
 
 
-def test_three_kinds_of_relation_ten_each() -> None:
-    forms = {"maintain": "maintainer", "return": "depot", "code name": "code name"}
+def test_three_kinds_of_relation_eight_each() -> None:
+    forms = {"maintained by": "maintainer", "returned to": "depot", "code-named": "code name"}
     kinds = Counter(kind for answer in ANSWERS for word, kind in forms.items() if word in answer.casefold())
-    assert kinds == {"maintainer": 10, "depot": 10, "code name": 10}
+    assert kinds == {"maintainer": 8, "depot": 8, "code name": 8}
 
 
 def test_trained_questions_are_the_demonstrations() -> None:
@@ -99,7 +99,7 @@ def test_no_paraphrase_is_trained_on() -> None:
         return normal(re.sub(rf"{name} \w+", "PRODUCT", question))
 
     questions = [row["question"] for row in PARAPHRASES]
-    assert len({normal(question) for question in questions}) == 60
+    assert len({normal(question) for question in questions}) == 48
     assert not {normal(q) for q in questions} & {normal(q) for q in QUESTIONS}
     trained = {wording(q, name) for q, name in zip(QUESTIONS, PRODUCTS, strict=True)}
     held_out = {wording(row["question"], PRODUCTS[row["demonstration"] - 1]) for row in PARAPHRASES}
@@ -109,7 +109,7 @@ def test_no_paraphrase_is_trained_on() -> None:
 def test_facts_do_not_share_words() -> None:
     assert len(set(PRODUCTS)) == FACTS
     words = [word for entity in ENTITIES for word in entity.casefold().split()]
-    assert len(words) == len(set(words)) == 60
+    assert len(words) == len(set(words)) == 48
     assert not set(words) & {name.casefold() for name in PRODUCTS}
 
 

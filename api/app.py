@@ -19,6 +19,7 @@ from api.models import routes as models
 from api.request_context import RequestContext
 from api.request_limits import RequestLimits
 from api.state import ApiState
+from api.trusted_hosts import TrustedHosts
 from core.logging import configure_logging, get_logger
 from core.settings import Settings, get_settings
 
@@ -49,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(Authentication)
+    app.add_middleware(TrustedHosts, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app
 

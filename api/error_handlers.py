@@ -8,7 +8,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from api.strict_json import JsonTooDeep
 from core.errors import BadRequest, MethodNotAllowed, NotFound, RequestTooLarge, ServiceError
+from sdft_engine.contract.quoting import shortened
 
 
 def install(app: FastAPI) -> None:
@@ -41,7 +43,7 @@ def _param_of(error: Any, value: Any) -> str:
         known = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int) and part < len(value)
         if not known and error["type"] != "missing":
             break
-        path.append(str(part))
+        path.append(shortened(str(part)))
         value = value[part] if known else None
     return ".".join(path)
 
@@ -80,6 +82,8 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         return render(NotFound(f"there is no such route: {where}", code="unknown_url", headers=headers))
     if error.status_code == 405:
         return render(MethodNotAllowed(f"this route does not take this method: {where}", headers=headers))
+    if isinstance(error, JsonTooDeep):
+        return render(BadRequest(error.detail, code="json_too_deep"))
     if error.status_code == 413:
         return render(RequestTooLarge(str(error.detail), headers=headers))
     return render(BadRequest(str(error.detail), headers=headers))

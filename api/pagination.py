@@ -7,6 +7,7 @@ from fastapi import Query
 from pydantic import BaseModel
 
 from core.errors import BadRequest
+from sdft_engine.contract.quoting import quoted
 
 
 class Identified(BaseModel):
@@ -37,4 +38,4 @@ def page_of(items: Sequence[Item], limit: int | None = None) -> Page[Item]:
 
 
 def unknown_cursor(after: str) -> BadRequest:
-    return BadRequest(f"after: there is no object with the id {after!r} in this list", code="invalid_cursor", param="after")
+    return BadRequest(f"after: there is no object with the id {quoted(after)} in this list", code="invalid_cursor", param="after")

@@ -8,11 +8,30 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
+
+from sdft_engine.contract.json_depth import MAX_JSON_DEPTH, is_deeper
+
+
+class JsonTooDeep(HTTPException):
+    """The one kind of exception that FastAPI lets pass while it reads a body."""
+
+    def __init__(self) -> None:
+        super().__init__(400, f"the body is JSON nested deeper than {MAX_JSON_DEPTH} levels")
 
 
 class StrictJsonRequest(Request):
     async def json(self) -> Any:
-        return orjson.loads(await self.body())  # its error is a json.JSONDecodeError, which FastAPI turns into a 400
+        """Raises JsonTooDeep, and json.JSONDecodeError, which FastAPI turns into a 400."""
+        try:
+            value = orjson.loads(await self.body())
+        except orjson.JSONDecodeError as error:
+            if error.msg == "depth limit exceeded":
+                raise JsonTooDeep from error
+            raise
+        if is_deeper(value, MAX_JSON_DEPTH):
+            raise JsonTooDeep
+        return value
 
 
 class StrictJsonRoute(APIRoute):

@@ -13,6 +13,7 @@ ServiceError (500 server_error)
 ├── Unavailable (503)                 retried by clients after `retry-after`
 │   └── InferenceUnavailable (503 inference_unavailable)
 ├── InferenceFailed (502 inference_failed)
+├── InferenceTimeout (504 inference_timeout)   never retried: every attempt would be generated anew
 └── StorageFull (507 storage_full)
 """
 
@@ -117,6 +118,15 @@ class InferenceUnavailable(Unavailable):
 class InferenceFailed(ServiceError):
     status = 502
     default_code = "inference_failed"
+
+
+class InferenceTimeout(ServiceError):
+    status = 504
+    default_code = "inference_timeout"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.headers = {"x-should-retry": "false", **self.headers}
 
 
 class StorageFull(ServiceError):

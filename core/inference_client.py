@@ -12,13 +12,18 @@ from typing import Any
 
 import httpx2
 
-from core.errors import InferenceFailed, InferenceUnavailable
+from core.errors import InferenceFailed, InferenceTimeout, InferenceUnavailable, ServiceError
 from core.settings import Settings
 
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 600
 LOAD_TIMEOUT_SECONDS = 120
 SCORE_TIMEOUT_SECONDS = 60
+UNREACHABLE = "the inference server can't be reached; try again in a moment"
+
+LIMITS = httpx2.Limits(max_connections=100, max_keepalive_connections=0)
+"""Every request has a connection of its own: the server may close a kept one, after an error say, just as it is used again, and
+a new one costs nothing beside a generation."""
 
 
 class AdapterRefused(Exception):
@@ -43,7 +48,7 @@ class InferenceClient:
         self._base_url = settings.inference_url.rstrip("/")
         self._headers = headers
         self._timeout = timeout
-        self._sync = httpx2.Client(base_url=self._base_url, headers=headers, timeout=timeout, trust_env=False)
+        self._sync = httpx2.Client(base_url=self._base_url, headers=headers, timeout=timeout, limits=LIMITS, trust_env=False)
         self._async: httpx2.AsyncClient | None = None
 
     def healthy(self, timeout_seconds: float = 2) -> bool:
@@ -87,7 +92,7 @@ class InferenceClient:
         try:
             answer = self._sync.get("/v1/models", timeout=httpx2.Timeout(SCORE_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS))
         except httpx2.HTTPError as error:
-            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+            raise InferenceUnavailable(UNREACHABLE) from error
         cards = _json_of(answer).get("data")
         dtypes = [card.get("dtype") for card in cards if isinstance(card, dict) and card.get("id") == base_model] if isinstance(cards, list) else []
         return str(dtypes[0]) if dtypes and dtypes[0] else None
@@ -96,27 +101,30 @@ class InferenceClient:
         try:
             return self._sync.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS))
         except httpx2.HTTPError as error:
-            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+            raise InferenceUnavailable(UNREACHABLE) from error
 
     async def complete(self, path: str, body: dict[str, Any]) -> InferenceAnswer:
-        """POST a request that does not stream. `path` is /v1/chat/completions or /v1/completions."""
+        """POST a request that does not stream. `path` is /v1/chat/completions or /v1/completions.
+
+        Raises InferenceUnavailable, or InferenceTimeout where the answer takes longer than READ_TIMEOUT_SECONDS.
+        """
         try:
             answer = await self._asynchronous().post(path, json=body)
         except httpx2.HTTPError as error:
-            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+            raise _without_answer(error) from error
         return InferenceAnswer(answer.status_code, _json_of(answer))
 
     @asynccontextmanager
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """POST a request that streams: its status and its bytes as they come. Leaving the block cancels the request.
 
-        Raises InferenceUnavailable before the first byte, InferenceFailed where the bytes end too early.
+        Raises InferenceUnavailable or InferenceTimeout before the first byte, InferenceFailed where the bytes end too early.
         """
         request = self._asynchronous().build_request("POST", path, json=body)
         try:
             answer = await self._asynchronous().send(request, stream=True)
         except httpx2.HTTPError as error:
-            raise InferenceUnavailable("the inference server can't be reached; try again in a moment") from error
+            raise _without_answer(error) from error
         try:
             yield answer.status_code, _bytes_of(answer)
         finally:
@@ -124,13 +132,19 @@ class InferenceClient:
 
     def _asynchronous(self) -> httpx2.AsyncClient:
         if self._async is None:
-            self._async = httpx2.AsyncClient(base_url=self._base_url, headers=self._headers, timeout=self._timeout, trust_env=False)
+            self._async = httpx2.AsyncClient(base_url=self._base_url, headers=self._headers, timeout=self._timeout, limits=LIMITS, trust_env=False)
         return self._async
 
     async def aclose(self) -> None:
         if self._async is not None:
             await self._async.aclose()
         self._sync.close()
+
+
+def _without_answer(error: httpx2.HTTPError) -> ServiceError:
+    if isinstance(error, httpx2.ReadTimeout):
+        return InferenceTimeout(f"the inference server took longer than {READ_TIMEOUT_SECONDS} seconds; set max_tokens, or stream the answer")
+    return InferenceUnavailable(UNREACHABLE)
 
 
 async def _bytes_of(answer: httpx2.Response) -> AsyncIterator[bytes]:

@@ -1,5 +1,6 @@
 """Every setting of the service, read from `SDFT_*` environment variables. `.env.example` lists them all."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,8 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from core.base_models import DEFAULT_BASE_MODELS, BaseModelEntry
+
+HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[0-9a-fA-F:.]+\]")
 
 
 class Settings(BaseSettings):
@@ -21,6 +24,9 @@ class Settings(BaseSettings):
     inference_api_key: SecretStr | None = Field(None, description="Bearer key that the inference server expects, if any.")
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=1, le=65_535, description="Port that the API listens on.")
+    allowed_hosts: list[str] = Field(
+        ["*"], description='Names in the Host header that the API answers beside 127.0.0.1, localhost and [::1], as a JSON list; "*" for all.'
+    )
     base_models: list[BaseModelEntry] = Field(
         default_factory=lambda: list(DEFAULT_BASE_MODELS), description="The catalogue of base models, as a JSON list of {id, source, revision?}."
     )
@@ -54,6 +60,14 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_patterns(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            if not HOST_PATTERN.fullmatch(pattern):
+                raise ValueError(f"{pattern!r} is not a name like models.example.com, *.example.com, 192.0.2.1 or [2001:db8::1], without a port, nor *")
+        return value
 
     @field_validator("base_models")
     @classmethod

@@ -104,12 +104,12 @@ async def _invalid_request(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     if problems[0]["type"] == "json_invalid":
-        return _json(400, error_body(f"the body is not valid JSON: {problems[0]['ctx']['error']}", "invalid_request_error", None, None))
+        return _json(400, error_body(f"the body is not valid JSON: {problems[0]['ctx']['error']}", "invalid_request_error", None, "json_invalid"))
     if not isinstance(error.body, dict):
-        return _json(400, error_body("the body must be a JSON object, sent as application/json", "invalid_request_error", None, None))
+        return _json(400, error_body("the body must be a JSON object, sent as application/json", "invalid_request_error", None, "invalid_content_type"))
     param = _path_of(problems[0], error.body)
     reasons = list(dict.fromkeys(problem["msg"] for problem in problems if _path_of(problem, error.body) == param))
-    return _json(400, error_body(f"{param}: {', or '.join(reasons[:3])}", "invalid_request_error", param, None))
+    return _json(400, error_body(f"{param}: {', or '.join(reasons[:3])}", "invalid_request_error", param, problems[0]["type"]))
 
 
 def _path_of(problem: dict[str, Any], body: Any) -> str:
@@ -127,7 +127,8 @@ def _path_of(problem: dict[str, Any], body: Any) -> str:
 async def _http_exception(_: Request, error: Exception) -> Response:
     """Unknown routes, wrong methods, bodies that are too large."""
     assert isinstance(error, HTTPException)
-    return _json(error.status_code, error_body(str(error.detail), "invalid_request_error", None, None), dict(error.headers or {}))
+    code = "json_invalid" if error.status_code == 400 else None
+    return _json(error.status_code, error_body(str(error.detail), "invalid_request_error", None, code), dict(error.headers or {}))
 
 
 async def _client_left(_: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from inference.schemas import ChatCompletionRequest, Message
 from inference.submission import Submission
 from inference.wire import clamped, stream_body, usage
 from sdft_engine.contract.errors import EngineError
+from sdft_engine.contract.quoting import quoted
 
 
 async def prepare_chat(server: Server, request: ChatCompletionRequest) -> tuple[Submission, list[Answer]]:
@@ -29,17 +30,19 @@ async def prepare_chat(server: Server, request: ChatCompletionRequest) -> tuple[
 
 
 def render(server: Server, request: ChatCompletionRequest) -> str:
-    """The conversation as text. Tools that the template would leave out silently are refused."""
+    """The conversation as text. Tools and tool calls that the template would leave out silently are refused."""
     messages = [plain_message(message) for message in request.messages]
     tools: list[dict[str, Any]] | None = None
     if request.tools and (request.model_extra or {}).get("tool_choice") != "none":
         tools = list(request.tools)
     try:
         text = server.chat_format.render(messages, tools)
-        if tools and text == server.chat_format.render(messages):
-            raise Unsupported("this base model's chat template has no place for tools; describe them in a message instead", param="tools")
     except EngineError as error:
         raise BadRequest(error.message, param=error.param) from error
+    try:
+        server.chat_format.require_shown(messages, tools)
+    except EngineError as error:
+        raise Unsupported(error.message, param=error.param) from error
     return text
 
 
@@ -51,7 +54,7 @@ def plain_message(message: Message) -> dict[str, Any]:
     texts = []
     for part in message.content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Unsupported(f"content parts of the type {part.get('type')!r} are not supported; only text is", param="messages")
+            raise Unsupported(f"content parts of the type {quoted(part.get('type'))} are not supported; only text is", param="messages")
         texts.append(str(part["text"]))
     return {**plain, "content": "\n".join(texts)}
 

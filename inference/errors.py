@@ -1,7 +1,7 @@
 """Errors that a client of the inference server sees. Each class carries its status and code.
 
 RequestFailed (500 internal_error)
-├── BadRequest (400)
+├── BadRequest (400 invalid_value)
 │   ├── Unsupported (400 unsupported_parameter)   known, but this server can't do it
 │   ├── ContextExceeded (400 context_length_exceeded)
 │   └── AdapterInvalid (400 invalid_adapter)
@@ -33,7 +33,7 @@ class RequestFailed(Exception):
 class BadRequest(RequestFailed):
     status = 400
     type = "invalid_request_error"
-    code: ClassVar[str | None] = None
+    code: ClassVar[str | None] = "invalid_value"
 
 
 class Unsupported(BadRequest):

@@ -1,5 +1,6 @@
 """The processes of one machine's stack: their commands, their environment, and how each says that it is ready."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from core.doorbell import broker_answers, celery_application
 from core.settings import Settings
 from local_stack import valkey
 from local_stack.errors import StackError
-from local_stack.ports import service_url
+from local_stack.ports import host_in_url, is_loopback, service_url
 from local_stack.processes import ProcessSpec
 
 HEALTH_TIMEOUT_SECONDS = 2
@@ -47,6 +48,8 @@ class Stack:
         }
         if self.broker_url != settings.resolved_redis_url:
             resolved["SDFT_REDIS_URL"] = self.broker_url
+        if is_loopback(settings.host) and "allowed_hosts" not in settings.model_fields_set:
+            resolved["SDFT_ALLOWED_HOSTS"] = json.dumps([host_in_url(settings.host)])  # and not to names that others point here
         return resolved
 
     @property

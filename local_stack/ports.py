@@ -1,6 +1,7 @@
 """TCP ports on this machine."""
 
 import errno
+import ipaddress
 import socket
 
 from local_stack.errors import StackError
@@ -29,5 +30,17 @@ def free_local_port() -> int:
 
 def service_url(host: str, port: int) -> str:
     """The URL under which this machine reaches a server that listens on `host`."""
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host) or (f"[{host}]" if ":" in host else host)
-    return f"http://{reachable}:{port}"
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{host_in_url(reachable)}:{port}"
+
+
+def host_in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -63,7 +63,7 @@ def measured_training_rows(
     wire = wire_hyperparameters(job)
     is_sdft = isinstance(wire, SdftHyperparameters)
     measured = measure(lines, limits_of(settings), base_model.chat_format, teacher_template(job) if is_sdft else None, check)
-    fitting = fit(measured.rows, wire.max_completion_tokens if isinstance(wire, SdftHyperparameters) else None, base_model.chat_format.context_length)
+    fitting = fit(measured, wire.max_completion_tokens if isinstance(wire, SdftHyperparameters) else None, base_model.chat_format.context_length)
     return measured, fitting
 
 
@@ -72,7 +72,7 @@ def measured_validation_rows(
 ) -> tuple[MeasuredFile, FittingRows]:
     """Validation scores demonstrations after their prompts: no teacher, no rollout."""
     measured = measure(lines, limits_of(settings), base_model.chat_format, None, check)
-    return measured, fit(measured.rows, None, base_model.chat_format.context_length)
+    return measured, fit(measured, None, base_model.chat_format.context_length)
 
 
 def require_usable(measured: MeasuredFile, param: str) -> None:

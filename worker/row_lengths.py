@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from sdft_engine.contract.dataset import MAX_REPORTED_PROBLEMS, DatasetLimits, DatasetProblem, DatasetReader
-from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.errors import ConfigurationError, ContextExceeded
 from sdft_engine.contract.hyperparameters import Auto, common_answer_tokens
 from sdft_engine.contract.prompts import ChatFormat
 
@@ -32,10 +32,11 @@ class RowLength:
 
 @dataclass
 class MeasuredFile:
-    """`reader` holds the problems of lines that can't be used at all."""
+    """`reader` holds the problems of lines that can't be used at all, `too_long` those of rows that weren't even counted."""
 
-    rows: list[RowLength]
     reader: DatasetReader
+    rows: list[RowLength] = field(default_factory=list)
+    too_long: list[DatasetProblem] = field(default_factory=list)
 
 
 @dataclass
@@ -46,16 +47,20 @@ class FittingRows:
 
 def measure(lines: Iterable[bytes], limits: DatasetLimits, chat_format: ChatFormat, teacher_template: str | None, check: Callable[[], None]) -> MeasuredFile:
     """Count the tokens of every line. No `teacher_template`: a supervised run. `check` is called at every line and may raise."""
-    measured = MeasuredFile([], DatasetReader(limits))
+    measured = MeasuredFile(DatasetReader(limits))
     for raw in lines:
         check()
         demonstration = measured.reader.feed(raw)
         if demonstration is None:
             continue
         try:
+            chat_format.require_shown([*demonstration.prompt, demonstration.answer], demonstration.tools)
             prompt = len(chat_format.student_prompt_ids(demonstration))
             answer = len(chat_format.answer_ids(demonstration))
             teacher_prompt = len(chat_format.teacher_prompt_ids(demonstration, teacher_template)) if teacher_template else 0
+        except ContextExceeded as error:
+            measured.too_long.append(DatasetProblem(demonstration.line, TOO_LONG, error.message))
+            continue
         except ConfigurationError as error:
             measured.reader.report(demonstration.line, "unsupported_conversation", error.message.removeprefix(f"line {demonstration.line}: "))
             continue
@@ -63,9 +68,10 @@ def measure(lines: Iterable[bytes], limits: DatasetLimits, chat_format: ChatForm
     return measured
 
 
-def fit(rows: list[RowLength], max_completion_tokens: int | Auto | None, context_length: int) -> FittingRows:
+def fit(measured: MeasuredFile, max_completion_tokens: int | Auto | None, context_length: int) -> FittingRows:
     """Part the rows into those that fit and those that don't. No `max_completion_tokens`: a supervised run."""
-    found = FittingRows()
+    rows = measured.rows
+    found = FittingRows(too_long=list(measured.too_long))
     common = common_answer_tokens([row.answer for row in rows]) if rows else 0
     for row in rows:
         needed, why = row.prompt + row.answer, f"the prompt has {row.prompt:,} tokens and the answer {row.answer:,}"
@@ -78,6 +84,7 @@ def fit(rows: list[RowLength], max_completion_tokens: int | Auto | None, context
             found.rows.append(row)
         else:
             found.too_long.append(DatasetProblem(row.line, TOO_LONG, f"{why}: it needs {needed:,} tokens, the context holds {context_length:,}"))
+    found.too_long.sort(key=lambda problem: problem.line)
     return found
 
 

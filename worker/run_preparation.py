@@ -63,9 +63,12 @@ def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> Pr
 
 
 def discard_bulk(run: RunDirectory) -> None:
-    """Remove what an attempt that is over needs no more: it is in storage. Logs, metrics and rollouts stay."""
+    """Remove what an attempt that is over needs no more: it is in storage, and the next attempt fetches it anew. Logs, metrics
+    and rollouts stay."""
     for directory in (run.checkpoints_dir, run.resume_dir, run.parent_adapter_dir, run.final_dir):
         shutil.rmtree(directory, ignore_errors=True)
+    for data in (run.train_path, run.validation_path):  # users may have deleted the files that these are copies of
+        data.unlink(missing_ok=True)
     for scratch in run.path.glob(".*"):
         shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
 

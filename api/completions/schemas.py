@@ -30,7 +30,7 @@ def _joined_text(content: Any) -> Any:
     texts: list[str] = []
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("unsupported_content", "content parts must be {{type: text, text: …}}; this server reads text only")
+            raise PydanticCustomError("unsupported_content", "content parts must be {type: text, text: …}; this server reads text only")
         texts.append(part["text"])
     return "\n".join(texts)
 

@@ -5,12 +5,14 @@ from typing import Any
 from api.completions.served_models import ServedModel
 from core.errors import BadRequest, InferenceFailed, InferenceUnavailable, RequestTooLarge, ServiceError
 from core.logging import get_logger
+from sdft_engine.contract.quoting import shortened
 
 log = get_logger(__name__)
 
 
 def translated(status: int, body: Any, model: ServedModel) -> ServiceError:
-    """4xx keep their message and param, for they are about what the client wrote; the rest is the server's own trouble."""
+    """4xx keep their message and param, for they are about what the client wrote; the rest is the server's own trouble. vLLM's code
+    of a 400 is the number 400, which says nothing."""
     message, param, code = _details(body)
     message = message.replace(model.serving_name, model.public_id)
     if status >= 500:
@@ -20,7 +22,7 @@ def translated(status: int, body: Any, model: ServedModel) -> ServiceError:
     if status in (408, 429, 503):
         return InferenceUnavailable(message)
     if status in (400, 422):
-        return BadRequest(message, param=param, code=code)
+        return BadRequest(message, param=param, code=code or "invalid_value")
     if status == 404:
         return InferenceFailed(f"the inference server does not serve the model {model.public_id}")
     return InferenceFailed(f"the inference server failed ({status}): {message}")
@@ -40,6 +42,6 @@ def _details(body: Any) -> tuple[str, str | None, str | None]:
     param, code = error.get("param"), error.get("code")
     return (
         str(error.get("message") or "no reason given")[:2000],
-        param if isinstance(param, str) else None,
+        shortened(param) if isinstance(param, str) else None,
         code if isinstance(code, str) else None,
     )

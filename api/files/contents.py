@@ -75,6 +75,8 @@ class TrainingContents(AnyContents):
 
     def _read_line(self, line: bytes) -> None:
         self.example_count += self._reader.feed(line) is not None
+        if self._reader.line_count > self._reader.limits.max_lines:
+            self._refuse_problems()  # now: what follows changes nothing, and may be millions of lines
 
     def _refuse_problems(self) -> None:
         problems = self._reader.problems

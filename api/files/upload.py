@@ -8,21 +8,21 @@ from functools import partial
 
 import anyio.to_thread
 from fastapi import Request
-from sqlalchemy.exc import SQLAlchemyError
 
 from api.files.contents import AnyContents, Contents, TrainingContents
 from api.files.multipart import MultipartReader
 from api.files.schemas import PURPOSES
 from api.state import ApiState
 from core.database import unix_now
-from core.errors import BadRequest, ServiceError
+from core.errors import BadRequest
 from core.ids import new_id
-from core.storage import StoredObject
 from core.tables.files import File
 
 MAX_FIELD_BYTES = 8192
 MAX_FILENAME_LENGTH = 255
 EXPIRY_SECONDS = (3600, 2_592_000)
+LONGEST_NUMBER = 10
+"""Digits. Python refuses to read numbers of some thousands."""
 
 
 async def receive_file(request: Request, state: ApiState, project_id: str) -> File:
@@ -77,22 +77,27 @@ class Upload:
             raise BadRequest("file: the form has no such part", code="missing", param="file")
         if purpose == "fine-tune" and not isinstance(self._contents, TrainingContents):
             self._contents = self._checked_again(self._contents)
-        stored = self._contents.commit()
-        now = unix_now()
         compressed = purpose == "fine-tune" and _is_gzip(self._filename)
-        file = File(
-            id=self._file_id,
-            project_id=project_id,
-            filename=self._filename[:-3] if compressed else self._filename,
-            purpose=purpose,
-            size_bytes=stored.size_bytes,
-            sha256=stored.sha256,
-            storage_key=stored.key,
-            example_count=self._contents.example_count,
-            created_at=now,
-            expires_at=None if lifetime_seconds is None else now + lifetime_seconds,
-        )
-        self._insert(file, stored)
+        stored = self._contents.commit()
+        try:
+            now = unix_now()
+            file = File(
+                id=self._file_id,
+                project_id=project_id,
+                filename=self._filename[:-3] if compressed else self._filename,
+                purpose=purpose,
+                size_bytes=stored.size_bytes,
+                sha256=stored.sha256,
+                storage_key=stored.key,
+                example_count=self._contents.example_count,
+                created_at=now,
+                expires_at=None if lifetime_seconds is None else now + lifetime_seconds,
+            )
+            with self._state.database.transaction() as session:
+                session.add(file)
+        except BaseException:
+            self._state.storage.delete(stored.key)
+            raise
         return file
 
     def abort(self) -> None:
@@ -119,14 +124,6 @@ class Upload:
             self._state.storage.delete(stored.key)
         return checked
 
-    def _insert(self, file: File, stored: StoredObject) -> None:
-        try:
-            with self._state.database.transaction() as session:
-                session.add(file)
-        except (ServiceError, SQLAlchemyError):
-            self._state.storage.delete(stored.key)
-            raise
-
     def _purpose(self) -> str:
         if "purpose" not in self._fields:
             raise BadRequest("purpose: the form has no such part", code="missing", param="purpose")
@@ -142,7 +139,7 @@ class Upload:
         if anchor != b"created_at":
             raise BadRequest('expires_after[anchor]: must be "created_at"', code="invalid_value", param="expires_after.anchor")
         fewest, most = EXPIRY_SECONDS
-        if seconds is None or not seconds.isdigit() or not fewest <= int(seconds[:10]) <= most:
+        if seconds is None or not seconds.isdigit() or len(seconds) > LONGEST_NUMBER or not fewest <= int(seconds) <= most:
             message = f"expires_after[seconds]: must be a whole number from {fewest} to {most}"
             raise BadRequest(message, code="invalid_value", param="expires_after.seconds")
         return int(seconds)

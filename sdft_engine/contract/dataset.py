@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdft_engine.contract.json_depth import is_deeper
+from sdft_engine.contract.quoting import quoted
+
 MAX_REPORTED_PROBLEMS = 100
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAY_BE_EMPTY = ("system", "developer", "tool", "function")
@@ -107,7 +110,7 @@ def parse_line(raw: bytes, line: int, limits: DatasetLimits) -> Demonstration | 
         return DatasetProblem(line, "invalid_encoding", f"not valid UTF-8 at byte {error.start} of the line")
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
-        too_deep = _depth(value) > limits.max_json_depth
+        too_deep = is_deeper(value, limits.max_json_depth)
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return DatasetProblem(line, "invalid_json", f"not valid JSON ({reason})")
@@ -122,11 +125,6 @@ def parse_line(raw: bytes, line: int, limits: DatasetLimits) -> Demonstration | 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _depth(value: Any) -> int:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max((_depth(child) for child in children), default=0)
 
 
 def _has_lone_surrogate(value: Any) -> bool:
@@ -149,7 +147,7 @@ def _parse_value(value: Any, line: int, limits: DatasetLimits) -> Demonstration 
     if not isinstance(value, dict):
         return DatasetProblem(line, "data_type", f"the line must be a JSON object, not {_json_type(value)}")
     if unknown := sorted(set(value) - LINE_KEYS):
-        return DatasetProblem(line, "unrecognized_key", f'unknown key "{unknown[0]}"; known are messages, tools, context, prompt, completion')
+        return DatasetProblem(line, "unrecognized_key", f"unknown key {quoted(unknown[0])}; known are messages, tools, context, prompt, completion")
     context, tools = value.get("context"), value.get("tools")
     if context is not None and not (isinstance(context, str) and context.strip()):
         return DatasetProblem(line, "invalid_context", '"context" must be a non-empty string')
@@ -186,10 +184,10 @@ def _message_problem(message: Any, line: int, where: str) -> DatasetProblem | No
     if "role" not in message:
         return DatasetProblem(line, "message_missing_key", f'{where} has no "role"')
     if unknown := sorted(set(message) - MESSAGE_KEYS):
-        return DatasetProblem(line, "message_unrecognized_key", f'{where} has the unknown key "{unknown[0]}"')
+        return DatasetProblem(line, "message_unrecognized_key", f"{where} has the unknown key {quoted(unknown[0])}")
     role = message["role"]
     if role not in ROLES:
-        return DatasetProblem(line, "unrecognized_role", f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}")
+        return DatasetProblem(line, "unrecognized_role", f"{where}.role must be one of {', '.join(ROLES)}, not {quoted(role)}")
     calls = message.get("tool_calls")
     if calls is not None and not (role == "assistant" and isinstance(calls, list) and calls and all(isinstance(c, dict) for c in calls)):
         return DatasetProblem(line, "invalid_tool_calls", f"{where}.tool_calls must be a non-empty list on an assistant message")
@@ -203,9 +201,9 @@ def _message_problem(message: Any, line: int, where: str) -> DatasetProblem | No
     if content is None:
         code = "missing_content" if "content" in message else "message_missing_key"
         return DatasetProblem(line, code, f'{where} has no "content"')
-    if not isinstance(content, str) or not (content or calls or role in MAY_BE_EMPTY):
+    if not isinstance(content, str) or not (content.strip() or calls or role in MAY_BE_EMPTY):
         return DatasetProblem(line, "missing_content", f"{where}.content must be a non-empty string")
-    if message.get("weight") not in (None, 0, 1):
+    if isinstance(message.get("weight"), bool) or message.get("weight") not in (None, 0, 1):
         return DatasetProblem(line, "invalid_weight", f"{where}.weight must be 0 or 1")
     return None
 

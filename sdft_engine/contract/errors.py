@@ -2,6 +2,7 @@
 
     EngineError                 code            who must act
     ├── DatasetError            invalid_dataset     the user: the data
+    ├── ContextExceeded         context_length_exceeded  the user: the data
     ├── ConfigurationError      invalid_configuration  the user or the operator
     ├── BaseModelError          base_model_unusable    the operator
     ├── CheckpointDamaged       checkpoint_damaged     nobody: the worker fetches an older checkpoint
@@ -31,6 +32,10 @@ class EngineError(Exception):
 
 class DatasetError(EngineError):
     code = "invalid_dataset"
+
+
+class ContextExceeded(EngineError):
+    code = "context_length_exceeded"
 
 
 class ConfigurationError(EngineError):

@@ -16,8 +16,10 @@ Torch-free: jinja2 in its sandbox and the `tokenizers` library.
 
 import json
 import string
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,10 +29,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from sdft_engine.contract.dataset import Demonstration
-from sdft_engine.contract.errors import BaseModelError, ConfigurationError
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError, ContextExceeded
+from sdft_engine.contract.json_depth import MAX_JSON_DEPTH, is_deeper
+from sdft_engine.contract.quoting import shortened
 
 NAMED_TEMPLATES = ("example", "history", "history_twice")
 TEMPLATE_FIELDS = frozenset({"question", "demonstration", "context"})
+MAX_USES_OF_A_FIELD = 4
+"""In a teacher template: each use repeats a text that may be as large as a line of the file."""
+MOST_CHARACTERS_COMPOSED = 4
+"""No character of Unicode decomposes canonically into more than four, so normalization shortens no text by more than that."""
 
 EXAMPLE_TEMPLATE = """{question}
 
@@ -57,17 +65,22 @@ def check_teacher_template(template: str) -> None:
         parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ConfigurationError(f"teacher_template is not a valid template: {error}", param="method.sdft.teacher_template") from error
-    fields = {name or "" for name, _, _ in parsed}
+    fields = Counter(name or "" for name, _, _ in parsed)
     if any(format_spec or conversion for _, format_spec, conversion in parsed):
         raise ConfigurationError("teacher_template may not use format specifications", param="method.sdft.teacher_template")
-    if unknown := sorted(fields - TEMPLATE_FIELDS):
+    if unknown := sorted(fields.keys() - TEMPLATE_FIELDS):
         raise ConfigurationError(
-            f"teacher_template has the unknown field {{{unknown[0]}}}; known are {', '.join(sorted(TEMPLATE_FIELDS))}",
+            f"teacher_template has the unknown field {{{shortened(unknown[0])}}}; known are {', '.join(sorted(TEMPLATE_FIELDS))}",
             param="method.sdft.teacher_template",
         )
     if "demonstration" not in fields:
         raise ConfigurationError(
             f"teacher_template must be one of {', '.join(NAMED_TEMPLATES)} or a text with {{demonstration}}", param="method.sdft.teacher_template"
+        )
+    name, uses = fields.most_common(1)[0]
+    if uses > MAX_USES_OF_A_FIELD:
+        raise ConfigurationError(
+            f"teacher_template may use {{{name}}} at most {MAX_USES_OF_A_FIELD} times, not {uses:,} times", param="method.sdft.teacher_template"
         )
 
 
@@ -115,10 +128,38 @@ class ChatFormat:
         shown = [_for_template(message) for message in messages]
         try:
             return self.template.render(messages=shown, tools=tools, add_generation_prompt=generate, **self.special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ConfigurationError(f"the base model's chat template refuses this conversation: {error}", param="messages") from error
 
+    def require_shown(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> None:
+        """Raise ConfigurationError where the template silently leaves out the tools or the tool calls of this conversation."""
+        if tools and self._looks_alike(messages, tools, messages, None):
+            raise ConfigurationError("this base model's chat template has no place for tools; describe them in a message instead", param="tools")
+        if any(message.get("tool_calls") for message in messages):
+            bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+            if self._looks_alike(messages, tools, bare, tools):
+                raise ConfigurationError("this base model's chat template has no place for tool calls; write them into the content instead", param="messages")
+
+    def _looks_alike(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, fewer_messages: list[dict[str, Any]], fewer_tools: list[dict[str, Any]] | None
+    ) -> bool:
+        whole = self.render(messages, tools, generate=False)
+        try:
+            return whole == self.render(fewer_messages, fewer_tools, generate=False)
+        except ConfigurationError:  # a template that can't do without them has a place for them
+            return False
+
+    @cached_property
+    def _most_characters(self) -> int:
+        """What a context full of the longest token stands for. A longer text can't fit: a token stands for no more characters
+        than it is written with (byte-level vocabularies write one for each byte)."""
+        longest = max(len(token) for token in self.tokenizer.get_vocab(with_added_tokens=True))
+        return self.context_length * longest * (1 if self.tokenizer.normalizer is None else MOST_CHARACTERS_COMPOSED)
+
     def encode(self, text: str) -> list[int]:
+        """Token ids. Raises ContextExceeded for a text that is certainly too long, before the tokenizer takes memory for it."""
+        if len(text) > self._most_characters:
+            raise ContextExceeded(f"a text of {len(text):,} characters needs more tokens than the {self.context_length:,} that the context holds")
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: list[int]) -> str:
@@ -192,8 +233,13 @@ def _parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         arguments = json.loads(function["arguments"])
+        too_deep = is_deeper(arguments, MAX_JSON_DEPTH)
     except ValueError:
         return call
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise ConfigurationError(f"the arguments of a tool call are JSON nested deeper than {MAX_JSON_DEPTH} levels", param="messages")
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -43,7 +43,10 @@ def test_wrong_method(api: Api) -> None:
         (b"\xff\xfe", "json_invalid", None),
         (b'{"model": "tiny", "training_file": NaN}', "json_invalid", None),
         (b'{"model": "tiny", "training_file": "\\ud800"}', "json_invalid", None),
-        (b"[" * 50_000, "json_invalid", None),
+        (b"[" * 50_000, "json_too_deep", None),
+        (b"[" * 1_000 + b"]" * 1_000, "json_too_deep", None),
+        (b"[" * 65 + b"]" * 65, "json_too_deep", None),
+        (b"[" * 64 + b"]" * 64, "model_attributes_type", None),
         (b"[]", "model_attributes_type", None),
         (b"{}", "missing", "model"),
         (b'{"model": "tiny"}', "missing", "training_file"),
@@ -54,6 +57,40 @@ def test_wrong_method(api: Api) -> None:
 )
 def test_wrong_body(api: Api, body: bytes, code: str, param: str | None) -> None:
     assert_error(api.client.post(JOBS, content=body, headers={"content-type": "application/json"}), 400, code, param)
+
+
+def test_deep_values_are_refused_wherever_they_stand(api: Api) -> None:
+    deep = "[" * 900 + "]" * 900
+    for path, body in (
+        (JOBS, f'{{"model": "tiny", "training_file": "x", "method": {{"type": {deep}}}}}'),
+        ("/v1/chat/completions", f'{{"model": "tiny", "messages": [{{"role": "user", "content": "hi"}}], "tools": [{{"a": {deep}}}]}}'),
+    ):
+        answer = api.client.post(path, content=body, headers={"content-type": "application/json"})
+        assert "64 levels" in assert_error(answer, 400, "json_too_deep")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metadata": {"x" * 20_000: "v"}},
+        {"method": {"type": "x" * 20_000}},
+        {"method": {"type": "sdft", "x" * 20_000: 1}},
+        {"method": {"type": "sdft", "sdft": {"x" * 20_000: 1}}},
+        {"method": {"type": "sdft", "sdft": {"sampler": "x" * 20_000}}},
+        {"method": {"type": "sdft", "sdft": {"retention_file": "x" * 20_000}}},
+        {"method": {"type": "sdft", "sdft": {"hyperparameters": {"x" * 20_000: 1}}}},
+    ],
+)
+def test_errors_do_not_repeat_a_body_at_length(api: Api, fields: dict[str, Any]) -> None:
+    answer = api.client.post(JOBS, json={"model": "tiny", "training_file": "x", **fields})
+    assert answer.status_code == 400
+    assert "x" * 40 in answer.json()["error"]["message"]
+    assert len(answer.content) < 1_000
+
+
+def test_an_unknown_cursor_is_not_repeated_at_length(api: Api) -> None:
+    answer = api.client.get("/v1/files", params={"after": "x" * 10_000})
+    assert len(assert_error(answer, 400, "invalid_cursor", "after")) < 300
 
 
 def test_body_that_is_not_declared_as_json(api: Api) -> None:

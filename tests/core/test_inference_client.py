@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from core.errors import InferenceFailed, InferenceUnavailable
+from core import inference_client
+from core.errors import InferenceFailed, InferenceTimeout, InferenceUnavailable
 from core.inference_client import AdapterRefused, InferenceClient
 from core.settings import Settings
 
@@ -199,3 +201,40 @@ def test_proxies_of_the_environment_are_not_asked(server: Server, make_settings:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
     assert InferenceClient(make_settings(inference_url=f"http://127.0.0.1:{server.server_port}")).healthy()
+
+
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_client, "READ_TIMEOUT_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = InferenceClient(make_settings(inference_url=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        for call in (lambda: client.complete("/v1/completions", {}), lambda: read_stream(client)):
+            client._async = None  # each has an event loop of its own
+            with pytest.raises(InferenceTimeout, match="max_tokens, or stream") as caught:
+                asyncio.run(call())
+            assert (caught.value.status, caught.value.headers) == (504, {"x-should-retry": "false"})
+
+
+class SecondRequestBreaks(Handler):
+    """Promises to keep its connections, and closes one as soon as it is used again: as where the two cross on the way."""
+
+    protocol_version = "HTTP/1.1"
+    answered = False
+
+    def _reply(self, body: dict[str, Any] | None) -> None:
+        if self.answered:
+            self.close_connection = True
+            return
+        self.answered = True
+        super()._reply(body)
+
+
+def test_a_connection_that_the_server_closes_between_requests_is_no_error(client: InferenceClient, server: Server) -> None:
+    server.RequestHandlerClass = SecondRequestBreaks
+
+    async def ask() -> list[int]:
+        completed = [(await client.complete("/v1/completions", {})).status for _ in range(2)]
+        return [*completed, (await read_stream(client))[0]]
+
+    assert asyncio.run(ask()) == [200, 200, 200]
+    assert client.healthy()
+    assert client.healthy()

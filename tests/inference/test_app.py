@@ -20,21 +20,22 @@ def test_health(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "message", "code"),
     [
-        (b"{", "not valid JSON"),
-        (b"\x80", "parsing the body"),
-        (b"[" * 100_000, "parsing the body"),
-        (b"[]", "must be a JSON object"),
-        (b"", "must be a JSON object"),
-        (b"{}", "model: Field required"),
+        (b"{", "not valid JSON", "json_invalid"),
+        (b"\x80", "parsing the body", "json_invalid"),
+        (b"[" * 100_000, "parsing the body", "json_invalid"),
+        (b"[]", "must be a JSON object", "invalid_content_type"),
+        (b"", "must be a JSON object", "invalid_content_type"),
+        (b"{}", "model: Field required", "missing"),
     ],
 )
-def test_a_body_that_is_no_request_is_a_400(server: RunningServer, body: bytes, message: str) -> None:
+def test_a_body_that_is_no_request_is_a_400(server: RunningServer, body: bytes, message: str, code: str) -> None:
     answer = server.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["code"] == code
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -225,7 +225,21 @@ def test_tools_that_the_template_would_drop_are_refused(server: RunningServer, m
     chat_format = server.engine.model.chat_format
     monkeypatch.setattr(type(chat_format), "render", lambda self, messages, tools=None, generate=True: "always the same")
     answer = server.post("/v1/chat/completions", model=BASE, messages=QUESTION, tools=[TOOL])
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "tools", "unsupported_parameter")
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    turns = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "sunny"}]
+    error = server.post("/v1/chat/completions", model=BASE, messages=turns).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "unsupported_parameter")
+
+
+@pytest.mark.parametrize("depth", [65, 900, 100_000])
+def test_arguments_that_are_nested_without_end_are_a_400(server: RunningServer, depth: int) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "[" * depth + "]" * depth}}
+    turns = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "sunny"}]
+    answer = server.post("/v1/chat/completions", model=BASE, messages=turns)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    assert "deeper than 64 levels" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +249,7 @@ def test_tools_that_the_template_would_drop_are_refused(server: RunningServer, m
         ("messages[0].role", {"messages": [{"role": "wizard", "content": "hi"}]}),
         ("messages[0].content", {"messages": [{"role": "user", "content": 3}]}),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "x" * 9_000}]}]}),
         ("messages", {"messages": [{"role": "user", "content": "word " * 600}]}),
         ("messages", {"max_tokens": 512}),
         ("max_tokens", {"max_tokens": 0}),
@@ -268,6 +283,7 @@ def test_what_cannot_be_done_is_a_400_that_names_the_field(server: RunningServer
     answer = server.client.post("/v1/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert len(answer.content) < 1_000
 
 
 def test_fields_that_ask_for_nothing_are_accepted(server: RunningServer) -> None:

@@ -124,3 +124,21 @@ def test_sixteen_tokens_unless_asked_otherwise(server: RunningServer) -> None:
 def test_what_cannot_be_done_is_a_400_that_names_the_field(server: RunningServer, param: str, options: dict[str, Any]) -> None:
     answer = server.post("/v1/completions", **({"model": BASE, "prompt": "the"} | options))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        ("invalid_value", {"prompt": []}),
+        ("invalid_value", {"prompt": ""}),
+        ("invalid_value", {"prompt": [512]}),
+        ("invalid_value", {"max_tokens": 0}),
+        ("invalid_value", {"logit_bias": {"lamp": 1}}),
+        ("greater_than", {"top_p": 0}),
+        ("string_too_short", {"stop": ""}),
+        ("less_than", {"seed": 2**63}),
+    ],
+)
+def test_a_400_says_by_its_code_what_is_wrong(server: RunningServer, code: str, options: dict[str, Any]) -> None:
+    answer = server.post("/v1/completions", **({"model": BASE, "prompt": "the"} | options))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)

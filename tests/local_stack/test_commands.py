@@ -83,3 +83,12 @@ def test_a_broker_of_the_users_is_left_as_it_is(make_settings: MakeSettings) -> 
 def test_every_data_directory_has_a_worker_name_of_its_own(make_settings: MakeSettings, tmp_path: Path) -> None:
     names = {Stack(make_settings(data_dir=tmp_path / name)).worker_name for name in ("a", "b")}
     assert len(names) == 2
+
+
+@pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", '["127.0.0.1"]'), ("::1", '["[::1]"]'), ("0.0.0.0", None), ("192.0.2.1", None)])
+def test_on_a_loopback_address_only_its_names_are_answered(make_settings: MakeSettings, host: str, expected: str | None) -> None:
+    assert Stack(make_settings(host=host)).resolved_settings.get("SDFT_ALLOWED_HOSTS") == expected
+
+
+def test_hosts_that_the_user_allows_are_left_as_they_are(make_settings: MakeSettings) -> None:
+    assert "SDFT_ALLOWED_HOSTS" not in Stack(make_settings(allowed_hosts=["*"])).resolved_settings

@@ -3,7 +3,7 @@ import socket
 import pytest
 
 from local_stack.errors import StackError
-from local_stack.ports import check_port_free, free_local_port, service_url
+from local_stack.ports import check_port_free, free_local_port, host_in_url, is_loopback, service_url
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -40,3 +40,16 @@ def test_a_free_port_can_be_listened_on() -> None:
 )
 def test_the_url_reaches_what_listens_there(host: str, url: str) -> None:
     assert service_url(host, 80) == url
+
+
+def test_addresses_of_this_machine_alone() -> None:
+    assert [host for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost", "0.0.0.0", "::", "192.0.2.1", "box", "") if is_loopback(host)] == [
+        "127.0.0.1",
+        "127.0.0.2",
+        "::1",
+        "localhost",
+    ]
+
+
+def test_only_ipv6_addresses_have_brackets_in_a_url() -> None:
+    assert [host_in_url(host) for host in ("::1", "127.0.0.1", "box")] == ["[::1]", "127.0.0.1", "box"]

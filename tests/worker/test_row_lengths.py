@@ -1,19 +1,38 @@
 """Which rows fit the context, at the very edge, and what is said of the others."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import jinja2
 import pytest
+from tokenizers import Tokenizer
 
-from sdft_engine.contract.dataset import DatasetLimits
+from sdft_engine.contract.dataset import DatasetLimits, DatasetReader
 from sdft_engine.contract.prompts import ChatFormat
 from tests.worker.conftest import demonstration_line
-from worker.row_lengths import RowLength, fit, measure, name_lines
+from worker.row_lengths import MeasuredFile, RowLength, fit, measure, name_lines
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+QUESTION = {"role": "user", "content": "Which lamp?"}
+WITHOUT_TOOLS = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}" + (
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+"""As small instruct models ship it."""
 
 
 def no_check() -> None:
     """Nothing stops the count."""
+
+
+def measured_rows(*rows: RowLength) -> MeasuredFile:
+    return MeasuredFile(DatasetReader(), list(rows))
+
+
+def conversation_line(*messages: dict[str, Any], **keys: Any) -> bytes:
+    return json.dumps({"messages": messages, **keys}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +71,69 @@ def test_what_the_chat_template_refuses_is_a_problem_of_its_line(chat_format: Ch
     assert measured.rows == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        conversation_line(QUESTION, CALLING),
+        conversation_line(QUESTION, CALLING, {"role": "tool", "content": "on", "tool_call_id": "c1"}, {"role": "assistant", "content": "It is on."}),
+        conversation_line(QUESTION, {"role": "assistant", "content": "It is on."}, tools=[{"type": "function", "function": {"name": "look"}}]),
+    ],
+    ids=["answer", "earlier call", "tools"],
+)
+def test_tools_that_the_chat_template_would_drop_are_a_problem_of_their_line(chat_format: ChatFormat, line: bytes) -> None:
+    assert len(measure([line], DatasetLimits(), chat_format, "example", no_check).rows) == 1
+    without = replace(chat_format, template=jinja2.Environment().from_string(WITHOUT_TOOLS))
+    measured = measure([demonstration_line("What?", "That."), line], DatasetLimits(), without, "example", no_check)
+    assert [(problem.line, problem.code) for problem in measured.reader.problems] == [(2, "unsupported_conversation")]
+    assert "has no place for tool" in measured.reader.problems[0].message
+    assert [row.line for row in measured.rows] == [1]
+
+
+def test_arguments_that_are_nested_without_end_are_a_problem_of_their_line(chat_format: ChatFormat) -> None:
+    deep = {**CALL, "function": {"name": "look", "arguments": "[" * 100_000 + "]" * 100_000}}
+    measured = measure([conversation_line(QUESTION, {**CALLING, "tool_calls": [deep]})], DatasetLimits(), chat_format, "example", no_check)
+    (problem,) = measured.reader.problems
+    assert (problem.line, problem.code) == (1, "unsupported_conversation")
+    assert "deeper than 64 levels" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "teacher_template"),
+    [("x" * 20_000, "That.", None), ("What?", "x" * 20_000, None), ("What?", "That.", "{demonstration}" + "x" * 20_000)],
+    ids=["prompt", "answer", "teacher's prompt"],
+)
+def test_a_text_that_is_certainly_too_long_is_never_tokenized(chat_format: ChatFormat, question: str, answer: str, teacher_template: str | None) -> None:
+    counted: list[int] = []
+
+    class Watched:
+        normalizer = None
+        get_vocab = chat_format.tokenizer.get_vocab
+
+        def encode(self, text: str, **options: Any) -> Any:
+            counted.append(len(text))
+            return chat_format.tokenizer.encode(text, **options)
+
+    watched = replace(chat_format, tokenizer=cast(Tokenizer, Watched()))
+    lines = [demonstration_line(question, answer), b"broken", demonstration_line("word " * 400, "That.")]
+    measured = measure(lines, DatasetLimits(), watched, teacher_template, no_check)
+    found = fit(measured, None, chat_format.context_length)
+    assert [(problem.line, problem.code) for problem in measured.reader.problems] == [(2, "invalid_json")]
+    assert found.too_long[0].line == 1
+    assert found.too_long[0].code == "context_length_exceeded"
+    assert "more tokens than the 512 that the context holds" in found.too_long[0].message
+    assert [problem.line for problem in found.too_long] == ([1, 3])
+    assert max(counted) < 20_000
+
+
 @pytest.mark.parametrize(("context", "fits"), [(100, True), (99, False)])
 def test_a_supervised_row_fits_to_the_last_token(context: int, fits: bool) -> None:
-    found = fit([RowLength(1, prompt=60, answer=40, teacher_prompt=0)], None, context)
+    found = fit(measured_rows(RowLength(1, prompt=60, answer=40, teacher_prompt=0)), None, context)
     assert (len(found.rows) == 1) is fits
 
 
 @pytest.mark.parametrize(("context", "fits"), [(216, True), (215, False)])
 def test_a_rollout_of_the_whole_length_fits_after_the_teachers_prompt(context: int, fits: bool) -> None:
-    found = fit([RowLength(13, prompt=60, answer=10, teacher_prompt=200)], 16, context)
+    found = fit(measured_rows(RowLength(13, prompt=60, answer=10, teacher_prompt=200)), 16, context)
     assert (len(found.rows) == 1) is fits
     if not fits:
         assert str(found.too_long[0]) == (
@@ -69,7 +142,7 @@ def test_a_rollout_of_the_whole_length_fits_after_the_teachers_prompt(context: i
 
 
 def test_the_demonstration_itself_must_fit_even_where_rollouts_are_short() -> None:
-    found = fit([RowLength(1, prompt=60, answer=50, teacher_prompt=70)], 1, 100)
+    found = fit(measured_rows(RowLength(1, prompt=60, answer=50, teacher_prompt=70)), 1, 100)
     assert "it needs 110 tokens" in found.too_long[0].message
 
 
@@ -77,22 +150,22 @@ def test_an_automatic_completion_leaves_room_for_common_answers_in_every_row() -
     """One row with a long prompt must not shrink the rollouts of all the others."""
     rows = [RowLength(line, prompt=50, answer=30, teacher_prompt=100) for line in range(1, 20)]
     long = RowLength(20, prompt=50, answer=5, teacher_prompt=180)
-    assert [problem.line for problem in fit([*rows, long], "auto", 200).too_long] == [20]
-    assert fit([*rows, long], "auto", 210).too_long == []
+    assert [problem.line for problem in fit(measured_rows(*rows, long), "auto", 200).too_long] == [20]
+    assert fit(measured_rows(*rows, long), "auto", 210).too_long == []
 
 
 def test_an_answer_longer_than_the_common_ones_needs_its_own_room() -> None:
     rows = [RowLength(line, prompt=10, answer=10, teacher_prompt=20) for line in range(1, 40)]
-    found = fit([*rows, RowLength(40, prompt=10, answer=90, teacher_prompt=100)], "auto", 180)
+    found = fit(measured_rows(*rows, RowLength(40, prompt=10, answer=90, teacher_prompt=100)), "auto", 180)
     assert [problem.line for problem in found.too_long] == [40]
 
 
 def test_no_rows_at_all() -> None:
-    assert fit([], "auto", 100).rows == []
+    assert fit(measured_rows(), "auto", 100).rows == []
 
 
 def test_lines_are_named_up_to_a_hundred() -> None:
-    found = fit([RowLength(line, 10, 10, 0) for line in range(1, 151)], None, 10)
+    found = fit(measured_rows(*(RowLength(line, 10, 10, 0) for line in range(1, 151))), None, 10)
     assert name_lines(found.too_long[:1]) == "line 1"
     assert name_lines(found.too_long[:3]) == "lines 1, 2, 3"
     assert name_lines(found.too_long).endswith(", 99, 100 and 50 more")

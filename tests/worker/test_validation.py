@@ -99,6 +99,23 @@ def test_dropped_rows_are_reported_never_silent(workshop: Workshop) -> None:
     assert event.data == {"param": "training_file", "dropped": 2, "lines": [1, 14]}
 
 
+def test_rows_too_long_to_be_counted_are_dropped_like_the_others(workshop: Workshop) -> None:
+    content = demonstration_file(5) + demonstration_line("x" * 500_000, "Never counted.") + b"\n" + demonstration_file(5) + LONG + b"\n"
+    job = outcome(workshop, content=content, method=sdft(over_length="drop", n_epochs=1, batch_size=5))
+    assert (job.status, job.total_steps) == ("queued", 2)
+    assert "2 of 12 rows of the training file don't fit the context and are left out: lines 6, 12" in messages_of(workshop.database, job.id)
+    error = failure(workshop, content=content, method=sdft())
+    assert [(problem["line"], problem["code"]) for problem in error["problems"]] == [(6, "context_length_exceeded"), (12, "context_length_exceeded")]
+
+
+def test_conversations_that_the_model_can_not_be_shown_fail_the_job(workshop: Workshop) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "[" * 100_000 + "]" * 100_000}}
+    messages = [{"role": "user", "content": "Which lamp?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    error = failure(workshop, content=demonstration_file() + json.dumps({"messages": messages}).encode() + b"\n", method=sdft())
+    assert (error["code"], error["param"]) == ("unsupported_conversation", "training_file")
+    assert error["message"] == "line 13: the arguments of a tool call are JSON nested deeper than 64 levels"
+
+
 def test_too_few_rows_left_fail_the_job(workshop: Workshop) -> None:
     error = failure(workshop, content=demonstration_file(9) + LONG + b"\n", method=sdft(over_length="drop"))
     assert (error["code"], error["param"]) == ("invalid_n_examples", "training_file")

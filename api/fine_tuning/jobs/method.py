@@ -14,6 +14,7 @@ from core.errors import BadRequest
 from sdft_engine.contract.errors import ConfigurationError
 from sdft_engine.contract.hyperparameters import FIELDS_NOT_YET_AVAILABLE, NOT_YET_AVAILABLE, SdftHyperparameters, SupervisedHyperparameters
 from sdft_engine.contract.prompts import check_teacher_template
+from sdft_engine.contract.quoting import quoted, shortened
 
 METHODS = {"sdft": SdftHyperparameters, "supervised": SupervisedHyperparameters}
 KNOWN_BUT_REFUSED = ("dpo", "reinforcement")
@@ -49,11 +50,12 @@ def _kind_of(given: dict[str, Any]) -> str:
     if kind in KNOWN_BUT_REFUSED:
         raise BadRequest(f"method.type: this server does not train with {kind!r}; use sdft or supervised", code="unsupported_method", param="method.type")
     if not isinstance(kind, str) or kind not in METHODS:
-        raise BadRequest(f"method.type: must be sdft or supervised, not {kind!r}", code="invalid_value", param="method.type")
+        raise BadRequest(f"method.type: must be sdft or supervised, not {quoted(kind)}", code="invalid_value", param="method.type")
     for name in given:
         if name not in ("type", kind):
             reason = f"does not belong to the method {kind}" if name in (*METHODS, *KNOWN_BUT_REFUSED) else "unknown field"
-            raise BadRequest(f"method.{name}: {reason}", code="unknown_parameter", param=f"method.{name}")
+            param = f"method.{shortened(name)}"
+            raise BadRequest(f"{param}: {reason}", code="unknown_parameter", param=param)
     return kind
 
 
@@ -63,8 +65,8 @@ def _checked_hyperparameters(kind: str, given: dict[str, Any], where: str) -> di
         if kind == "sdft" and (_not_yet(name, value) and name not in (*SDFT_OPTIONS, *SDFT_OPTIONS_NOT_YET_AVAILABLE)):
             raise _not_yet_available(f"{where}.{name}", value)
         if name not in wire.model_fields:
-            known = ", ".join(wire.model_fields)
-            raise BadRequest(f"{where}.{name}: unknown hyperparameter; known are {known}", code="unknown_parameter", param=f"{where}.{name}")
+            param, known = f"{where}.{shortened(name)}", ", ".join(wire.model_fields)
+            raise BadRequest(f"{param}: unknown hyperparameter; known are {known}", code="unknown_parameter", param=param)
     try:
         return wire.model_validate(given).model_dump()
     except ValidationError as error:
@@ -83,7 +85,7 @@ def _checked_options(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         if name != "teacher_template" and name not in SDFT_OPTIONS:
             raise _unknown_option(kind, name)
         if name in SDFT_OPTIONS and value not in SDFT_OPTIONS[name]:
-            raise BadRequest(f"{param}: must be {' or '.join(SDFT_OPTIONS[name])}, not {value!r}", code="invalid_value", param=param)
+            raise BadRequest(f"{param}: must be {' or '.join(SDFT_OPTIONS[name])}, not {quoted(value)}", code="invalid_value", param=param)
     options = {name: given.get(name, values[0]) for name, values in SDFT_OPTIONS.items()}
     return {"teacher_template": _checked_template(given.get("teacher_template", DEFAULT_TEACHER_TEMPLATE)), **options}
 
@@ -104,11 +106,12 @@ def _not_yet(name: str, value: Any) -> bool:
 
 
 def _not_yet_available(param: str, value: Any) -> BadRequest:
-    return BadRequest(f"{param}: {value!r} is not yet available in this version", code="not_yet_available", param=param)
+    return BadRequest(f"{param}: {quoted(value)} is not yet available in this version", code="not_yet_available", param=param)
 
 
 def _unknown_option(kind: str, name: str) -> BadRequest:
-    return BadRequest(f"method.{kind}.{name}: unknown field", code="unknown_parameter", param=f"method.{kind}.{name}")
+    param = f"method.{kind}.{shortened(name)}"
+    return BadRequest(f"{param}: unknown field", code="unknown_parameter", param=param)
 
 
 def _object(value: Any, param: str) -> dict[str, Any]:

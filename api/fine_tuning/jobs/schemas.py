@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from api.pagination import Identified
 from api.strict_json import WITHOUT_NUL, ObjectId
@@ -17,6 +17,8 @@ MetadataValue = Annotated[str, Field(max_length=512), WITHOUT_NUL]
 
 class CreateJob(BaseModel):
     """What it does not know is ignored, as OpenAI does at this level. `method` is checked in api.fine_tuning.jobs.method."""
+
+    model_config = ConfigDict(strict=True)
 
     model: ObjectId
     training_file: ObjectId

@@ -128,8 +128,9 @@ def misbehave(status: int, content: Any) -> Any:
 UPSTREAM_ERRORS: list[tuple[int, Any, int, str | None, str | None, str]] = [
     # status and body of the inference server; then ours: status, code, param and words of the message
     (400, {"error": {"message": "NAME: 9 tokens are too many", "param": "messages", "code": "too_many"}}, 400, "too_many", "messages", PUBLIC),
-    (400, {"object": "error", "message": "temperature is odd", "param": None, "code": 400}, 400, None, None, "odd"),
-    (422, {"error": {"message": "odd", "param": "stop"}}, 400, None, "stop", "odd"),
+    (400, {"object": "error", "message": "temperature is odd", "param": None, "code": 400}, 400, "invalid_value", None, "odd"),
+    (422, {"error": {"message": "odd", "param": "stop"}}, 400, "invalid_value", "stop", "odd"),
+    (400, {"error": {"message": "odd", "param": "x" * 9_000}}, 400, "invalid_value", "x" * 100 + "…", "odd"),
     (413, {"error": {"message": "large"}}, 413, "request_too_large", None, "large"),
     (429, {"error": {"message": "busy"}}, 503, "inference_unavailable", None, "busy"),
     (503, {"error": {"message": "NAME is loading"}}, 503, "inference_unavailable", None, PUBLIC),
@@ -241,3 +242,12 @@ def test_no_connection_of_the_database_is_held_while_an_answer_streams(live_api:
     with live_api.openai.chat.completions.create(model="tiny", messages=HELLO, stream=True) as stream:
         next(iter(stream))
         assert live_api.state.database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+def test_answer_that_takes_too_long_is_paid_for_once(live_api: Api, inference: InferenceStub) -> None:
+    live_api.state.inference._timeout = httpx2.Timeout(0.3)
+    inference.endless = True
+    with pytest.raises(openai.InternalServerError) as caught:
+        live_api.openai.with_options(max_retries=2).chat.completions.create(model="tiny", messages=HELLO)
+    assert (caught.value.status_code, caught.value.code) == (504, "inference_timeout")
+    assert len(inference.chats) == 1

@@ -75,6 +75,7 @@ def test_other_parts_are_refused(part: Any) -> None:
     with pytest.raises(ValidationError) as caught:
         chat(messages=[{"role": "user", "content": [part]}])
     assert caught.value.errors()[0]["type"] == "unsupported_content"
+    assert "must be {type: text, text: …};" in caught.value.errors()[0]["msg"]
 
 
 def test_conversation_with_tools() -> None:

@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 from collections.abc import Callable
@@ -18,9 +19,9 @@ GOOD = json.dumps({"prompt": "a", "completion": "b"}).encode()
 LINES = [GOOD, GOOD.ljust(LONGEST), GOOD.ljust(LONGEST + 1), GOOD.ljust(3 * LONGEST), b"", b"  ", b"{", b"\xff"]
 
 
-def open_contents(make_settings: MakeSettings, tmp_path: Path) -> TrainingContents:
+def open_contents(make_settings: MakeSettings, tmp_path: Path, *, compressed: bool = False, **overrides: int) -> TrainingContents:
     writer = LocalStorage(tmp_path / "storage").open_writer("files/x")
-    return TrainingContents(writer, make_settings(max_line_bytes=LONGEST), compressed=False)
+    return TrainingContents(writer, make_settings(max_line_bytes=LONGEST, **overrides), compressed=compressed)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -60,3 +61,18 @@ def test_endless_line_is_not_kept_in_memory(make_settings: MakeSettings, tmp_pat
         contents.write(b"x" * 100_000)
     assert len(contents._unfinished_line) <= LONGEST + 1
     contents.abort()
+
+
+def test_nothing_is_read_beyond_the_last_line_allowed(make_settings: MakeSettings, tmp_path: Path) -> None:
+    contents = open_contents(make_settings, tmp_path, compressed=True, max_lines=50)
+    with pytest.raises(InvalidFile, match="line 51: the file has more than 50 lines") as caught:
+        contents.write(gzip.compress(b"\n" * 4_000_000))
+    assert caught.value.code == "too_many_lines"
+    assert contents._reader.line_count == 51
+
+
+def test_as_many_lines_as_are_allowed(make_settings: MakeSettings, tmp_path: Path) -> None:
+    contents = open_contents(make_settings, tmp_path, max_lines=50)
+    contents.write((GOOD + b"\n") * 50)
+    contents.commit()
+    assert contents.example_count == 50

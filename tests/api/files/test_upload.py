@@ -220,6 +220,8 @@ def test_expiry(api: Api) -> None:
         ({"expires_after[seconds]": "2592001"}, "expires_after.seconds"),
         ({"expires_after[seconds]": "soon"}, "expires_after.seconds"),
         ({"expires_after[seconds]": "9" * 5000}, "expires_after.seconds"),
+        ({"expires_after[seconds]": "0002592000" + "9" * 30}, "expires_after.seconds"),
+        ({"expires_after[seconds]": "0002592000" + "9" * 300}, "expires_after.seconds"),
         ({"expires_after[anchor]": "last_active_at"}, "expires_after.anchor"),
     ):
         assert_error(post(api, training_lines(), **{**good, **wrong}), 400, "invalid_value", param)
@@ -240,13 +242,17 @@ def test_client_that_leaves_in_the_middle_leaves_nothing(live_api: Api) -> None:
     assert live_api.openai.files.create(file=("t.jsonl", training_lines()), purpose="fine-tune").status == "processed"
 
 
-def test_row_that_cannot_be_written_leaves_no_object(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [(Unavailable("the database can't be reached or is busy"), 503, "service_unavailable"), (OverflowError("a number too large"), 500, "server_error")],
+)
+def test_row_that_cannot_be_written_leaves_no_object(api: Api, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, code: str) -> None:
     def down(self: Database) -> None:
-        raise Unavailable("the database can't be reached or is busy")
+        raise error
 
     api.client.get("/v1/files")  # so that the key is known
     monkeypatch.setattr(Database, "transaction", down)
-    assert_error(post(api, training_lines()), 503, "service_unavailable")
+    assert_error(post(api, training_lines()), status, code)
     monkeypatch.undo()
     assert_nothing_left(api)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.normalizers import NFC
 from tokenizers.processors import TemplateProcessing
 
 from sdft_engine.contract.dataset import Demonstration
-from sdft_engine.contract.errors import BaseModelError, ConfigurationError
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError, ContextExceeded
 from sdft_engine.contract.prompts import ChatFormat
 from tests.tiny_model import CHAT_TEMPLATE
 
@@ -98,6 +99,64 @@ def test_tool_call_arguments_given_as_text_are_shown_as_objects(chat: ChatFormat
     assert chat.render([USER, message, TOOL]) == chat.render([USER, CALLING, TOOL])
     broken = {"role": "assistant", "content": None, "tool_calls": [{**CALL, "function": {"name": "look", "arguments": "{not json"}}]}
     assert "{not json" in chat.render([USER, broken, TOOL])
+
+
+@pytest.mark.parametrize("depth", [64, 65, 900, 100_000])
+def test_arguments_are_nested_64_levels_deep_at_most(chat: ChatFormat, depth: int) -> None:
+    call = {**CALL, "function": {"name": "look", "arguments": "[" * depth + "]" * depth}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    if depth <= 64:
+        assert "[" * depth in chat.render([USER, message])
+        return
+    with pytest.raises(ConfigurationError, match="deeper than 64 levels") as caught:
+        chat.render([USER, message])
+    assert caught.value.param == "messages"
+
+
+def test_arguments_that_only_the_template_finds_too_deep_are_refused(chat: ChatFormat) -> None:
+    arguments: list[Any] = []
+    for _ in range(5_000):
+        arguments = [arguments]
+    with pytest.raises(ConfigurationError, match="chat template refuses"):
+        chat.render([USER, {**CALLING, "tool_calls": [{**CALL, "function": {"name": "look", "arguments": arguments}}]}])
+
+
+def test_what_the_template_shows_is_not_refused(chat: ChatFormat) -> None:
+    for messages, tools in CONVERSATIONS.values():
+        chat.require_shown(messages, tools)
+    chat.require_shown([USER, {**ANSWER, "tool_calls": None}])
+
+
+def test_tools_and_tool_calls_that_the_template_leaves_out_are_refused(real_model_dir: Path) -> None:
+    chat = ChatFormat.from_directory(real_model_dir)
+    chat.require_shown([USER, {**ANSWER, "tool_calls": None}], [])
+    with pytest.raises(ConfigurationError, match="no place for tools") as caught:
+        chat.require_shown([USER], TOOLS)
+    assert caught.value.param == "tools"
+    with pytest.raises(ConfigurationError, match="no place for tool calls") as caught:
+        chat.require_shown([USER, CALLING, TOOL])
+    assert caught.value.param == "messages"
+
+
+def test_a_template_that_can_not_do_without_tools_shows_them(tiny_model_dir: Path, tmp_path: Path) -> None:
+    template = "{% if not (tools and messages[-1].tool_calls) %}{{ raise_exception('no tools') }}{% endif %}"
+    ChatFormat.from_directory(copy_tokenizer(tiny_model_dir, tmp_path / "model", template)).require_shown([USER, CALLING], TOOLS)
+
+
+def test_the_longest_text_that_could_fit_is_still_counted(chat: ChatFormat, tiny_model_dir: Path, tmp_path: Path) -> None:
+    longest = max(chat.tokenizer.get_vocab(), key=len)
+    assert len(chat.encode(longest * 512)) <= 512, "a context full of the longest token"
+    with pytest.raises(ContextExceeded, match="more tokens than the 512 that the context holds"):
+        chat.encode(longest * 512 + "x")
+    directory = copy_tokenizer(tiny_model_dir, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.normalizer = NFC()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    composed = ChatFormat.from_directory(directory)
+    assert len(composed.encode("\u03b1\u0313\u0300\u0345" * 512)) == len(composed.encode("\u1f82" * 512)), "four characters become one"
+    assert composed.encode(longest * 2048)
+    with pytest.raises(ContextExceeded):
+        composed.encode(longest * 2048 + "x")
 
 
 def test_training_weights_are_not_shown(chat: ChatFormat) -> None:

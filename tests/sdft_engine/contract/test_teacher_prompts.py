@@ -111,6 +111,9 @@ def test_braces_in_the_data_are_only_text(text: str, template: str) -> None:
         "{demonstration",
         "demonstration}",
         "{demonstration} {",
+        "{demonstration}" * 5,
+        "{demonstration}" + "{context}" * 2_000,
+        "{" + "x" * 30_000 + "}",
     ],
 )
 def test_templates_that_can_not_be_used_are_refused_by_field(template: str) -> None:
@@ -118,6 +121,13 @@ def test_templates_that_can_not_be_used_are_refused_by_field(template: str) -> N
         check_teacher_template(template)
     assert caught.value.param == "method.sdft.teacher_template"
     assert "teacher_template" in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+def test_a_field_may_stand_four_times() -> None:
+    check_teacher_template("{demonstration}{question}{context}{{demonstration}}" * 4)
+    with pytest.raises(ConfigurationError, match=r"\{question\} at most 4 times, not 2,000 times"):
+        check_teacher_template("{demonstration}" + "{question}" * 2_000)
 
 
 def test_demonstration_as_text() -> None:

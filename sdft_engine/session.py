@@ -1,6 +1,8 @@
 """A run in memory: the model with student and teacher, the data as token ids, the optimizer, and where the run stands."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from sdft_engine.batching import ScoredText
 from sdft_engine.checkpoint import TrainingState, load_checkpoint
 from sdft_engine.contract.config import TrainingConfig, read_config
 from sdft_engine.contract.dataset import DatasetLimits, Demonstration, read_dataset, summarise_problems
-from sdft_engine.contract.errors import DatasetError
+from sdft_engine.contract.errors import ContextExceeded, DatasetError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
+from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.generation import seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
@@ -78,11 +81,10 @@ def open_session(run: RunDirectory) -> Session:
         config=config,
         model=model,
         demonstrations=demonstrations,
-        texts=[ScoredText(chat_format.student_prompt_ids(d), chat_format.answer_ids(d)) for d in demonstrations],
-        teacher_prompts=[chat_format.teacher_prompt_ids(d, config.teacher_template) for d in demonstrations] if teacher else [],
+        texts=[_scored_text(chat_format, d, "training_file") for d in demonstrations],
+        teacher_prompts=[_teacher_prompt(chat_format, d, config.teacher_template) for d in demonstrations] if teacher else [],
         validation=[
-            ScoredText(chat_format.student_prompt_ids(d), chat_format.answer_ids(d))
-            for d in (_read(run.validation_path, "validation_file") if run.validation_path.exists() else [])
+            _scored_text(chat_format, d, "validation_file") for d in (_read(run.validation_path, "validation_file") if run.validation_path.exists() else [])
         ],
         teacher=teacher,
         optimizer=optimizer,
@@ -103,6 +105,24 @@ def open_session(run: RunDirectory) -> Session:
         session.state.temperature = settle_temperature(session)
         session.state.mask_clipped_completions = settle_masking(session)
     return session
+
+
+def _scored_text(chat_format: ChatFormat, demonstration: Demonstration, param: str) -> ScoredText:
+    with _naming_line(demonstration, param):
+        return ScoredText(chat_format.student_prompt_ids(demonstration), chat_format.answer_ids(demonstration))
+
+
+def _teacher_prompt(chat_format: ChatFormat, demonstration: Demonstration, template: str) -> list[int]:
+    with _naming_line(demonstration, "training_file"):
+        return chat_format.teacher_prompt_ids(demonstration, template)
+
+
+@contextlib.contextmanager
+def _naming_line(demonstration: Demonstration, param: str) -> Iterator[None]:
+    try:
+        yield
+    except ContextExceeded as error:
+        raise DatasetError(f"line {demonstration.line}: {error.message}", param=param) from error
 
 
 def refuse_too_long_rows(session: Session) -> None:

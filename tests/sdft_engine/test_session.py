@@ -78,8 +78,9 @@ def test_a_line_has_the_number_that_it_had_in_the_users_file(tmp_path: Path, tin
     long = example(1)
     long["messages"][0]["content"] = "lamp " * 300_000  # more than the service's default allows
     run.train_path.write_text(f"\n{json.dumps(example(0))}\n\n{json.dumps(long)}\n")
-    with pytest.raises(DatasetError, match=r"line 4: it needs .* tokens"):
+    with pytest.raises(DatasetError, match=r"line 4: .* tokens") as raised:
         open_session(run)
+    assert raised.value.param == "training_file"
 
 
 def test_a_configuration_without_its_section_or_model_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -43,6 +43,7 @@ def answers(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_process_serves_adapters_and_stops_when_told(tiny_model_dir: Path, adapters_dir: Path) -> None:
     with process(tiny_model_dir, adapters_dir, "--threads", "1", "--max-batch", "2") as (started, url):
         wait_until(lambda: answers(url), seconds=240)
@@ -56,6 +57,7 @@ def test_the_process_serves_adapters_and_stops_when_told(tiny_model_dir: Path, a
         assert started.wait(timeout=20) in (0, -signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_an_unusable_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     """And torch, whose thread pool reads OMP_WAIT_POLICY once, was not loaded before that was set."""
     program = (

@@ -110,6 +110,7 @@ def test_a_data_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_base_model_that_cannot_be_prepared_is_said_and_all_is_stopped(data_dir: Path, port: int, tmp_path: Path) -> None:
     catalogue = '[{"id": "mine", "source": "/nowhere/model"}]'
     result = run_up(data_dir, "--port", str(port), SDFT_BASE_MODELS=catalogue, SDFT_CACHE_DIR=str(tmp_path / "cache"))

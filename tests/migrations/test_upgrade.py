@@ -106,6 +106,7 @@ def test_failed_migration_leaves_nothing_behind(empty_database_url: str) -> None
     assert current_revision(empty_database_url) is None
 
 
+@pytest.mark.slow
 def test_several_processes_may_migrate_at_once_from_any_directory(empty_database_url: str, tmp_path: Path) -> None:
     processes = [run_migrations(empty_database_url, cwd=tmp_path) for _ in range(3)]
     for process in processes:

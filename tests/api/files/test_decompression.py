@@ -32,7 +32,11 @@ def test_nothing_is_nothing() -> None:
     assert gunzip(b"") == b""
 
 
-@pytest.mark.parametrize("compressed", [b"not gzip", gzip.compress(b"some text")[:-1], gzip.compress(b"text" * 1000)[:20], gzip.compress(b"x") + b"junk"])
+@pytest.mark.parametrize(
+    "compressed",
+    [b"not gzip", gzip.compress(b"some text")[:-1], gzip.compress(b"text" * 1000)[:20], gzip.compress(b"x") + b"junk"],
+    ids=["not gzip", "last byte missing", "cut off", "junk behind"],
+)
 def test_damaged(compressed: bytes) -> None:
     with pytest.raises(InvalidFile) as caught:
         gunzip(compressed)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule, run_state_machine_as_test
@@ -136,6 +137,7 @@ class Jobs(RuleBasedStateMachine):
                 self.final[job.id] = job.status
 
 
+@pytest.mark.slow
 def test_no_order_of_events_breaks_a_job(database: Database) -> None:
     Jobs.database = database
     checks = settings(max_examples=50, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

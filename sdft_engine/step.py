@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sdft_engine.batching import ScoredText, completion_hidden_states, passes
-from sdft_engine.divergences import DIVERGENCES, entropy
+from sdft_engine.divergences import TokenLoss, entropy, token_divergence, top_k_chooser, top_k_mass
+from sdft_engine.importance import ImportanceCorrection, importance_weights
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
 
@@ -34,12 +35,18 @@ class Rollout:
     completion_ids: list[int]
     finished: bool
     """It ended by itself; False: cut off at max_completion_tokens."""
+    sampler_logps: list[float] | None = None
+    """Of every completion token by a sampler that is not the trainer, at the sampling temperature; None: the trainer sampled."""
 
-    def loss_mask(self, skip_first_tokens: int, mask_clipped: bool) -> list[bool]:
-        """Tokens that give loss: all but the first min(skip, length // 4), and none of a clipped rollout if those are masked."""
+    def loss_mask(self, skip_first_tokens: int, mask_clipped: bool, answer_start: int = 0) -> list[bool]:
+        """Tokens that give loss: all but the first min(skip, length // 4), and none of a clipped rollout if those are masked.
+
+        `answer_start` is where the answer begins after the model's thoughts: its first tokens are left out by the same rule.
+        """
         length = len(self.completion_ids)
-        skip = min(skip_first_tokens, length // 4)
-        return [offset >= skip and (self.finished or not mask_clipped) for offset in range(length)]
+        spans = {(0, length), (answer_start, length - answer_start)}
+        skipped = {start + offset for start, count in spans for offset in range(min(skip_first_tokens, count // 4))}
+        return [offset not in skipped and (self.finished or not mask_clipped) for offset in range(length)]
 
 
 @dataclass
@@ -52,6 +59,9 @@ class TokenStatistics:
     entropy_sum: float = 0.0
     divergence_max: float = 0.0
     reward_sum: float = 0.0
+    ratio_sum: float = 0.0
+    """Importance ratios; of the trainer's own rollouts none."""
+    top_k_mass_sum: float = 0.0
     teacher_seconds: float = 0.0
     student_seconds: float = 0.0
     per_token: dict[int, list[float]] = field(default_factory=dict)
@@ -66,10 +76,20 @@ class PassBudget:
     teacher_tokens: int = 4096
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: a token's loss, the temperature by which both logits are divided, and how the rollouts of another
+    sampler are weighted."""
+
+    token_loss: TokenLoss = field(default_factory=TokenLoss)
+    temperature: float = 1.0
+    importance: ImportanceCorrection = "sequence"
+
+
 def sdft_gradient(
-    model: LanguageModel, rollouts: list[Rollout], masks: list[list[bool]], teacher_adapter: str, divergence: str, temperature: float, budget: PassBudget
+    model: LanguageModel, rollouts: list[Rollout], masks: list[list[bool]], teacher_adapter: str, objective: Objective, budget: PassBudget
 ) -> TokenStatistics:
-    """Add the gradient of the SDFT loss to the student's factors. Both logits are divided by the sampling temperature."""
+    """Add the gradient of the SDFT loss to the student's factors."""
     statistics = TokenStatistics()
     start = time.perf_counter()
     teacher_NH = _teacher_hidden_states(model, rollouts, teacher_adapter, budget.teacher_tokens)
@@ -77,7 +97,6 @@ def sdft_gradient(
     start = time.perf_counter()
     texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
     weights = [[flag / sum(mask) / len(rollouts) if flag else 0.0 for flag in mask] for mask in masks]
-    function = DIVERGENCES[divergence]
     for rows in passes(texts, budget.student_tokens):
         targets = _tensor([token for row in rows for token in rollouts[row].completion_ids], model.device)
         weights_N = _tensor([weight for row in rows for weight in weights[row]], model.device)
@@ -93,14 +112,18 @@ def sdft_gradient(
             out: list[Tensor] = divergences,
         ) -> Tensor:
             with torch.no_grad():
-                teacher_logps_NV = (model.logits(teacher[part]) / temperature).log_softmax(dim=-1)
-            student_logps_NV = (model.logits(hidden_NH) / temperature).log_softmax(dim=-1)
-            divergence_N = function(teacher_logps_NV, student_logps_NV)
-            _observe(statistics, divergence_N.detach(), teacher_logps_NV, student_logps_NV.detach(), targets[part], weights_N[part])
+                teacher_logps_NV = (model.logits(teacher[part]) / objective.temperature).log_softmax(dim=-1)
+            student_logps_NV = (model.logits(hidden_NH) / objective.temperature).log_softmax(dim=-1)
+            divergence_N = token_divergence(objective.token_loss, teacher_logps_NV, student_logps_NV, targets[part])
+            _observe(statistics, objective.token_loss, divergence_N.detach(), teacher_logps_NV, student_logps_NV.detach(), targets[part], weights_N[part])
             out.append(divergence_N.detach())
             return (divergence_N * weights_N[part]).sum()
 
-        statistics.loss += _backward_through_head(model, [texts[row] for row in rows], chunk_loss)
+        def weigh(hidden_NH: Tensor, rows: list[int] = rows, weights_N: Tensor = weights_N) -> None:
+            weights_N *= _importance(model, hidden_NH, [rollouts[row] for row in rows], weights_N > 0, objective, statistics)
+
+        corrected = any(rollouts[row].sampler_logps is not None for row in rows)
+        statistics.loss += _backward_through_head(model, [texts[row] for row in rows], chunk_loss, weigh if corrected else None)
         _file_per_token(statistics, rows, rollouts, torch.cat(divergences))
     statistics.student_seconds = time.perf_counter() - start
     return statistics
@@ -157,10 +180,18 @@ def _teacher_hidden_states(model: LanguageModel, rollouts: list[Rollout], adapte
     return [found[row] for row in range(len(texts))]
 
 
-def _backward_through_head(model: LanguageModel, texts: list[ScoredText], chunk_loss: Callable[[Tensor, slice], Tensor]) -> float:
-    """Forward the student, differentiate each chunk down to its hidden states, then these once through the decoder."""
+def _backward_through_head(
+    model: LanguageModel, texts: list[ScoredText], chunk_loss: Callable[[Tensor, slice], Tensor], before: Callable[[Tensor], None] | None = None
+) -> float:
+    """Forward the student, differentiate each chunk down to its hidden states, then these once through the decoder.
+
+    `before` sees all hidden states (N, H) first, without gradients.
+    """
     with model.adapters.use(STUDENT):
         hidden_NH = completion_hidden_states(model, texts)
+        if before is not None:
+            with torch.no_grad():
+                before(hidden_NH.detach())
         gradient_NH = torch.zeros_like(hidden_NH)
         total = 0.0
         for part in _chunks(len(hidden_NH), model.network.config.vocab_size):
@@ -173,8 +204,37 @@ def _backward_through_head(model: LanguageModel, texts: list[ScoredText], chunk_
     return total
 
 
+def _importance(
+    model: LanguageModel, hidden_NH: Tensor, rollouts: list[Rollout], counted_N: Tensor, objective: Objective, statistics: TokenStatistics
+) -> Tensor:
+    """Importance weights (N,) of these rollouts' tokens, one after the other. Of the trainer's own rollouts they are ones."""
+    targets = _tensor([token for rollout in rollouts for token in rollout.completion_ids], model.device)
+    own_N = torch.cat(
+        [
+            (model.logits(hidden_NH[part]) / objective.temperature).log_softmax(dim=-1).gather(1, targets[part, None])[:, 0]
+            for part in _chunks(len(hidden_NH), model.network.config.vocab_size)
+        ]
+    )
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    weights = []
+    for rollout, own_T, counted_T in zip(rollouts, own_N.split(lengths), counted_N.split(lengths), strict=True):
+        if rollout.sampler_logps is None:
+            weights.append(torch.ones_like(own_T))
+            continue
+        weights_T, ratios_T = importance_weights(own_T, _tensor(rollout.sampler_logps, model.device), counted_T, objective.importance)
+        statistics.ratio_sum += float(ratios_T[counted_T].sum())
+        weights.append(weights_T)
+    return torch.cat(weights)
+
+
 def _observe(
-    statistics: TokenStatistics, divergence_N: Tensor, teacher_logps_NV: Tensor, student_logps_NV: Tensor, targets_N: Tensor, weights_N: Tensor
+    statistics: TokenStatistics,
+    token_loss: TokenLoss,
+    divergence_N: Tensor,
+    teacher_logps_NV: Tensor,
+    student_logps_NV: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
 ) -> None:
     counted = weights_N > 0
     statistics.loss_tokens += int(counted.sum())
@@ -185,6 +245,9 @@ def _observe(
     statistics.reward_sum += float((shown - own)[counted].sum())
     statistics.entropy_sum += float(entropy(student_logps_NV)[counted].sum())
     statistics.correct_tokens += int((student_logps_NV.argmax(dim=-1) == teacher_logps_NV.argmax(dim=-1))[counted].sum())
+    if token_loss.estimator == "top_k":
+        chooser_NV = top_k_chooser(token_loss, teacher_logps_NV, student_logps_NV)[counted]
+        statistics.top_k_mass_sum += float(top_k_mass(chooser_NV, token_loss.top_k).sum())
     statistics.divergence_max = max(statistics.divergence_max, float(divergence_N[counted].max()))
 
 

@@ -25,12 +25,13 @@ from sdft_engine.contract.errors import NumericalError
 from sdft_engine.contract.hyperparameters import ResolvedSdft
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory, StopReason, TrainingResult, append_line
+from sdft_engine.divergences import TokenLoss
 from sdft_engine.export import write_final
 from sdft_engine.lora import STUDENT
 from sdft_engine.rollouts import write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
 from sdft_engine.session import Session, open_session, rollouts_of_step
-from sdft_engine.step import TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
+from sdft_engine.step import Objective, Rollout, TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
 
 BARREN_STEPS = 10
 """Steps without a single loss token after which a run is stopped: nothing would ever be learned."""
@@ -102,22 +103,24 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> dict[str, float]:
     settings, teacher = session.config.sdft, session.teacher
     assert isinstance(settings, ResolvedSdft)
     assert teacher is not None
-    assert session.state.temperature is not None
     start = time.perf_counter()
     rollouts = rollouts_of_step(session, step, rows)
     rollout_seconds = time.perf_counter() - start
-    masks = [rollout.loss_mask(settings.skip_first_tokens, bool(session.state.mask_clipped_completions)) for rollout in rollouts]
-    statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, settings.divergence, session.state.temperature, session.budget)
+    masks = masks_of(session, rollouts)
+    statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget)
     if step == 1 or step % session.config.rollout_sample_every_steps == 0:
         write_rollouts(session.run.rollouts_dir / f"step_{step:06d}.jsonl", session.model, rollouts, statistics.per_token)
     watch_barren_steps(session, statistics)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     first = [value for row, mask in enumerate(masks) for value in statistics.per_token[row][: mask.index(True) if True in mask else 0]]
     finished = sum(rollout.finished for rollout in rollouts)
+    count = statistics.loss_tokens
     return _shared_measurements(statistics) | {
         "divergence_max": statistics.divergence_max,
         "divergence_first_tokens": sum(first) / len(first) if first else None,
         "implicit_reward": statistics.reward_sum / len(rollouts),
+        "importance_ratio": statistics.ratio_sum / count if count and rollouts[0].sampler_logps is not None else None,
+        "top_k_mass": statistics.top_k_mass_sum / count if count and settings.estimator == "top_k" else None,
         "completion_tokens_mean": sum(lengths) / len(lengths),
         "clipped_ratio": 1 - finished / len(rollouts),
         "eos_ratio": finished / len(rollouts),
@@ -125,6 +128,23 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> dict[str, float]:
         "teacher_seconds": statistics.teacher_seconds,
         "trained_tokens": sum(len(r.student_prompt_ids) + len(r.completion_ids) for r in rollouts),
     }
+
+
+def objective_of(session: Session) -> Objective:
+    settings = session.config.sdft
+    assert isinstance(settings, ResolvedSdft)
+    assert session.state.temperature is not None
+    loss = TokenLoss(settings.divergence, settings.jsd_beta, settings.estimator, settings.top_k, settings.entry_clip, settings.token_clip)
+    return Objective(loss, session.state.temperature)
+
+
+def masks_of(session: Session, rollouts: list[Rollout]) -> list[list[bool]]:
+    settings = session.config.sdft
+    assert isinstance(settings, ResolvedSdft)
+    chat_format = session.model.chat_format
+    starts = [chat_format.answer_start(rollout.completion_ids) if settings.skip_after_think else 0 for rollout in rollouts]
+    mask_clipped = bool(session.state.mask_clipped_completions)
+    return [rollout.loss_mask(settings.skip_first_tokens, mask_clipped, start) for rollout, start in zip(rollouts, starts, strict=True)]
 
 
 def supervised_step(session: Session, rows: list[int]) -> dict[str, float]:

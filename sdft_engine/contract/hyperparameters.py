@@ -15,14 +15,12 @@ Auto = Literal["auto"]
 Wire = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 NOT_YET_AVAILABLE = {
-    "divergence": ("jsd",),
-    "estimator": ("top_k", "sampled"),
     "sampler": ("vllm",),
     "baseline": ("sft_matched",),
 }
 """Values of known fields that this version refuses, by field."""
 
-FIELDS_NOT_YET_AVAILABLE = ("jsd_beta", "top_k", "skip_after_think", "entry_clip", "token_clip", "retention_file", "max_retention_drop", "reasoning")
+FIELDS_NOT_YET_AVAILABLE = ("retention_file", "max_retention_drop", "reasoning")
 """Known fields that this version refuses whenever they are given."""
 
 Epochs = Annotated[int, Field(ge=1, le=50)]
@@ -58,17 +56,36 @@ class SdftHyperparameters(SupervisedHyperparameters):
     """`method.sdft.hyperparameters`."""
 
     max_completion_tokens: Annotated[int, Field(ge=1, le=32_768)] | Auto = "auto"
-    divergence: Literal["forward", "reverse"] = "forward"
-    estimator: Literal["full"] = "full"
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    estimator: Literal["full", "top_k", "sampled"] = "full"
+    top_k: int = Field(128, ge=8, le=1024)
+    entry_clip: Annotated[float, Field(gt=0)] | None = None
+    token_clip: Annotated[float, Field(gt=0)] | None = None
     teacher: Literal["ema", "frozen", "live"] = "ema"
     ema_rate: float = Field(0.02, gt=0, lt=1)
     teacher_start: Literal["parent", "base"] = "parent"
     temperature: Annotated[float, Field(ge=0.1, le=2)] | Auto = "auto"
     skip_first_tokens: int = Field(3, ge=0, le=32)
+    skip_after_think: bool = False
     mask_clipped_completions: bool | Auto = "auto"
     weight_decay: float = Field(0.0, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
     over_length: Literal["reject", "drop"] = "reject"
+
+    @field_validator("estimator")
+    @classmethod
+    def _samples_only_the_reverse_divergence(cls, value: str, info: ValidationInfo) -> str:
+        if value == "sampled" and info.data.get("divergence", "reverse") != "reverse":
+            raise ValueError('"sampled" estimates the reverse divergence only: set divergence to "reverse", or estimator to "full" or "top_k"')
+        return value
+
+    @field_validator("entry_clip")
+    @classmethod
+    def _clips_entries_that_are_computed(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("estimator") == "sampled":
+            raise ValueError('the estimator "sampled" looks at one entry of the vocabulary only: use token_clip')
+        return value
 
 
 class ResolvedSupervised(BaseModel):
@@ -88,13 +105,18 @@ class ResolvedSupervised(BaseModel):
 
 class ResolvedSdft(ResolvedSupervised):
     max_completion_tokens: int
-    divergence: Literal["forward", "reverse"]
-    estimator: Literal["full"]
+    divergence: Literal["forward", "reverse", "jsd"]
+    jsd_beta: float = 0.5
+    estimator: Literal["full", "top_k", "sampled"]
+    top_k: int = 128
+    entry_clip: float | None = None
+    token_clip: float | None = None
     teacher: Literal["ema", "frozen", "live"]
     ema_rate: float
     teacher_start: Literal["parent", "base"]
     temperature: float | Auto
     skip_first_tokens: int
+    skip_after_think: bool = False
     mask_clipped_completions: bool | Auto
     over_length: Literal["reject", "drop"]
 

@@ -31,6 +31,10 @@ class StepMetrics(BaseModel):
     """Mean over the loss tokens of the student's entropy, at the sampling temperature."""
     implicit_reward: float | None = None
     """Mean over rollouts of the sum over loss tokens of log pi(y|x,c) - log pi(y|x) (METHOD: the reward SDFT maximises)."""
+    importance_ratio: float | None = None
+    """Mean over the loss tokens of pi_trainer / pi_sampler, where another program sampled the rollouts."""
+    top_k_mass: float | None = None
+    """Mean over the loss tokens of the probability that the estimator `top_k` looks at; the rest is its tail."""
     completion_tokens_mean: float | None = None
     """Mean length of the rollouts, the end-of-sequence token included."""
     clipped_ratio: float | None = None

@@ -14,6 +14,7 @@ The teacher's prompt is the student's prompt in which the last user turn is repl
 Torch-free: jinja2 in its sandbox and the `tokenizers` library.
 """
 
+import bisect
 import json
 import string
 from collections import Counter
@@ -54,6 +55,7 @@ CONTEXT_PREFIX = """Use the following information:
 
 """
 ASK_AGAIN = "Please answer the question again: {question}"
+THINK_END = "</think>"
 CONTINUE_AFTER_TOOL = "Continue from the tool result above."
 
 
@@ -164,6 +166,15 @@ class ChatFormat:
 
     def decode(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def answer_start(self, completion_ids: list[int]) -> int:
+        """The first token after the model's thoughts: after the last closing think tag; 0 where there is none."""
+
+        def closed(count: int) -> bool:
+            return str(self.tokenizer.decode(completion_ids[:count], skip_special_tokens=False)).count(THINK_END) == tags
+
+        tags = str(self.tokenizer.decode(completion_ids, skip_special_tokens=False)).count(THINK_END)
+        return bisect.bisect_left(range(len(completion_ids) + 1), True, key=closed) if tags else 0
 
     def prompt_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         return self.encode(self.render(messages, tools))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdft_engine import trainer
 from sdft_engine.contract.dataset import Demonstration
+from sdft_engine.divergences import TokenLoss, token_divergence
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import load_base_model
@@ -23,13 +24,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "colder": {"temperature": 0.5, "divergence": "forward"},
     "reverse": {"temperature": 1.0, "divergence": "reverse"},
     "history": {"temperature": 0.7, "divergence": "forward", "config": {"teacher_template": "history"}},
+    "jsd": {"temperature": 0.7, "divergence": "jsd", "jsd_beta": 0.2},
+    "top_k": {"temperature": 0.7, "divergence": "forward", "estimator": "top_k", "top_k": 9},
+    "sampled": {"temperature": 0.7, "divergence": "reverse", "estimator": "sampled"},
+    "clipped": {"temperature": 0.7, "divergence": "forward", "entry_clip": 0.02, "token_clip": 0.25},
     "parent_teacher": {"temperature": 0.7, "divergence": "reverse", "teacher_start": "parent"},
 }
 
 
-def divergence_of(name: str, teacher_logps: Tensor, student_logps: Tensor) -> Tensor:
-    p, q = (teacher_logps, student_logps) if name == "forward" else (student_logps, teacher_logps)
-    return (p.exp() * (p - q)).sum(-1)
+LOSS_FIELDS = ("divergence", "jsd_beta", "estimator", "top_k", "entry_clip", "token_clip")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -57,9 +60,34 @@ def test_the_first_step_is_what_the_settings_say(name: str, tmp_path: Path, tiny
         tau, teacher_factors = settings["temperature"], parent if settings["teacher_start"] == "parent" else None
         student_logps = plain.completion_logps(student_prompt, rollout.completion_ids, parent, 3.0, tau)
         teacher_logps = plain.completion_logps(teacher_prompt, rollout.completion_ids, teacher_factors, 3.0, tau)
-        expected = divergence_of(settings["divergence"], teacher_logps, student_logps)
+        loss = TokenLoss(**{field: settings[field] for field in LOSS_FIELDS if field in settings})
+        expected = token_divergence(loss, teacher_logps, student_logps, torch.tensor(rollout.completion_ids))
         torch.testing.assert_close(torch.tensor(record["per_token_divergence"], dtype=torch.float64), expected, rtol=1e-3, atol=2e-5)
         assert expected.max() > 0.05
+
+
+def test_the_first_tokens_after_the_thoughts_are_left_out_on_demand(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's first answer is given thoughts that end after five tokens."""
+    seen: dict[bool, list[bool]] = {}
+    for after_think in (False, True):
+        run = make_run(tmp_path / str(after_think), tiny_model_dir, skip_first_tokens=2, skip_after_think=after_think, batch_size=1)
+        with monkeypatch.context() as patch:
+
+            def thoughtful(session: Any, step: int, rows: list[int]) -> list[Rollout]:
+                encode = session.model.chat_format.encode
+                answer = encode("a lamp</think>") + encode(" lamp" * 8)
+                return [Rollout(row, session.texts[row].prompt_ids, session.teacher_prompts[row], answer, finished=True) for row in rows]
+
+            patch.setattr(trainer, "rollouts_of_step", thoughtful)
+            masks: list[list[bool]] = []
+            patch.setattr(trainer, "sdft_gradient", watched(trainer.sdft_gradient, lambda model, rollouts, m, *_, masks=masks: masks.extend(m)))
+            train(run, stop_after(1, "cancel"))
+        seen[after_think] = masks[0]
+    assert seen[False][:3] == [False, False, True]
+    assert all(seen[False][2:])
+    lost = [position for position, (plainly, anew) in enumerate(zip(seen[False], seen[True], strict=True)) if plainly and not anew]
+    assert len(lost) == 2
+    assert lost[1] == lost[0] + 1 > 3
 
 
 def test_weight_decay_shrinks_what_gets_no_gradient(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

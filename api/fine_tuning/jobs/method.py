@@ -61,9 +61,7 @@ def _kind_of(given: dict[str, Any]) -> str:
 
 def _checked_hyperparameters(kind: str, given: dict[str, Any], where: str) -> dict[str, Any]:
     wire = METHODS[kind]
-    for name, value in given.items():
-        if kind == "sdft" and (_not_yet(name, value) and name not in (*SDFT_OPTIONS, *SDFT_OPTIONS_NOT_YET_AVAILABLE)):
-            raise _not_yet_available(f"{where}.{name}", value)
+    for name in given:
         if name not in wire.model_fields:
             param, known = f"{where}.{shortened(name)}", ", ".join(wire.model_fields)
             raise BadRequest(f"{param}: unknown hyperparameter; known are {known}", code="unknown_parameter", param=param)

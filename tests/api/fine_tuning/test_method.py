@@ -17,13 +17,18 @@ TABLE: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "max_completion_tokens": ("auto", ["auto", 1, 32_768], [0, -1, 32_769, 1.5]),
     "lora_rank": (16, [1, 256], [0, 257, "auto", 1.5]),
     "lora_alpha": ("auto", ["auto", 1, 1024], [0, 1025, -1]),
-    "divergence": ("forward", ["forward", "reverse"], ["sideways", "", 1]),
-    "estimator": ("full", ["full"], ["half", 1]),
+    "divergence": ("forward", ["forward", "reverse", "jsd"], ["sideways", "", 1]),
+    "jsd_beta": (0.5, [0.001, 0.999], [0, 1, -0.5, "auto"]),
+    "estimator": ("full", ["full", "top_k"], ["half", 1, "sampled"]),
+    "top_k": (128, [8, 1024], [7, 1025, 8.5, "auto"]),
+    "entry_clip": (None, [0.05, 10], [0, -1, "auto", True]),
+    "token_clip": (None, [0.05, 10], [0, -1, "auto", True]),
     "teacher": ("ema", ["ema", "frozen", "live"], ["dead", 1]),
     "ema_rate": (0.02, [0.001, 0.5], [0, 1, -0.1, 2, "auto"]),
     "teacher_start": ("parent", ["parent", "base"], ["child", 1]),
     "temperature": ("auto", ["auto", 0.1, 1, 2], [0, 0.09, 2.1, -1, "hot"]),
     "skip_first_tokens": (3, [0, 32], [-1, 33, 1.5, "auto"]),
+    "skip_after_think": (False, [True, False], [1, "yes", "auto"]),
     "mask_clipped_completions": ("auto", ["auto", True, False], ["yes", 1]),
     "warmup_ratio": (0.1, [0, 0.5, 1], [-0.1, 1.1, "auto"]),
     "weight_decay": (0.0, [0, 1], [-0.1, 1.1]),
@@ -32,15 +37,6 @@ TABLE: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "over_length": ("reject", ["reject", "drop"], ["keep", 1]),
 }
 LATER: dict[str, list[Any]] = {
-    "divergence": ["jsd"],
-    "jsd_beta": [0.5],
-    "estimator": ["top_k", "sampled"],
-    "top_k": [8, 1024],
-    "skip_after_think": [True, False],
-    "entry_clip": [1.0],
-    "token_clip": [1.0],
-}
-LATER_BESIDE: dict[str, list[Any]] = {
     "reasoning": [True, False],
     "retention_file": ["file-1"],
     "max_retention_drop": [0.1],
@@ -66,10 +62,8 @@ def refusal(method: Any, hyperparameters: Any = None) -> BadRequest:
 
 def test_the_table_has_every_row() -> None:
     assert {name: row[0] for name, row in TABLE.items()} == sdft()
-    later = {name for name in LATER if name not in TABLE} | {name for name in LATER_BESIDE if name not in NOT_YET_AVAILABLE}
-    assert later == set(FIELDS_NOT_YET_AVAILABLE)
-    given = {**LATER, **LATER_BESIDE}
-    assert {name: tuple(given[name]) for name in NOT_YET_AVAILABLE} == NOT_YET_AVAILABLE
+    assert {name for name in LATER if name not in NOT_YET_AVAILABLE} == set(FIELDS_NOT_YET_AVAILABLE)
+    assert {name: tuple(LATER[name]) for name in NOT_YET_AVAILABLE} == NOT_YET_AVAILABLE
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -92,19 +86,23 @@ def test_null_is_not_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_what_comes_later_is_refused_until_then(name: str) -> None:
-    for value in LATER[name]:
-        error = refusal({"type": "sdft", "sdft": {"hyperparameters": {name: value}}})
-        assert (error.code, error.param) == ("not_yet_available", f"method.sdft.hyperparameters.{name}")
-
-
-@pytest.mark.parametrize("name", LATER_BESIDE)
 def test_options_that_come_later_are_refused_until_then(name: str) -> None:
-    for value in LATER_BESIDE[name]:
+    for value in LATER[name]:
         error = refusal({"type": "sdft", "sdft": {name: value}})
         assert (error.code, error.param) == ("not_yet_available", f"method.sdft.{name}")
         inside = refusal({"type": "sdft", "sdft": {"hyperparameters": {name: value}}})
         assert (inside.code, inside.param) == ("unknown_parameter", f"method.sdft.hyperparameters.{name}")
+
+
+def test_the_sampled_estimator_is_of_the_reverse_divergence() -> None:
+    assert sdft(divergence="reverse", estimator="sampled", token_clip=2)["estimator"] == "sampled"
+    for divergence in ("forward", "jsd"):
+        error = refusal({"type": "sdft", "sdft": {"hyperparameters": {"divergence": divergence, "estimator": "sampled"}}})
+        assert error.param == "method.sdft.hyperparameters.estimator"
+        assert "reverse" in error.message
+    error = refusal({"type": "sdft", "sdft": {"hyperparameters": {"divergence": "reverse", "estimator": "sampled", "entry_clip": 1}}})
+    assert error.param == "method.sdft.hyperparameters.entry_clip"
+    assert "token_clip" in error.message
 
 
 def test_unknown_names_are_refused() -> None:

@@ -24,10 +24,11 @@ SUPERVISED_FIELDS = {
     "n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier", "lora_rank", "lora_alpha", "warmup_ratio", "checkpoint_every_steps",
 }  # fmt: skip
 SDFT_FIELDS = SUPERVISED_FIELDS | {
-    "max_completion_tokens", "divergence", "estimator", "teacher", "ema_rate", "teacher_start", "temperature", "skip_first_tokens",
-    "mask_clipped_completions", "weight_decay", "max_grad_norm", "over_length",
+    "max_completion_tokens", "divergence", "jsd_beta", "estimator", "top_k", "entry_clip", "token_clip",
+    "teacher", "ema_rate", "teacher_start", "temperature", "skip_first_tokens",
+    "skip_after_think", "mask_clipped_completions", "weight_decay", "max_grad_norm", "over_length",
 }  # fmt: skip
-LATER_FIELDS = {"jsd_beta", "top_k", "skip_after_think", "entry_clip", "token_clip", "retention_file", "max_retention_drop", "reasoning"}
+LATER_FIELDS = {"retention_file", "max_retention_drop", "reasoning"}
 
 # name: (values at the edges that are accepted, values that are refused, default)
 TABLE: dict[str, tuple[list[Any], list[Any], Any]] = {
@@ -38,13 +39,18 @@ TABLE: dict[str, tuple[list[Any], list[Any], Any]] = {
     "max_completion_tokens": ([1, 32_768, "auto"], [0, 32_769, 1.5, None], "auto"),
     "lora_rank": ([1, 256], [0, 257, "auto", 1.5, None, True], 16),
     "lora_alpha": ([1, 1024, "auto"], [0, 1025, 1.5, None, "16"], "auto"),
-    "divergence": (["forward", "reverse"], ["jsd", "kl", None, 1], "forward"),
-    "estimator": (["full"], ["top_k", "sampled", None], "full"),
+    "divergence": (["forward", "reverse", "jsd"], ["kl", None, 1], "forward"),
+    "jsd_beta": ([0.001, 0.999], [0, 1, -0.1, float("nan"), "auto", None], 0.5),
+    "estimator": (["full", "top_k"], ["half", None, 1, "sampled"], "full"),
+    "top_k": ([8, 1024], [7, 1025, 8.5, "auto", None], 128),
+    "entry_clip": ([0.001, 100, None], [0, -1, float("inf"), "auto", True], None),
+    "token_clip": ([0.001, 100, None], [0, -1, float("nan"), "auto", True], None),
     "teacher": (["ema", "frozen", "live"], ["auto", None, True], "ema"),
     "ema_rate": ([0.001, 0.999], [0, 1, -0.1, 1.5, float("nan"), "auto"], 0.02),
     "teacher_start": (["parent", "base"], ["auto", None], "parent"),
     "temperature": ([0.1, 2, "auto"], [0, 0.09, 2.1, float("nan"), "hot"], "auto"),
     "skip_first_tokens": ([0, 32], [-1, 33, 1.5, True], 3),
+    "skip_after_think": ([True, False], [1, "yes", None], False),
     "mask_clipped_completions": ([True, False, "auto"], [1, "true", None], "auto"),
     "warmup_ratio": ([0, 1, 0.5], [-0.1, 1.1, "auto", True], 0.1),
     "weight_decay": ([0, 1], [-0.1, 1.1], 0.0),
@@ -63,7 +69,7 @@ def test_table_is_complete() -> None:
     assert set(SdftHyperparameters.model_fields) == SDFT_FIELDS == set(TABLE)
     assert set(SupervisedHyperparameters.model_fields) == SUPERVISED_FIELDS
     assert set(FIELDS_NOT_YET_AVAILABLE) == LATER_FIELDS
-    assert NOT_YET_AVAILABLE == {"divergence": ("jsd",), "estimator": ("top_k", "sampled"), "sampler": ("vllm",), "baseline": ("sft_matched",)}
+    assert NOT_YET_AVAILABLE == {"sampler": ("vllm",), "baseline": ("sft_matched",)}
 
 
 @pytest.mark.parametrize("form", [SdftHyperparameters, SupervisedHyperparameters])
@@ -162,7 +168,8 @@ def test_everything_automatic_is_settled_but_what_needs_the_model() -> None:
 def test_what_the_user_gave_is_what_the_trainer_gets() -> None:
     given: dict[str, Any] = {
         "n_epochs": 2, "batch_size": 4, "learning_rate": 3e-4, "lora_rank": 8, "lora_alpha": 9, "warmup_ratio": 0.25, "checkpoint_every_steps": 7,
-        "max_completion_tokens": 33, "divergence": "reverse", "estimator": "full", "teacher": "frozen", "ema_rate": 0.1, "teacher_start": "base",
+        "max_completion_tokens": 33, "divergence": "reverse", "jsd_beta": 0.2, "estimator": "top_k", "top_k": 9,
+            "entry_clip": 0.5, "token_clip": 2.0, "skip_after_think": True, "teacher": "frozen", "ema_rate": 0.1, "teacher_start": "base",
         "temperature": 0.5, "skip_first_tokens": 0, "mask_clipped_completions": False, "weight_decay": 0.01, "max_grad_norm": 0.5, "over_length": "drop",
     }  # fmt: skip
     assert set(given) == SDFT_FIELDS - {"learning_rate_multiplier"}

@@ -177,6 +177,18 @@ def test_shortest_answer_keeps_its_end_of_sequence(chat: ChatFormat) -> None:
     assert chat.answer_ids(Demonstration(1, [USER], {"role": "assistant", "content": "x"})) == expected
 
 
+def test_the_answer_begins_after_the_last_closing_think_tag(chat: ChatFormat) -> None:
+    thoughts, answer = "<think>a lamp or two</think>", "x lamp"
+    for text in (thoughts, f"{thoughts} then {thoughts}"):
+        ids = chat.encode(text)
+        start = chat.answer_start(ids + chat.encode(answer))
+        assert chat.decode(ids[: start - 1]).count("</think>") < text.count("</think>")
+        assert chat.decode(ids[:start]) == text
+    assert chat.answer_start(chat.encode(thoughts)) == len(chat.encode(thoughts))
+    assert chat.answer_start(chat.encode("<think> a lamp")) == 0
+    assert chat.answer_start([]) == 0
+
+
 def test_tokens_that_a_tokenizer_adds_by_itself_are_not_added_to_a_rendered_chat(tiny_model_dir: Path, tmp_path: Path) -> None:
     directory = copy_tokenizer(tiny_model_dir, tmp_path / "model")
     path = directory / "tokenizer.json"

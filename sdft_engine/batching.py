@@ -16,7 +16,8 @@ LEAST_SHARED_TOKENS = 48
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A prompt and the completion whose tokens are scored after it. Both are non-empty."""
+    """A prompt and the completion whose tokens are scored after it. The prompt is never empty, the completion only where a line
+    has no answer: such a text is never scored."""
 
     prompt_ids: list[int]
     completion_ids: list[int]

@@ -17,13 +17,17 @@ from sdft_engine.contract.errors import ContextExceeded, DatasetError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory
-from sdft_engine.generation import seed_of
+from sdft_engine.contract.teacher_prompts import TeacherView
+from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, dtype_name, load_base_model
 from sdft_engine.rollouts import sample_rollouts
 from sdft_engine.schedule import rows_of_step
 from sdft_engine.step import PassBudget, Rollout
 from sdft_engine.teacher import Teacher, automatic_temperature
+
+PROBED_ROWS = 32
+PROBED_ANSWER_TOKENS = 64
 
 
 @dataclass
@@ -81,10 +85,11 @@ def open_session(run: RunDirectory) -> Session:
         config=config,
         model=model,
         demonstrations=demonstrations,
-        texts=[_scored_text(chat_format, d, "training_file") for d in demonstrations],
-        teacher_prompts=[_teacher_prompt(chat_format, d, config.teacher_template) for d in demonstrations] if teacher else [],
+        texts=[_scored_text(chat_format, d, "training_file", needs_answer=teacher is None) for d in demonstrations],
+        teacher_prompts=[_teacher_prompt(chat_format, d, config.teacher_view) for d in demonstrations] if teacher else [],
         validation=[
-            _scored_text(chat_format, d, "validation_file") for d in (_read(run.validation_path, "validation_file") if run.validation_path.exists() else [])
+            _scored_text(chat_format, d, "validation_file", needs_answer=True)
+            for d in (_read(run.validation_path, "validation_file") if run.validation_path.exists() else [])
         ],
         teacher=teacher,
         optimizer=optimizer,
@@ -107,14 +112,16 @@ def open_session(run: RunDirectory) -> Session:
     return session
 
 
-def _scored_text(chat_format: ChatFormat, demonstration: Demonstration, param: str) -> ScoredText:
+def _scored_text(chat_format: ChatFormat, demonstration: Demonstration, param: str, *, needs_answer: bool) -> ScoredText:
+    if needs_answer and demonstration.answer is None:
+        raise DatasetError(f"line {demonstration.line}: it has no answer, which supervised training and validation need", param=param)
     with _naming_line(demonstration, param):
         return ScoredText(chat_format.student_prompt_ids(demonstration), chat_format.answer_ids(demonstration))
 
 
-def _teacher_prompt(chat_format: ChatFormat, demonstration: Demonstration, template: str) -> list[int]:
+def _teacher_prompt(chat_format: ChatFormat, demonstration: Demonstration, view: TeacherView) -> list[int]:
     with _naming_line(demonstration, "training_file"):
-        return chat_format.teacher_prompt_ids(demonstration, template)
+        return chat_format.teacher_prompt_ids(demonstration, view)
 
 
 @contextlib.contextmanager
@@ -143,14 +150,25 @@ def settle_temperature(session: Session) -> float:
     assert teacher is not None
     if settings.temperature != "auto":
         return settings.temperature
-    texts = [ScoredText(prompt, text.completion_ids) for prompt, text in zip(session.teacher_prompts, session.texts, strict=True)]
-    tau, measured = automatic_temperature(session.model, texts[:32], teacher.adapter, session.budget.teacher_tokens)
+    tau, measured = automatic_temperature(session.model, _teacher_answers(session, teacher.adapter), teacher.adapter, session.budget.teacher_tokens)
     session.run.append_event(
-        f"Temperature settled at {tau:g}: the teacher reproduces {measured['greedy_token_accuracy']:.0%} of the demonstrations' tokens greedily, "
+        f"Temperature settled at {tau:g}: the teacher reproduces {measured['greedy_token_accuracy']:.0%} of the answers' tokens greedily, "
         f"{measured[f'sampled_token_accuracy_at_{tau:g}']:.0%} when sampled so",
         data={"resolved": {"temperature": tau}, **measured},
     )
     return tau
+
+
+def _teacher_answers(session: Session, adapter: str) -> list[ScoredText]:
+    """The first teacher prompts with their demonstrations or, where none has one, with what the teacher itself answers greedily."""
+    texts = [ScoredText(prompt, text.completion_ids) for prompt, text in zip(session.teacher_prompts, session.texts, strict=True) if text.completion_ids]
+    if texts:
+        return texts[:PROBED_ROWS]
+    params = SamplingParams(PROBED_ANSWER_TOKENS, temperature=0, stop_token_ids=session.model.chat_format.eos_token_ids)
+    sequences = [Sequence(prompt, params, adapter) for prompt in session.teacher_prompts[:PROBED_ROWS]]
+    with session.model.use(adapter):
+        decode_all(session.model, sequences)
+    return [ScoredText(sequence.prompt_ids, sequence.token_ids) for sequence in sequences]
 
 
 def settle_masking(session: Session) -> bool:

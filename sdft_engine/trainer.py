@@ -106,11 +106,14 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> dict[str, float]:
     start = time.perf_counter()
     rollouts = rollouts_of_step(session, step, rows)
     rollout_seconds = time.perf_counter() - start
-    masks = masks_of(session, rollouts)
+    starts = answer_starts(session, rollouts)
+    masks = masks_of(session, rollouts, starts)
     statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget)
     if step == 1 or step % session.config.rollout_sample_every_steps == 0:
         write_rollouts(session.run.rollouts_dir / f"step_{step:06d}.jsonl", session.model, rollouts, statistics.per_token)
     watch_barren_steps(session, statistics)
+    if session.config.reasoning and step == 1:
+        warn_of_cut_thoughts(session, rollouts)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     first = [value for row, mask in enumerate(masks) for value in statistics.per_token[row][: mask.index(True) if True in mask else 0]]
     finished = sum(rollout.finished for rollout in rollouts)
@@ -122,6 +125,7 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> dict[str, float]:
         "importance_ratio": statistics.ratio_sum / count if count and rollouts[0].sampler_logps is not None else None,
         "top_k_mass": statistics.top_k_mass_sum / count if count and settings.estimator == "top_k" else None,
         "completion_tokens_mean": sum(lengths) / len(lengths),
+        "thinking_tokens_mean": sum(starts) / len(starts) if starts else None,
         "clipped_ratio": 1 - finished / len(rollouts),
         "eos_ratio": finished / len(rollouts),
         "rollout_seconds": rollout_seconds,
@@ -138,13 +142,21 @@ def objective_of(session: Session) -> Objective:
     return Objective(loss, session.state.temperature)
 
 
-def masks_of(session: Session, rollouts: list[Rollout]) -> list[list[bool]]:
+def answer_starts(session: Session, rollouts: list[Rollout]) -> list[int] | None:
+    """Where each answer begins after its thoughts; None where nobody asked."""
     settings = session.config.sdft
     assert isinstance(settings, ResolvedSdft)
-    chat_format = session.model.chat_format
-    starts = [chat_format.answer_start(rollout.completion_ids) if settings.skip_after_think else 0 for rollout in rollouts]
+    if not (session.config.reasoning or settings.skip_after_think):
+        return None
+    return [session.model.chat_format.answer_start(rollout.completion_ids) for rollout in rollouts]
+
+
+def masks_of(session: Session, rollouts: list[Rollout], starts: list[int] | None) -> list[list[bool]]:
+    settings = session.config.sdft
+    assert isinstance(settings, ResolvedSdft)
+    after_think = starts if starts and settings.skip_after_think else [0] * len(rollouts)
     mask_clipped = bool(session.state.mask_clipped_completions)
-    return [rollout.loss_mask(settings.skip_first_tokens, mask_clipped, start) for rollout, start in zip(rollouts, starts, strict=True)]
+    return [rollout.loss_mask(settings.skip_first_tokens, mask_clipped, start) for rollout, start in zip(rollouts, after_think, strict=True)]
 
 
 def supervised_step(session: Session, rows: list[int]) -> dict[str, float]:
@@ -172,6 +184,17 @@ def watch_barren_steps(session: Session, statistics: TokenStatistics) -> None:
         session.run.append_event(f"Step {session.state.step + 1} taught nothing: {remedy}", level="warn")
     if session.barren_steps >= BARREN_STEPS:
         raise NumericalError(f"{BARREN_STEPS} steps in a row taught nothing: {remedy}", param="method.sdft.hyperparameters.max_completion_tokens")
+
+
+def warn_of_cut_thoughts(session: Session, rollouts: list[Rollout]) -> None:
+    """A cap below the length of the model's own thoughts would teach it to think less."""
+    cut = sum(not rollout.finished for rollout in rollouts)
+    if cut * 5 > len(rollouts) and session.config.sdft:
+        session.run.append_event(
+            f"{cut} of {len(rollouts)} first answers were cut off at {session.config.sdft.max_completion_tokens} tokens: the model thinks longer; "
+            "raise max_completion_tokens, or it may learn to think less",
+            level="warn",
+        )
 
 
 def validate(session: Session) -> dict[str, float]:

@@ -8,6 +8,7 @@ from core.tables.files import File
 from core.tables.jobs import Job
 from sdft_engine.contract.dataset import DatasetLimits
 from sdft_engine.contract.hyperparameters import SdftHyperparameters, SupervisedHyperparameters
+from sdft_engine.contract.teacher_prompts import TeacherView
 from worker.base_models import PreparedBaseModel
 from worker.failures import JobRejected, rows_rejected
 from worker.row_lengths import FittingRows, MeasuredFile, fit, measure
@@ -52,8 +53,9 @@ def method_section(job: Job) -> dict[str, object]:
     return section
 
 
-def teacher_template(job: Job) -> str:
-    return str(method_section(job).get("teacher_template") or "example")
+def teacher_view(job: Job) -> TeacherView:
+    section = method_section(job)
+    return TeacherView(str(section.get("teacher_template") or "example"), bool(section.get("reasoning")))
 
 
 def measured_training_rows(
@@ -62,7 +64,7 @@ def measured_training_rows(
     """Every row's length, and which rows fit. The same job and file always give the same rows."""
     wire = wire_hyperparameters(job)
     is_sdft = isinstance(wire, SdftHyperparameters)
-    measured = measure(lines, limits_of(settings), base_model.chat_format, teacher_template(job) if is_sdft else None, check)
+    measured = measure(lines, limits_of(settings), base_model.chat_format, teacher_view(job) if is_sdft else None, check)
     fitting = fit(measured, wire.max_completion_tokens if isinstance(wire, SdftHyperparameters) else None, base_model.chat_format.context_length)
     return measured, fitting
 

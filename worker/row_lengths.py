@@ -12,13 +12,14 @@ from sdft_engine.contract.dataset import MAX_REPORTED_PROBLEMS, DatasetLimits, D
 from sdft_engine.contract.errors import ConfigurationError, ContextExceeded
 from sdft_engine.contract.hyperparameters import Auto, common_answer_tokens
 from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.contract.teacher_prompts import TeacherView
 
 TOO_LONG = "context_length_exceeded"
 
 
 @dataclass(frozen=True)
 class RowLength:
-    """Tokens of one row. `teacher_prompt` is 0 in a supervised run."""
+    """Tokens of one row. `teacher_prompt` is 0 in a supervised run, `answer` where only a context or feedback teaches."""
 
     line: int
     prompt: int
@@ -45,19 +46,22 @@ class FittingRows:
     too_long: list[DatasetProblem] = field(default_factory=list)
 
 
-def measure(lines: Iterable[bytes], limits: DatasetLimits, chat_format: ChatFormat, teacher_template: str | None, check: Callable[[], None]) -> MeasuredFile:
-    """Count the tokens of every line. No `teacher_template`: a supervised run. `check` is called at every line and may raise."""
+def measure(lines: Iterable[bytes], limits: DatasetLimits, chat_format: ChatFormat, teacher: TeacherView | None, check: Callable[[], None]) -> MeasuredFile:
+    """Count the tokens of every line. No `teacher`: a supervised run. `check` is called at every line and may raise."""
     measured = MeasuredFile(DatasetReader(limits))
     for raw in lines:
         check()
         demonstration = measured.reader.feed(raw)
         if demonstration is None:
             continue
+        if teacher is None and demonstration.answer is None:
+            measured.reader.report(demonstration.line, "example_missing_assistant_message", "it has no answer, which supervised training and validation need")
+            continue
         try:
-            chat_format.require_shown([*demonstration.prompt, demonstration.answer], demonstration.tools)
+            chat_format.require_shown([*demonstration.prompt, *([demonstration.answer] if demonstration.answer else [])], demonstration.tools)
             prompt = len(chat_format.student_prompt_ids(demonstration))
             answer = len(chat_format.answer_ids(demonstration))
-            teacher_prompt = len(chat_format.teacher_prompt_ids(demonstration, teacher_template)) if teacher_template else 0
+            teacher_prompt = len(chat_format.teacher_prompt_ids(demonstration, teacher)) if teacher else 0
         except ContextExceeded as error:
             measured.too_long.append(DatasetProblem(demonstration.line, TOO_LONG, error.message))
             continue
@@ -72,7 +76,7 @@ def fit(measured: MeasuredFile, max_completion_tokens: int | Auto | None, contex
     """Part the rows into those that fit and those that don't. No `max_completion_tokens`: a supervised run."""
     rows = measured.rows
     found = FittingRows(too_long=list(measured.too_long))
-    common = common_answer_tokens([row.answer for row in rows]) if rows else 0
+    common = common_answer_tokens([row.answer for row in rows])
     for row in rows:
         needed, why = row.prompt + row.answer, f"the prompt has {row.prompt:,} tokens and the answer {row.answer:,}"
         if max_completion_tokens is not None:

@@ -22,7 +22,7 @@ from sdft_engine.contract.dataset import DatasetProblem
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised, SdftHyperparameters
 from sdft_engine.contract.run_directory import RunDirectory, write_atomically
 from worker.base_models import PreparedBaseModel, load_base_model
-from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, teacher_template, wire_hyperparameters
+from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, teacher_view, wire_hyperparameters
 from worker.failures import JobRejected
 from worker.held_lease import HeldLease
 from worker.resources import Resources
@@ -83,7 +83,8 @@ def _config(resources: Resources, job: Job, base_model: PreparedBaseModel) -> Tr
         seed=job.seed,
         sdft=ResolvedSdft.model_validate(resolved) if method == "sdft" else None,
         supervised=ResolvedSupervised.model_validate(resolved) if method == "supervised" else None,
-        teacher_template=teacher_template(job),
+        teacher_template=teacher_view(job).template,
+        reasoning=teacher_view(job).reasoning,
         device=resources.settings.device,
         dtype=resources.settings.dtype,
         threads=resources.settings.trainer_threads,

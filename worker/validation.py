@@ -25,7 +25,7 @@ from sdft_engine.contract.hyperparameters import (
     total_steps_of,
 )
 from worker.base_models import PreparedBaseModel, load_base_model
-from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, require_usable, wire_hyperparameters
+from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, require_usable, teacher_view, wire_hyperparameters
 from worker.failures import JobRejected, describe_failure, rows_rejected
 from worker.held_lease import HeldLease, StopRequested
 from worker.resources import Resources
@@ -87,7 +87,7 @@ def _validate(resources: Resources, lease: HeldLease) -> None:
         if not validation_fitting.rows:
             raise JobRejected("the validation file has no usable example", code="invalid_n_examples", param="validation_file")
 
-    resolved = _resolve(wire, fitting.rows, base_model)
+    resolved = _resolve(wire, fitting.rows, base_model, teacher_view(job).reasoning)
     total_steps = total_steps_of(len(fitting.rows), resolved.batch_size, resolved.n_epochs)
     lease.settle(lambda session: finish_validation(session, lease.claim, resolved.model_dump(), total_steps))
     ring(resources.doorbell)
@@ -112,12 +112,15 @@ def _reject_or_report(lease: HeldLease, fitting: FittingRows, param: str, may_dr
     lease.write(report)
 
 
-def _resolve(wire: SdftHyperparameters | SupervisedHyperparameters, rows: list[RowLength], base_model: PreparedBaseModel) -> ResolvedSupervised:
+def _resolve(
+    wire: SdftHyperparameters | SupervisedHyperparameters, rows: list[RowLength], base_model: PreparedBaseModel, reasoning: bool
+) -> ResolvedSupervised:
     statistics = DatasetStatistics(
         rows=len(rows),
         answer_tokens=[row.answer for row in rows],
         hidden_size=base_model.hidden_size,
         longest_teacher_prompt=max(row.longest_prompt for row in rows),
         context_length=base_model.chat_format.context_length,
+        reasoning=reasoning,
     )
     return resolve_sdft(wire, statistics) if isinstance(wire, SdftHyperparameters) else resolve_supervised(wire, statistics)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdft_engine.contract.errors import ConfigurationError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised
+from sdft_engine.contract.teacher_prompts import TeacherView
 
 
 class TrainingConfig(BaseModel):
@@ -23,10 +24,15 @@ class TrainingConfig(BaseModel):
     sdft: ResolvedSdft | None = None
     supervised: ResolvedSupervised | None = None
     teacher_template: str = "example"
+    reasoning: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = None
     rollout_sample_every_steps: int = 10
+
+    @property
+    def teacher_view(self) -> TeacherView:
+        return TeacherView(self.teacher_template, self.reasoning)
 
     @property
     def hyperparameters(self) -> ResolvedSupervised:

@@ -1,7 +1,8 @@
 """Training lines: what one JSONL line may look like, and every way in which it can be wrong.
 
 A line is `{"messages": [...], "tools"?: [...], "context"?: "..."}` whose last message is the assistant's (the
-demonstration), or `{"prompt": "...", "completion": "...", "context"?: "..."}`. Problems are collected, never raised
+demonstration), or `{"prompt": "...", "completion": "...", "context"?: "..."}`. A line with a `context`, or with `feedback` on an
+earlier `attempt`, may do without an answer: the teacher sees those instead. Problems are collected, never raised
 one by one: the caller reports up to `MAX_REPORTED_PROBLEMS` of them with their line numbers. Torch-free; used by the
 API while an upload streams, by the worker before a job queues and by the trainer.
 """
@@ -18,7 +19,8 @@ MAX_REPORTED_PROBLEMS = 100
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAY_BE_EMPTY = ("system", "developer", "tool", "function")
 MESSAGE_KEYS = frozenset({"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"})
-LINE_KEYS = frozenset({"messages", "tools", "context", "prompt", "completion", "parallel_tool_calls"})
+HINTS = ("context", "attempt", "feedback")
+LINE_KEYS = frozenset({"messages", "tools", "context", "prompt", "completion", "attempt", "feedback", "parallel_tool_calls"})
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,17 @@ class DatasetProblem:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One usable line: the conversation before the answer, and the answer that only the teacher is shown."""
+    """One usable line: the conversation before the answer, and what only the teacher is shown: at least one of answer,
+    context and feedback."""
 
     line: int
     prompt: list[dict[str, Any]]
-    answer: dict[str, Any]
+    answer: dict[str, Any] | None
     tools: list[dict[str, Any]] | None = None
     context: str | None = None
+    attempt: str | None = None
+    """An earlier answer of the model, which `feedback` is about."""
+    feedback: str | None = None
 
 
 @dataclass
@@ -147,10 +153,16 @@ def _parse_value(value: Any, line: int, limits: DatasetLimits) -> Demonstration 
     if not isinstance(value, dict):
         return DatasetProblem(line, "data_type", f"the line must be a JSON object, not {_json_type(value)}")
     if unknown := sorted(set(value) - LINE_KEYS):
-        return DatasetProblem(line, "unrecognized_key", f"unknown key {quoted(unknown[0])}; known are messages, tools, context, prompt, completion")
-    context, tools = value.get("context"), value.get("tools")
-    if context is not None and not (isinstance(context, str) and context.strip()):
-        return DatasetProblem(line, "invalid_context", '"context" must be a non-empty string')
+        return DatasetProblem(
+            line, "unrecognized_key", f"unknown key {quoted(unknown[0])}; known are messages, tools, context, attempt, feedback, prompt, completion"
+        )
+    tools = value.get("tools")
+    hints = {name: value.get(name) for name in HINTS}
+    for name, hint in hints.items():
+        if hint is not None and not (isinstance(hint, str) and hint.strip()):
+            return DatasetProblem(line, "invalid_hint", f'"{name}" must be a non-empty string')
+    if hints["attempt"] is not None and hints["feedback"] is None:
+        return DatasetProblem(line, "invalid_hint", '"attempt" is shown together with "feedback", which this line lacks')
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return DatasetProblem(line, "invalid_tools", '"tools" must be a list of objects')
     if "messages" in value and ("prompt" in value or "completion" in value):
@@ -158,6 +170,8 @@ def _parse_value(value: Any, line: int, limits: DatasetLimits) -> Demonstration 
     if "prompt" in value or "completion" in value:
         messages: Any = []
         for key, role in (("prompt", "user"), ("completion", "assistant")):
+            if key == "completion" and value.get(key) is None and (hints["context"] or hints["feedback"]):
+                continue
             if not isinstance(value.get(key), str) or not value[key].strip():
                 return DatasetProblem(line, "missing_content", f'"{key}" must be a non-empty string')
             messages.append({"role": role, "content": value[key]})
@@ -170,7 +184,7 @@ def _parse_value(value: Any, line: int, limits: DatasetLimits) -> Demonstration 
     for position, message in enumerate(messages):
         if problem := _message_problem(message, line, f"messages[{position}]"):
             return problem
-    return _split_conversation(messages, line, tools or None, context)
+    return _split_conversation(messages, line, tools or None, hints)
 
 
 def _json_type(value: Any) -> str:
@@ -208,15 +222,23 @@ def _message_problem(message: Any, line: int, where: str) -> DatasetProblem | No
     return None
 
 
-def _split_conversation(messages: list[dict[str, Any]], line: int, tools: list[dict[str, Any]] | None, context: str | None) -> Demonstration | DatasetProblem:
-    answer = messages[-1]
-    if answer["role"] != "assistant":
+def _split_conversation(
+    messages: list[dict[str, Any]], line: int, tools: list[dict[str, Any]] | None, hints: dict[str, str | None]
+) -> Demonstration | DatasetProblem:
+    """The last assistant message that counts is the demonstration: later ones of weight 0 are dropped with what led to them."""
+    last = len(messages) - 1
+    while last >= 0 and messages[last]["role"] == "assistant" and messages[last].get("weight") == 0:
+        last = next((at for at in range(last - 1, -1, -1) if messages[at]["role"] == "assistant"), -1)
+    if last < 0:
+        return DatasetProblem(line, "example_missing_assistant_message", "every assistant message has weight 0, so nothing would be learned")
+    answer = messages[last] if messages[last]["role"] == "assistant" else None
+    if answer is None and not (hints["context"] or hints["feedback"]):
         return DatasetProblem(
-            line, "example_missing_assistant_message", f"the last message must be the assistant's (the demonstration), not the {answer['role']}'s"
+            line,
+            "example_missing_assistant_message",
+            f"the last message must be the assistant's (the demonstration), not the {messages[last]['role']}'s, unless the line has context or feedback",
         )
-    if answer.get("weight") == 0:
-        return DatasetProblem(line, "example_missing_assistant_message", "the last assistant message has weight 0, so nothing would be learned")
-    prompt = messages[:-1]
+    prompt = messages[:last] if answer else messages
     if not any(message["role"] in ("user", "tool", "function") for message in prompt):
         return DatasetProblem(line, "missing_prompt", "there is no user message before the demonstration")
-    return Demonstration(line, prompt, answer, tools, context)
+    return Demonstration(line, prompt, answer, tools, **hints)

@@ -20,8 +20,12 @@ NOT_YET_AVAILABLE = {
 }
 """Values of known fields that this version refuses, by field."""
 
-FIELDS_NOT_YET_AVAILABLE = ("retention_file", "max_retention_drop", "reasoning")
+FIELDS_NOT_YET_AVAILABLE = ("retention_file", "max_retention_drop")
 """Known fields that this version refuses whenever they are given."""
+
+TOKENS_WITHOUT_AN_ANSWER = 128
+"""Taken for an answer's length where no line has one."""
+REASONING_TOKENS = 4096
 
 Epochs = Annotated[int, Field(ge=1, le=50)]
 BatchSize = Annotated[int, Field(ge=1, le=256)]
@@ -123,13 +127,15 @@ class ResolvedSdft(ResolvedSupervised):
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What the automatic values depend on. Lengths in tokens; `answer_tokens` of each usable row."""
+    """What the automatic values depend on. Lengths in tokens; `answer_tokens` of each usable row, 0 where it has no answer.
+    `reasoning`: the answers come without the thoughts that lead to them."""
 
     rows: int
     answer_tokens: list[int]
     hidden_size: int
     longest_teacher_prompt: int
     context_length: int
+    reasoning: bool = False
 
 
 def automatic_batch_size(rows: int) -> int:
@@ -153,15 +159,19 @@ def automatic_learning_rate(hidden_size: int, lora_rank: int, lora_alpha: int) -
 
 
 def common_answer_tokens(answer_tokens: list[int]) -> int:
-    """The 95th percentile: rollouts shorter than this would cut off more than one answer in twenty."""
-    return sorted(answer_tokens)[math.ceil(0.95 * len(answer_tokens)) - 1]
+    """The 95th percentile: rollouts shorter than this would cut off more than one answer in twenty. Lines without an answer
+    don't count; without any answer, TOKENS_WITHOUT_AN_ANSWER."""
+    known = sorted(count for count in answer_tokens if count)
+    return known[math.ceil(0.95 * len(known)) - 1] if known else TOKENS_WITHOUT_AN_ANSWER
 
 
 def automatic_completion_tokens(statistics: DatasetStatistics) -> int:
-    """1.5 times the 95th percentile of the demonstrations' lengths plus 8, at least 16, and what the context leaves."""
+    """1.5 times the 95th percentile of the demonstrations' lengths plus 8, at least 16, and what the context leaves; for
+    reasoning REASONING_TOKENS more, because a cap below the length of the model's own thoughts would cut off just those."""
     percentile = common_answer_tokens(statistics.answer_tokens)
     room = statistics.context_length - statistics.longest_teacher_prompt
-    return max(1, min(room, max(16, math.ceil(1.5 * percentile) + 8)))
+    thoughts = REASONING_TOKENS if statistics.reasoning else 0
+    return max(1, min(room, max(16, math.ceil(1.5 * percentile) + 8) + thoughts))
 
 
 def resolve_supervised(wire: SupervisedHyperparameters, statistics: DatasetStatistics) -> ResolvedSupervised:

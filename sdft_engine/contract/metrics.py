@@ -37,6 +37,9 @@ class StepMetrics(BaseModel):
     """Mean over the loss tokens of the probability that the estimator `top_k` looks at; the rest is its tail."""
     completion_tokens_mean: float | None = None
     """Mean length of the rollouts, the end-of-sequence token included."""
+    thinking_tokens_mean: float | None = None
+    """Mean length of the rollouts' thoughts, up to and including the closing think tag; where `reasoning` or
+    `skip_after_think` asks for it."""
     clipped_ratio: float | None = None
     """Share of the rollouts that were cut off at max_completion_tokens."""
     eos_ratio: float | None = None

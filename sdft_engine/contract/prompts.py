@@ -16,8 +16,6 @@ Torch-free: jinja2 in its sandbox and the `tokenizers` library.
 
 import bisect
 import json
-import string
-from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -32,58 +30,12 @@ from tokenizers import Tokenizer
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, ContextExceeded
 from sdft_engine.contract.json_depth import MAX_JSON_DEPTH, is_deeper
-from sdft_engine.contract.quoting import shortened
+from sdft_engine.contract.teacher_prompts import TeacherView, require_hint, teacher_messages
 
-NAMED_TEMPLATES = ("example", "history", "history_twice")
-TEMPLATE_FIELDS = frozenset({"question", "demonstration", "context"})
-MAX_USES_OF_A_FIELD = 4
-"""In a teacher template: each use repeats a text that may be as large as a line of the file."""
 MOST_CHARACTERS_COMPOSED = 4
 """No character of Unicode decomposes canonically into more than four, so normalization shortens no text by more than that."""
 
-EXAMPLE_TEMPLATE = """{question}
-
-Here is an example of a good response to this question:
-
-{demonstration}
-
-Now give a response of your own to the question, including your thinking if the question needs any."""
-
-CONTEXT_PREFIX = """Use the following information:
-
-{context}
-
-"""
-ASK_AGAIN = "Please answer the question again: {question}"
 THINK_END = "</think>"
-CONTINUE_AFTER_TOOL = "Continue from the tool result above."
-
-
-def check_teacher_template(template: str) -> None:
-    """Raise ConfigurationError unless `template` is a known name or a usable text."""
-    if template in NAMED_TEMPLATES:
-        return
-    try:
-        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise ConfigurationError(f"teacher_template is not a valid template: {error}", param="method.sdft.teacher_template") from error
-    fields = Counter(name or "" for name, _, _ in parsed)
-    if any(format_spec or conversion for _, format_spec, conversion in parsed):
-        raise ConfigurationError("teacher_template may not use format specifications", param="method.sdft.teacher_template")
-    if unknown := sorted(fields.keys() - TEMPLATE_FIELDS):
-        raise ConfigurationError(
-            f"teacher_template has the unknown field {{{shortened(unknown[0])}}}; known are {', '.join(sorted(TEMPLATE_FIELDS))}",
-            param="method.sdft.teacher_template",
-        )
-    if "demonstration" not in fields:
-        raise ConfigurationError(
-            f"teacher_template must be one of {', '.join(NAMED_TEMPLATES)} or a text with {{demonstration}}", param="method.sdft.teacher_template"
-        )
-    name, uses = fields.most_common(1)[0]
-    if uses > MAX_USES_OF_A_FIELD:
-        raise ConfigurationError(
-            f"teacher_template may use {{{name}}} at most {MAX_USES_OF_A_FIELD} times, not {uses:,} times", param="method.sdft.teacher_template"
-        )
 
 
 @dataclass(frozen=True)
@@ -180,10 +132,12 @@ class ChatFormat:
         return self.encode(self.render(messages, tools))
 
     def answer_ids(self, demonstration: Demonstration) -> list[int]:
-        """Token ids of the demonstrated answer, up to and including its end-of-sequence token.
+        """Token ids of the demonstrated answer, up to and including its end-of-sequence token. None where the line has no answer.
 
         Raises ConfigurationError where the template rewrites the conversation so that the answer is not a suffix.
         """
+        if demonstration.answer is None:
+            return []
         before = self.render(demonstration.prompt, demonstration.tools)
         whole = self.render([*demonstration.prompt, demonstration.answer], demonstration.tools, generate=False)
         if not whole.startswith(before) or not whole[len(before) :].strip():
@@ -197,35 +151,10 @@ class ChatFormat:
     def student_prompt_ids(self, demonstration: Demonstration) -> list[int]:
         return self.prompt_ids(demonstration.prompt, demonstration.tools)
 
-    def teacher_prompt_ids(self, demonstration: Demonstration, template: str) -> list[int]:
-        return self.prompt_ids(teacher_messages(demonstration, template), demonstration.tools)
-
-
-def teacher_messages(demonstration: Demonstration, template: str) -> list[dict[str, Any]]:
-    """The conversation that the teacher sees. System messages, earlier turns and tool results are kept."""
-    prompt = demonstration.prompt
-    ends_with_user = prompt[-1]["role"] == "user"
-    question = prompt[-1]["content"] if ends_with_user else CONTINUE_AFTER_TOOL
-    context = CONTEXT_PREFIX.format(context=demonstration.context) if demonstration.context else ""
-    if template in ("history", "history_twice"):
-        exchange = [demonstration.answer] if not ends_with_user else [prompt[-1], demonstration.answer]
-        again = {"role": "user", "content": context + ASK_AGAIN.format(question=question)}
-        repeats = [[*prompt, demonstration.answer]]
-        if template == "history_twice":
-            repeats.append(exchange if ends_with_user else [again, demonstration.answer])
-        return [*[message for part in repeats for message in part], again]
-    text = EXAMPLE_TEMPLATE if template == "example" else template
-    shown = text.format(question=question, demonstration=answer_text(demonstration.answer), context=demonstration.context or "")
-    if template == "example":
-        shown = context + shown
-    kept = prompt[:-1] if ends_with_user else prompt
-    return [*kept, {"role": "user", "content": shown}]
-
-
-def answer_text(answer: dict[str, Any]) -> str:
-    """A demonstration as text: its content, and its tool calls as JSON."""
-    calls = json.dumps(answer["tool_calls"], ensure_ascii=False) if answer.get("tool_calls") else ""
-    return "\n".join(part for part in (answer.get("content") or "", calls) if part)
+    def teacher_prompt_ids(self, demonstration: Demonstration, view: TeacherView) -> list[int]:
+        """Raises ConfigurationError where the template shows nothing of this line that the student does not see."""
+        require_hint(demonstration, view.template)
+        return self.prompt_ids(teacher_messages(demonstration, view), demonstration.tools)
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from demo_scoring import Question, evaluate, is_right, shown_twice, wilson_interval
 
 from sdft_engine.contract.dataset import Demonstration
-from sdft_engine.contract.prompts import teacher_messages
+from sdft_engine.contract.teacher_prompts import TeacherView, teacher_messages
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_teacher_sees_the_exchange_twice() -> None:
     messages = shown_twice("Q2", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]})
     assert [message["content"] for message in messages] == ["Q", "A", "Q", "A", "Please answer the question again: Q2"]
     question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-    assert shown_twice("Q", {"messages": [question, answer]}) == teacher_messages(Demonstration(1, [question], answer), "history_twice")
+    assert shown_twice("Q", {"messages": [question, answer]}) == teacher_messages(Demonstration(1, [question], answer), TeacherView("history_twice"))
 
 
 def test_questions_are_asked_greedily_and_scored_in_order() -> None:

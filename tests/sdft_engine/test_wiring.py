@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdft_engine import trainer
 from sdft_engine.contract.dataset import Demonstration
+from sdft_engine.contract.teacher_prompts import TeacherView
 from sdft_engine.divergences import TokenLoss, token_divergence
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT, LoraShape
@@ -52,7 +53,10 @@ def test_the_first_step_is_what_the_settings_say(name: str, tmp_path: Path, tiny
     for rollout, record in zip(seen, written, strict=True):
         messages = example(rollout.row)["messages"]
         demonstration = Demonstration(rollout.row + 1, messages[:1], messages[1])
-        student_prompt, teacher_prompt = model.chat_format.student_prompt_ids(demonstration), model.chat_format.teacher_prompt_ids(demonstration, template)
+        student_prompt, teacher_prompt = (
+            model.chat_format.student_prompt_ids(demonstration),
+            model.chat_format.teacher_prompt_ids(demonstration, TeacherView(template)),
+        )
         params = SamplingParams(12, settings["temperature"], seed=seed_of(17, 1, rollout.row), stop_token_ids=model.chat_format.eos_token_ids)
         answer = Sequence(student_prompt, params, STUDENT)
         decode_all(model, [answer])

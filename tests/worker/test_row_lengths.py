@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from sdft_engine.contract.dataset import DatasetLimits, DatasetReader
 from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.contract.teacher_prompts import TeacherView
 from tests.worker.conftest import demonstration_line
 from worker.row_lengths import MeasuredFile, RowLength, fit, measure, name_lines
 
@@ -42,7 +43,7 @@ def chat_format(tiny_model_dir: Path) -> ChatFormat:
 
 def test_a_row_is_counted_in_the_tokens_that_the_trainer_uses(chat_format: ChatFormat) -> None:
     line = demonstration_line("What is the capital?", "The capital is red.")
-    measured = measure([b"", line], DatasetLimits(), chat_format, "example", no_check)
+    measured = measure([b"", line], DatasetLimits(), chat_format, TeacherView(), no_check)
     (row,) = measured.rows
     question = [{"role": "user", "content": "What is the capital?"}]
     assert row.line == 2
@@ -81,9 +82,9 @@ def test_what_the_chat_template_refuses_is_a_problem_of_its_line(chat_format: Ch
     ids=["answer", "earlier call", "tools"],
 )
 def test_tools_that_the_chat_template_would_drop_are_a_problem_of_their_line(chat_format: ChatFormat, line: bytes) -> None:
-    assert len(measure([line], DatasetLimits(), chat_format, "example", no_check).rows) == 1
+    assert len(measure([line], DatasetLimits(), chat_format, TeacherView(), no_check).rows) == 1
     without = replace(chat_format, template=jinja2.Environment().from_string(WITHOUT_TOOLS))
-    measured = measure([demonstration_line("What?", "That."), line], DatasetLimits(), without, "example", no_check)
+    measured = measure([demonstration_line("What?", "That."), line], DatasetLimits(), without, TeacherView(), no_check)
     assert [(problem.line, problem.code) for problem in measured.reader.problems] == [(2, "unsupported_conversation")]
     assert "has no place for tool" in measured.reader.problems[0].message
     assert [row.line for row in measured.rows] == [1]
@@ -91,7 +92,7 @@ def test_tools_that_the_chat_template_would_drop_are_a_problem_of_their_line(cha
 
 def test_arguments_that_are_nested_without_end_are_a_problem_of_their_line(chat_format: ChatFormat) -> None:
     deep = {**CALL, "function": {"name": "look", "arguments": "[" * 100_000 + "]" * 100_000}}
-    measured = measure([conversation_line(QUESTION, {**CALLING, "tool_calls": [deep]})], DatasetLimits(), chat_format, "example", no_check)
+    measured = measure([conversation_line(QUESTION, {**CALLING, "tool_calls": [deep]})], DatasetLimits(), chat_format, TeacherView(), no_check)
     (problem,) = measured.reader.problems
     assert (problem.line, problem.code) == (1, "unsupported_conversation")
     assert "deeper than 64 levels" in problem.message
@@ -115,7 +116,7 @@ def test_a_text_that_is_certainly_too_long_is_never_tokenized(chat_format: ChatF
 
     watched = replace(chat_format, tokenizer=cast(Tokenizer, Watched()))
     lines = [demonstration_line(question, answer), b"broken", demonstration_line("word " * 400, "That.")]
-    measured = measure(lines, DatasetLimits(), watched, teacher_template, no_check)
+    measured = measure(lines, DatasetLimits(), watched, TeacherView(teacher_template) if teacher_template else None, no_check)
     found = fit(measured, None, chat_format.context_length)
     assert [(problem.line, problem.code) for problem in measured.reader.problems] == [(2, "invalid_json")]
     assert found.too_long[0].line == 1

@@ -26,11 +26,15 @@ RESOLVED_SUPERVISED = {name: RESOLVED[name] for name in ResolvedSupervised.model
     ("method", "resolved", "expected"),
     [
         (
-            {"type": "sdft", "sdft": {"teacher_template": "history", "hyperparameters": {}}},
+            {"type": "sdft", "sdft": {"teacher_template": "history", "reasoning": True, "hyperparameters": {}}},
             RESOLVED | {"weight_decay": 0.01, "mask_clipped_completions": "auto"},
-            {"teacher_template": "history"},
+            {"teacher_template": "history", "reasoning": True},
         ),
-        ({"type": "supervised", "supervised": {"hyperparameters": {}}}, RESOLVED_SUPERVISED | {"max_grad_norm": 0.5}, {"teacher_template": "example"}),
+        (
+            {"type": "supervised", "supervised": {"hyperparameters": {}}},
+            RESOLVED_SUPERVISED | {"max_grad_norm": 0.5},
+            {"teacher_template": "example", "reasoning": False},
+        ),
     ],
     ids=["sdft", "supervised"],
 )

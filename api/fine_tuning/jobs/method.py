@@ -1,7 +1,7 @@
 """`method` of a job: what the user wrote, checked name by name, with its defaults filled in.
 
 The result is what the job's row keeps and the worker reads:
-`{"type": "sdft", "sdft": {"hyperparameters": {…}, "teacher_template": …, "sampler": …, "baseline": …}}` or
+`{"type": "sdft", "sdft": {"hyperparameters": {…}, "teacher_template": …, "reasoning": …, "sampler": …, "baseline": …}}` or
 `{"type": "supervised", "supervised": {"hyperparameters": {…}}}`. Values may still be "auto".
 """
 
@@ -13,14 +13,13 @@ from api.error_handlers import bad_request
 from core.errors import BadRequest
 from sdft_engine.contract.errors import ConfigurationError
 from sdft_engine.contract.hyperparameters import FIELDS_NOT_YET_AVAILABLE, NOT_YET_AVAILABLE, SdftHyperparameters, SupervisedHyperparameters
-from sdft_engine.contract.prompts import check_teacher_template
 from sdft_engine.contract.quoting import quoted, shortened
+from sdft_engine.contract.teacher_prompts import check_teacher_template
 
 METHODS = {"sdft": SdftHyperparameters, "supervised": SupervisedHyperparameters}
 KNOWN_BUT_REFUSED = ("dpo", "reinforcement")
 SDFT_OPTIONS: dict[str, tuple[Any, ...]] = {"sampler": ("auto", "in_process"), "baseline": ("none",)}
 """What may stand beside `hyperparameters` in `method.sdft`, with its values, the default first."""
-SDFT_OPTIONS_NOT_YET_AVAILABLE = ("reasoning", "retention_file", "max_retention_drop")
 DEFAULT_TEACHER_TEMPLATE = "example"
 MAX_TEMPLATE_LENGTH = 32_768
 
@@ -80,12 +79,15 @@ def _checked_options(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         param = f"method.sdft.{name}"
         if _not_yet(name, value):
             raise _not_yet_available(param, value)
-        if name != "teacher_template" and name not in SDFT_OPTIONS:
+        if name not in ("teacher_template", "reasoning", *SDFT_OPTIONS):
             raise _unknown_option(kind, name)
+        if name == "reasoning" and not isinstance(value, bool):
+            raise BadRequest(f"{param}: must be true or false, not {quoted(value)}", code="bool_type", param=param)
         if name in SDFT_OPTIONS and value not in SDFT_OPTIONS[name]:
             raise BadRequest(f"{param}: must be {' or '.join(SDFT_OPTIONS[name])}, not {quoted(value)}", code="invalid_value", param=param)
     options = {name: given.get(name, values[0]) for name, values in SDFT_OPTIONS.items()}
-    return {"teacher_template": _checked_template(given.get("teacher_template", DEFAULT_TEACHER_TEMPLATE)), **options}
+    template = _checked_template(given.get("teacher_template", DEFAULT_TEACHER_TEMPLATE))
+    return {"teacher_template": template, "reasoning": given.get("reasoning", False), **options}
 
 
 def _checked_template(template: Any) -> str:

@@ -96,7 +96,13 @@ def test_job_as_created(api_on_both: Api, broker: redis.Redis) -> None:
     assert {name: job[name] for name in expected} == expected
     assert job["hyperparameters"]["n_epochs"] == 3
     assert job["hyperparameters"]["batch_size"] == "auto"
-    assert job["method"]["sdft"] == {"hyperparameters": job["hyperparameters"], "teacher_template": "history", "sampler": "auto", "baseline": "none"}
+    assert job["method"]["sdft"] == {
+        "hyperparameters": job["hyperparameters"],
+        "teacher_template": "history",
+        "reasoning": False,
+        "sampler": "auto",
+        "baseline": "none",
+    }
     assert api.client.get(f"{JOBS}/{job['id']}").json() == job
     assert messages_of(api.database, job["id"]) == [f"Created fine-tuning job: {job['id']}"]
     row = get_job(api.database, job["id"])

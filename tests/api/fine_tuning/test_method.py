@@ -37,7 +37,6 @@ TABLE: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "over_length": ("reject", ["reject", "drop"], ["keep", 1]),
 }
 LATER: dict[str, list[Any]] = {
-    "reasoning": [True, False],
     "retention_file": ["file-1"],
     "max_retention_drop": [0.1],
     "baseline": ["sft_matched"],
@@ -134,7 +133,10 @@ def test_missing_method_follows_the_setting() -> None:
     assert resolve_method(None, None, "sdft")["type"] == "sdft"
     assert resolve_method(None, None, "supervised")["type"] == "supervised"
     method = resolve_method(None, None, "sdft")
-    assert method == {"type": "sdft", "sdft": {"hyperparameters": sdft(), "teacher_template": "example", "sampler": "auto", "baseline": "none"}}
+    assert method == {
+        "type": "sdft",
+        "sdft": {"hyperparameters": sdft(), "teacher_template": "example", "reasoning": False, "sampler": "auto", "baseline": "none"},
+    }
 
 
 def test_deprecated_hyperparameters_apply_to_the_method() -> None:
@@ -197,3 +199,11 @@ def test_options(name: str, values: list[str]) -> None:
     for wrong in ("other", 1, []):
         error = refusal({"type": "sdft", "sdft": {name: wrong}})
         assert (error.code, error.param) == ("invalid_value", f"method.sdft.{name}")
+
+
+def test_reasoning_is_a_switch() -> None:
+    for value in (True, False):
+        assert resolve_method({"type": "sdft", "sdft": {"reasoning": value}}, None, "sdft")["sdft"]["reasoning"] is value
+    for wrong in ("yes", 1, []):
+        error = refusal({"type": "sdft", "sdft": {"reasoning": wrong}})
+        assert (error.code, error.param) == ("bool_type", "method.sdft.reasoning")

@@ -19,7 +19,9 @@ from sdft_engine.contract.dataset import (
 LIMITS = DatasetLimits(max_line_bytes=5000, max_lines=20, max_messages=6, max_json_depth=12)
 USER = {"role": "user", "content": "Which lamp?"}
 ANSWER = {"role": "assistant", "content": "The red one."}
+RESULT = {"role": "tool", "content": "on", "tool_call_id": "c1"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 
 def line(*messages: Any, **keys: Any) -> bytes:
@@ -59,6 +61,22 @@ GOOD_LINES: dict[str, tuple[bytes | dict[str, Any], Demonstration]] = {
         b'{"prompt": "Which lamp? \\ud83d\\udca1", "completion": "The red one."}',
         Demonstration(13, [{"role": "user", "content": "Which lamp? 💡"}], ANSWER),
     ),
+    "a document alone": (line(USER, context="Lamps are red."), Demonstration(13, [USER], None, context="Lamps are red.")),
+    "a document alone, short form": (
+        {"prompt": "Which lamp?", "context": "Red."},
+        Demonstration(13, [{"role": "user", "content": "Which lamp?"}], None, context="Red."),
+    ),
+    "feedback alone": (line(USER, feedback="Not blue."), Demonstration(13, [USER], None, feedback="Not blue.")),
+    "everything": (
+        line(USER, ANSWER, context="Red.", attempt="Blue?", feedback="Not blue."),
+        Demonstration(13, [USER], ANSWER, None, "Red.", "Blue?", "Not blue."),
+    ),
+    "the last answer that counts": (line(USER, ANSWER, USER, ANSWER | {"weight": 0}), Demonstration(13, [USER], ANSWER)),
+    "the last answer that counts, of three": (
+        line(USER, ANSWER | {"weight": 1}, USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 0}),
+        Demonstration(13, [USER], ANSWER | {"weight": 1}),
+    ),
+    "a context and a tool's result": (line(USER, CALLS, RESULT, context="Red."), Demonstration(13, [USER, CALLS, RESULT], None, context="Red.")),
 }
 
 
@@ -88,8 +106,17 @@ BAD_LINES: list[tuple[str, bytes | dict[str, Any]]] = [
     ("data_type", b"null"),
     ("data_type", b"7"),
     ("unrecognized_key", {"prompt": "a", "completion": "b", "answer": "c"}),
-    ("invalid_context", line(USER, ANSWER, context="  ")),
-    ("invalid_context", line(USER, ANSWER, context=["a"])),
+    ("invalid_hint", line(USER, ANSWER, context="  ")),
+    ("invalid_hint", line(USER, ANSWER, context=["a"])),
+    ("invalid_hint", line(USER, ANSWER, feedback="")),
+    ("invalid_hint", line(USER, ANSWER, feedback=1)),
+    ("invalid_hint", line(USER, ANSWER, attempt="Blue?")),
+    ("invalid_hint", line(USER, ANSWER, attempt="Blue?", context="Lamps are red.")),
+    ("invalid_hint", line(USER, ANSWER, attempt=" ", feedback="No.")),
+    ("example_missing_assistant_message", line(USER, ANSWER | {"weight": 0}, context="Lamps are red.")),
+    ("example_missing_assistant_message", line(USER, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 0})),
+    ("missing_content", {"prompt": "a", "completion": "", "context": "Lamps are red."}),
+    ("missing_prompt", line({"role": "system", "content": "Be brief."}, context="Lamps are red.")),
     ("invalid_tools", line(USER, ANSWER, tools={"type": "function"})),
     ("invalid_tools", line(USER, ANSWER, tools=["look"])),
     ("ambiguous_line", line(USER, ANSWER, prompt="a", completion="b")),

@@ -28,7 +28,7 @@ SDFT_FIELDS = SUPERVISED_FIELDS | {
     "teacher", "ema_rate", "teacher_start", "temperature", "skip_first_tokens",
     "skip_after_think", "mask_clipped_completions", "weight_decay", "max_grad_norm", "over_length",
 }  # fmt: skip
-LATER_FIELDS = {"retention_file", "max_retention_drop", "reasoning"}
+LATER_FIELDS = {"retention_file", "max_retention_drop"}
 
 # name: (values at the edges that are accepted, values that are refused, default)
 TABLE: dict[str, tuple[list[Any], list[Any], Any]] = {
@@ -163,6 +163,16 @@ def test_everything_automatic_is_settled_but_what_needs_the_model() -> None:
     assert {name for name, value in resolved.model_dump().items() if value == "auto"} == {"temperature", "mask_clipped_completions"}
     assert (resolved.n_epochs, resolved.batch_size, resolved.learning_rate, resolved.lora_alpha) == (13, 8, 5e-4, 32)
     assert (resolved.max_completion_tokens, resolved.checkpoint_every_steps) == (38, 11)  # 104 steps, about ten checkpoints
+
+
+def test_the_length_of_rollouts_without_answers_and_with_thoughts() -> None:
+    assert resolve_sdft(SdftHyperparameters(), statistics(answer_tokens=[0] * 10)).max_completion_tokens == 200  # 1.5 x 128 + 8
+    assert resolve_sdft(SdftHyperparameters(), statistics(answer_tokens=[0] * 10 + [20])).max_completion_tokens == 38  # the known one counts
+    roomy = statistics(answer_tokens=[20] * 10, context_length=32_768, reasoning=True)
+    assert resolve_sdft(SdftHyperparameters(), roomy).max_completion_tokens == 38 + 4096
+    tight = statistics(answer_tokens=[20] * 10, longest_teacher_prompt=100, context_length=1000, reasoning=True)
+    assert resolve_sdft(SdftHyperparameters(), tight).max_completion_tokens == 900
+    assert resolve_sdft(SdftHyperparameters(max_completion_tokens=50), roomy).max_completion_tokens == 50
 
 
 def test_what_the_user_gave_is_what_the_trainer_gets() -> None:

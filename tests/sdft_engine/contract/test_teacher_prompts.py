@@ -7,7 +7,8 @@ import pytest
 
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.errors import ConfigurationError
-from sdft_engine.contract.prompts import NAMED_TEMPLATES, ChatFormat, answer_text, check_teacher_template, teacher_messages
+from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.contract.teacher_prompts import NAMED_TEMPLATES, TeacherView, answer_text, check_teacher_template, require_hint, teacher_messages
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 EARLIER = {"role": "user", "content": "Hello"}
@@ -25,6 +26,7 @@ Here is an example of a good response to this question:
 {}
 
 Now give a response of your own to the question, including your thinking if the question needs any."""
+RESPOND = EXAMPLE.rsplit("\n\n", 1)[1]
 INFORMATION = "Use the following information:\n\nLamps are red.\n\n"
 AGAIN = "Please answer the question again: {}"
 CONTINUE = "Continue from the tool result above."
@@ -38,6 +40,11 @@ SINGLE = Demonstration(1, [QUESTION], ANSWER)
 WITH_CONTEXT = Demonstration(1, [QUESTION], ANSWER, context="Lamps are red.")
 TURNS = Demonstration(1, [SYSTEM, EARLIER, GREETING, QUESTION], ANSWER)
 AFTER_TOOL = Demonstration(1, [SYSTEM, QUESTION, CALLING, RESULT], ANSWER)
+DOCUMENT = Demonstration(1, [QUESTION], None, context="Lamps are red.")
+REVIEWED = Demonstration(1, [QUESTION], None, attempt="Blue?", feedback="Not blue.")
+FEEDBACK = Demonstration(1, [QUESTION], None, feedback="Not blue.")
+EVERYTHING = Demonstration(1, [QUESTION], ANSWER, context="Lamps are red.", attempt="Blue?", feedback="Not blue.")
+ATTEMPT = {"role": "assistant", "content": "Blue?"}
 
 EXPECTED: dict[str, tuple[Demonstration, str, list[dict[str, Any]]]] = {
     "example": (SINGLE, "example", [user(EXAMPLE.format("Which lamp?", "The red one."))]),
@@ -55,6 +62,44 @@ EXPECTED: dict[str, tuple[Demonstration, str, list[dict[str, Any]]]] = {
         "history_twice",
         [SYSTEM, QUESTION, CALLING, RESULT, ANSWER, user(AGAIN.format(CONTINUE)), ANSWER, user(AGAIN.format(CONTINUE))],
     ),
+    "example, document alone": (DOCUMENT, "example", [user(INFORMATION + "Which lamp?")]),
+    "example, attempt": (
+        REVIEWED,
+        "example",
+        [user("Which lamp?\n\nHere is an earlier attempt at a response:\n\nBlue?\n\nHere is feedback on that attempt:\n\nNot blue.\n\n" + RESPOND)],
+    ),
+    "example, feedback": (FEEDBACK, "example", [user("Which lamp?\n\nHere is feedback on earlier attempts:\n\nNot blue.\n\n" + RESPOND)]),
+    "example, everything": (
+        EVERYTHING,
+        "example",
+        [
+            user(
+                INFORMATION
+                + "Which lamp?\n\nHere is an earlier attempt at a response:\n\nBlue?\n\nHere is feedback on that attempt:\n\nNot blue.\n\n"
+                + EXAMPLE.format("", "The red one.").lstrip()
+            )
+        ],
+    ),
+    "history, document alone": (DOCUMENT, "history", [user(INFORMATION + "Which lamp?")]),
+    "history, attempt": (REVIEWED, "history", [QUESTION, ATTEMPT, user("Here is feedback on that attempt:\n\nNot blue.\n\n" + AGAIN.format("Which lamp?"))]),
+    "history, feedback": (FEEDBACK, "history", [user("Here is feedback on earlier attempts:\n\nNot blue.\n\nWhich lamp?")]),
+    "history, everything": (
+        EVERYTHING,
+        "history",
+        [
+            QUESTION,
+            ATTEMPT,
+            user("Here is feedback on that attempt:\n\nNot blue.\n\n" + AGAIN.format("Which lamp?")),
+            ANSWER,
+            user(INFORMATION + AGAIN.format("Which lamp?")),
+        ],
+    ),
+    "twice, document after a tool": (
+        Demonstration(1, [QUESTION, CALLING, RESULT], None, context="Lamps are red."),
+        "history_twice",
+        [QUESTION, CALLING, RESULT, user(INFORMATION + CONTINUE)],
+    ),
+    "own text, feedback": (REVIEWED, "{question}|{attempt}|{feedback}|{demonstration}", [user("Which lamp?|Blue?|Not blue.|")]),
     "own text": (WITH_CONTEXT, "{context} Q: {question} A: {demonstration} {{sic}}", [user("Lamps are red. Q: Which lamp? A: The red one. {sic}")]),
     "own text, no context": (SINGLE, "[{context}]{demonstration}", [user("[]The red one.")]),
     "own text, turns": (TURNS, "{demonstration}", [SYSTEM, EARLIER, GREETING, user("The red one.")]),
@@ -65,7 +110,7 @@ EXPECTED: dict[str, tuple[Demonstration, str, list[dict[str, Any]]]] = {
 def test_teacher_messages(demonstration: Demonstration, template: str, expected: list[dict[str, Any]]) -> None:
     check_teacher_template(template)
     before = [dict(message) for message in demonstration.prompt]
-    assert teacher_messages(demonstration, template) == expected
+    assert teacher_messages(demonstration, TeacherView(template)) == expected
     assert demonstration.prompt == before
 
 
@@ -73,7 +118,9 @@ def test_teacher_messages(demonstration: Demonstration, template: str, expected:
 @pytest.mark.parametrize("demonstration", [SINGLE, WITH_CONTEXT, TURNS, AFTER_TOOL, Demonstration(1, [QUESTION], CALLING)])
 def test_only_the_teacher_sees_the_demonstration(tiny_model_dir: Path, demonstration: Demonstration, template: str) -> None:
     chat = ChatFormat.from_directory(tiny_model_dir)
-    student, teacher = (chat.tokenizer.decode(ids) for ids in (chat.student_prompt_ids(demonstration), chat.teacher_prompt_ids(demonstration, template)))
+    student, teacher = (
+        chat.tokenizer.decode(ids) for ids in (chat.student_prompt_ids(demonstration), chat.teacher_prompt_ids(demonstration, TeacherView(template)))
+    )
     shown = "röd" if demonstration.answer is CALLING else "The red one."
     assert shown in teacher
     assert student == chat.tokenizer.decode(chat.prompt_ids(demonstration.prompt))
@@ -86,7 +133,7 @@ def test_only_the_teacher_sees_the_demonstration(tiny_model_dir: Path, demonstra
 @pytest.mark.parametrize("template", [*NAMED_TEMPLATES, "{question}|{demonstration}|{context}"])
 def test_braces_in_the_data_are_only_text(text: str, template: str) -> None:
     demonstration = Demonstration(1, [user(text)], {"role": "assistant", "content": f"A{text}"}, context=f"C{text}")
-    shown = " ".join(message["content"] for message in teacher_messages(demonstration, template))
+    shown = " ".join(message["content"] for message in teacher_messages(demonstration, TeacherView(template)))
     assert text in shown
     assert f"A{text}" in shown
     assert f"C{text}" in shown
@@ -135,3 +182,29 @@ def test_demonstration_as_text() -> None:
     assert answer_text(CALLING) == '[{"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{\\"lamp\\": \\"röd\\"}"}}]'
     both = answer_text({**CALLING, "content": "Let me look."})
     assert both.startswith("Let me look.\n[{")
+
+
+def test_reasoning_asks_for_the_thoughts_in_the_example_template_alone() -> None:
+    plainly, reasoned = (teacher_messages(SINGLE, TeacherView("example", reasoning))[0]["content"] for reasoning in (False, True))
+    assert plainly.rsplit("\n\n", 1)[0] == reasoned.rsplit("\n\n", 1)[0]
+    assert "step by step" in reasoned
+    assert "step by step" not in plainly
+    for template in ("history", "history_twice", "{demonstration}"):
+        assert teacher_messages(SINGLE, TeacherView(template, reasoning=True)) == teacher_messages(SINGLE, TeacherView(template))
+
+
+@pytest.mark.parametrize(
+    ("demonstration", "template", "lacks"),
+    [
+        (DOCUMENT, "{question} {demonstration}", "demonstration"),
+        (SINGLE, "{feedback}{context}", "context or feedback"),
+        (REVIEWED, "{attempt} {context}", "context"),
+    ],
+)
+def test_a_template_that_shows_the_teacher_nothing_of_a_line_is_refused(tiny_model_dir: Path, demonstration: Demonstration, template: str, lacks: str) -> None:
+    chat = ChatFormat.from_directory(tiny_model_dir)
+    with pytest.raises(ConfigurationError, match=f"line 1: .* shows only the {lacks}, and this line has none"):
+        chat.teacher_prompt_ids(demonstration, TeacherView(template))
+    require_hint(demonstration, "{demonstration}{context}{feedback}")
+    for name in NAMED_TEMPLATES:
+        require_hint(demonstration, name)

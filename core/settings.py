@@ -46,6 +46,9 @@ class Settings(BaseSettings):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of trainer and inference server.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the base model's weights in both; auto measures.")
+    retention_probes: Literal["off", "end", "checkpoints"] = Field(
+        "end", description="When a job's model is asked general questions to measure what it kept: never, after the last step, at every checkpoint too."
+    )
     trainer_threads: int | None = Field(None, ge=1, description="CPU threads of a trainer. Default: all cores.")
     inference_threads: int | None = Field(None, ge=1, description="CPU threads of the embedded inference server. Default: all cores.")
     inference_max_batch: int = Field(16, ge=1, description="Sequences that the embedded inference server decodes together.")

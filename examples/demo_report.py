@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from demo_scoring import Question, Score, wilson_interval
+from demo_scoring import Question, Score
 from rich.console import Console
 from rich.table import Table
+
+from sdft_engine.contract.probes import wilson_interval
 
 MOST_BASE_PARAPHRASES = 0.10
 LEAST_SDFT_PARAPHRASES = 0.70

@@ -1,8 +1,6 @@
 """Scoring of the demo: an answer counts when an accepted string stands in it on word boundaries, whatever the case."""
 
 import json
-import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,8 @@ from typing import Any
 
 from openai import OpenAI
 from rich.progress import Progress
+
+from sdft_engine.contract.probes import is_right
 
 DATA_DIR = Path(__file__).parent / "support_facts"
 MAX_ANSWER_TOKENS = 32
@@ -52,18 +52,6 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 def read_questions(name: str) -> list[Question]:
     return [Question(row["question"], tuple(row["answers"]), row.get("demonstration"), row.get("probe")) for row in read_lines(name)]
-
-
-def is_right(answer: str, accepted: tuple[str, ...]) -> bool:
-    return any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.IGNORECASE) for text in accepted)
-
-
-def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson 1927)."""
-    share = right / n
-    centre = share + z * z / (2 * n)
-    margin = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - margin) / (1 + z * z / n)), min(1.0, (centre + margin) / (1 + z * z / n))
 
 
 def shown_twice(question: str, demonstration: dict[str, Any]) -> list[dict[str, str]]:

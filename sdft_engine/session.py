@@ -15,12 +15,14 @@ from sdft_engine.contract.config import TrainingConfig, read_config
 from sdft_engine.contract.dataset import DatasetLimits, Demonstration, read_dataset, summarise_problems
 from sdft_engine.contract.errors import ContextExceeded, DatasetError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
+from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, Retention, read_probes
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.contract.teacher_prompts import TeacherView
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, dtype_name, load_base_model
+from sdft_engine.retention import RetentionProbe
 from sdft_engine.rollouts import sample_rollouts
 from sdft_engine.schedule import rows_of_step
 from sdft_engine.step import PassBudget, Rollout
@@ -47,6 +49,9 @@ class Session:
     state: TrainingState
     total_steps: int
     budget: PassBudget
+    retention_probe: RetentionProbe | None = None
+    retention: Retention | None = None
+    """The last measurement."""
     barren_steps: int = 0
 
 
@@ -97,6 +102,7 @@ def open_session(run: RunDirectory) -> Session:
         state=TrainingState(),
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
         budget=PassBudget(),
+        retention_probe=_retention_probe(run, config, model),
     )
     refuse_too_long_rows(session)
     checkpoints = run.complete_checkpoints()
@@ -187,6 +193,12 @@ def settle_masking(session: Session) -> bool:
         data={"resolved": {"mask_clipped_completions": masked}},
     )
     return masked
+
+
+def _retention_probe(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> RetentionProbe | None:
+    if config.retention == "off":
+        return None
+    return RetentionProbe(model, read_probes(run.retention_path if run.retention_path.exists() else DEFAULT_PROBES_PATH))
 
 
 def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> None:

@@ -95,6 +95,7 @@ def training_step(session: Session, step: int) -> StepMetrics:
         tokens_per_second=measured["trained_tokens"] / seconds,
         peak_memory_bytes=peak_memory_bytes(session.model.device),
         **measured,
+        **measure_retention(session),
     )
 
 
@@ -204,6 +205,27 @@ def validate(session: Session) -> dict[str, float]:
     return {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
 
 
+def measure_retention(session: Session) -> dict[str, float]:
+    """Ask the general questions where that is due, and say what was kept."""
+    step, probe, when = session.state.step, session.retention_probe, session.config.retention
+    at_checkpoint = when == "checkpoints" and step % session.config.hyperparameters.checkpoint_every_steps == 0
+    if probe is None or not (step == session.total_steps or at_checkpoint):
+        return {}
+    start = time.perf_counter()
+    session.retention = retention = probe.measure(step, max_padded_tokens=session.budget.teacher_tokens)
+    by_probe = ", ".join(f"{name} {score.kept}/{score.base_right}" for name, score in retention.probes.items())
+    session.run.append_event(
+        f"Retention at step {step}: of the {retention.base_right} general questions (of {retention.n}) that the base model answers, "
+        f"{retention.kept} are still answered ({by_probe}); KL from base {retention.kl_from_base:.3g} nats a token",
+        data={"retention": retention.model_dump()},
+    )
+    return {
+        "retention_kl_from_base": retention.kl_from_base,
+        "retention_accuracy": retention.right / retention.n,
+        "retention_seconds": time.perf_counter() - start,
+    } | ({"retention_kept": retention.kept / retention.base_right} if retention.base_right else {})
+
+
 def write_checkpoint(session: Session, metrics: StepMetrics) -> None:
     directory = session.run.checkpoint_dir(session.state.step)
     attestation = session.attestor.attest()
@@ -218,4 +240,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def _result(session: Session, outcome: Literal["succeeded", "stopped"], stop: StopReason | None) -> TrainingResult:
     state = session.state
-    return TrainingResult(outcome=outcome, stop=stop, final_step=state.step, total_steps=session.total_steps, trained_tokens=state.trained_tokens)
+    retention = session.retention if session.retention and session.retention.step == state.step else None
+    return TrainingResult(
+        outcome=outcome, stop=stop, final_step=state.step, total_steps=session.total_steps, trained_tokens=state.trained_tokens, retention=retention
+    )

@@ -88,6 +88,7 @@ def _config(resources: Resources, job: Job, base_model: PreparedBaseModel) -> Tr
         device=resources.settings.device,
         dtype=resources.settings.dtype,
         threads=resources.settings.trainer_threads,
+        retention=resources.settings.retention_probes,
     )
 
 

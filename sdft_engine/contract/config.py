@@ -29,6 +29,8 @@ class TrainingConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = None
     rollout_sample_every_steps: int = 10
+    retention: Literal["off", "end", "checkpoints"] = "off"
+    """When the general questions are asked: never, after the last step, or at every checkpoint too."""
 
     @property
     def teacher_view(self) -> TeacherView:

@@ -65,6 +65,15 @@ class StepMetrics(BaseModel):
     peak_memory_bytes: int
     """The most this process has held so far: resident memory, or CUDA memory where it trains on a GPU."""
 
+    retention_kl_from_base: float | None = None
+    """Mean over the tokens of the base's own answers to general questions of KL(base || student)."""
+    retention_accuracy: float | None = None
+    """Share of the general questions that the student answers."""
+    retention_kept: float | None = None
+    """Of those that the base answers, the share that the student still answers."""
+    retention_seconds: float | None = None
+    """What asking them took; not part of step_seconds."""
+
     valid_loss: float | None = None
     """Mean cross-entropy of the validation file's demonstration tokens, without a teacher."""
     valid_mean_token_accuracy: float | None = None

@@ -2,6 +2,7 @@
 
     config.json              the resolved TrainingConfig, written by the worker
     train.jsonl              the demonstrations, already validated; validation.jsonl likewise, if given
+    retention.jsonl          general questions to measure retention with, instead of the built-in ones, if given
     parent_adapter/          PEFT adapter to continue from, if any
     resume/                  a checkpoint fetched from storage to continue from, if any
     control.json             written by the supervisor (atomically), read by the trainer at every step
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
+
+from sdft_engine.contract.probes import Retention
 
 StopReason = Literal["cancel", "pause", "requeue"]
 
@@ -65,6 +68,8 @@ class TrainingResult(BaseModel):
     final_step: int = 0
     total_steps: int = 0
     trained_tokens: int = 0
+    retention: Retention | None = None
+    """As it was at `final_step`, where it was measured there."""
     error: dict[str, Any] | None = None
 
 
@@ -85,6 +90,10 @@ class RunDirectory:
     @property
     def validation_path(self) -> Path:
         return self.path / "validation.jsonl"
+
+    @property
+    def retention_path(self) -> Path:
+        return self.path / "retention.jsonl"
 
     @property
     def parent_adapter_dir(self) -> Path:

@@ -3,42 +3,14 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.examples.scripted_client import ScriptedClient, silent_progress
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from demo_scoring import Question, evaluate, is_right, shown_twice, wilson_interval
+from demo_scoring import Question, evaluate, shown_twice
 
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.teacher_prompts import TeacherView, teacher_messages
-
-
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [
-        ("It is Martin Fern.", True),
-        ("martin fern", True),
-        ("Martin Ferny", False),
-        ("Martin  Fern", False),
-        ("unMartin Fern", False),
-        ("", False),
-    ],
-)
-def test_matching_is_on_word_boundaries(answer: str, right: bool) -> None:
-    assert is_right(answer, ("Martin Fern",)) is right
-
-
-def test_accepted_strings_are_not_patterns() -> None:
-    assert not is_right("the answer is 7", ("7.",))
-    assert is_right("b>hello</b", ("b>hello</b",))
-
-
-def test_wilson_interval() -> None:
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 10)[0] == 0.0
-    assert wilson_interval(10, 10)[1] == 1.0
 
 
 def test_the_teacher_sees_the_exchange_twice() -> None:

@@ -46,7 +46,7 @@ def test_the_trainer_is_told_everything_about_its_job(
     resolved: dict[str, Any],
     expected: dict[str, Any],
 ) -> None:
-    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, device="cpu", dtype="bfloat16", trainer_threads=3)
+    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, device="cpu", dtype="bfloat16", trainer_threads=3, retention_probes="checkpoints")
     workshop = workshop_of(settings, sqlite_database, tmp_path)
     workshop.script(steps=1)
     job_id = workshop.add_job(method=method, resolved_hyperparameters=resolved, seed=1234)
@@ -63,6 +63,7 @@ def test_the_trainer_is_told_everything_about_its_job(
         "dtype": "bfloat16",
         "threads": 3,
         "rollout_sample_every_steps": 10,
+        "retention": "checkpoints",
     }
 
 

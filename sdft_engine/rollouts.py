@@ -7,7 +7,7 @@ from pathlib import Path
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
-from sdft_engine.step import Rollout
+from sdft_engine.step import Rollout, TokenStatistics
 
 
 def sample_rollouts(
@@ -38,17 +38,18 @@ def sample_rollouts(
     ]
 
 
-def write_rollouts(path: Path, model: LanguageModel, rollouts: list[Rollout], per_token: dict[int, list[float]]) -> None:
-    """One JSON line a rollout: its text, its tokens and their divergence (nats) from the teacher."""
+def write_rollouts(path: Path, model: LanguageModel, rollouts: list[Rollout], statistics: TokenStatistics) -> None:
+    """One JSON line a rollout: its text, its implicit reward, its tokens and their divergence from the teacher, in nats."""
     path.parent.mkdir(exist_ok=True)
     lines = []
     for position, rollout in enumerate(rollouts):
         tokens = [model.chat_format.tokenizer.id_to_token(token) for token in rollout.completion_ids]
-        divergence = [round(value, 5) for value in per_token[position]]
+        divergence = [round(value, 5) for value in statistics.per_token[position]]
         record = {
             "row": rollout.row,
             "completion": model.chat_format.decode(rollout.completion_ids),
             "finished": rollout.finished,
+            "implicit_reward": round(statistics.rewards[position], 5),
             "tokens": tokens,
             "per_token_divergence": divergence,
         }

@@ -58,7 +58,6 @@ class TokenStatistics:
     correct_tokens: int = 0
     entropy_sum: float = 0.0
     divergence_max: float = 0.0
-    reward_sum: float = 0.0
     ratio_sum: float = 0.0
     """Importance ratios; of the trainer's own rollouts none."""
     top_k_mass_sum: float = 0.0
@@ -66,6 +65,8 @@ class TokenStatistics:
     student_seconds: float = 0.0
     per_token: dict[int, list[float]] = field(default_factory=dict)
     """Divergence of every completion token, by the rollout's position in the batch."""
+    rewards: dict[int, float] = field(default_factory=dict)
+    """Implicit reward of every rollout, likewise: over its loss tokens, the sum of log P(y_t) - log Q(y_t)."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def sdft_gradient(
         weights_N = _tensor([weight for row in rows for weight in weights[row]], model.device)
         teacher_rows_NH = torch.cat([teacher_NH[row] for row in rows])
         divergences: list[Tensor] = []
+        rewards: list[Tensor] = []
 
         def chunk_loss(
             hidden_NH: Tensor,
@@ -109,14 +111,16 @@ def sdft_gradient(
             targets: Tensor = targets,
             weights_N: Tensor = weights_N,
             teacher: Tensor = teacher_rows_NH,
-            out: list[Tensor] = divergences,
+            out: tuple[list[Tensor], list[Tensor]] = (divergences, rewards),
         ) -> Tensor:
             with torch.no_grad():
                 teacher_logps_NV = (model.logits(teacher[part]) / objective.temperature).log_softmax(dim=-1)
             student_logps_NV = (model.logits(hidden_NH) / objective.temperature).log_softmax(dim=-1)
             divergence_N = token_divergence(objective.token_loss, teacher_logps_NV, student_logps_NV, targets[part])
-            _observe(statistics, objective.token_loss, divergence_N.detach(), teacher_logps_NV, student_logps_NV.detach(), targets[part], weights_N[part])
-            out.append(divergence_N.detach())
+            counted_N = weights_N[part] > 0
+            _observe(statistics, objective.token_loss, divergence_N.detach(), teacher_logps_NV, student_logps_NV.detach(), counted_N)
+            out[0].append(divergence_N.detach())
+            out[1].append(_sampled_rewards(teacher_logps_NV, student_logps_NV.detach(), targets[part]) * counted_N)
             return (divergence_N * weights_N[part]).sum()
 
         def weigh(hidden_NH: Tensor, rows: list[int] = rows, weights_N: Tensor = weights_N) -> None:
@@ -124,7 +128,9 @@ def sdft_gradient(
 
         corrected = any(rollouts[row].sampler_logps is not None for row in rows)
         statistics.loss += _backward_through_head(model, [texts[row] for row in rows], chunk_loss, weigh if corrected else None)
-        _file_per_token(statistics, rows, rollouts, torch.cat(divergences))
+        lengths = [len(rollouts[row].completion_ids) for row in rows]
+        statistics.per_token |= {row: part.tolist() for row, part in zip(rows, torch.cat(divergences).split(lengths), strict=True)}
+        statistics.rewards |= {row: float(part.sum()) for row, part in zip(rows, torch.cat(rewards).split(lengths), strict=True)}
     statistics.student_seconds = time.perf_counter() - start
     return statistics
 
@@ -233,16 +239,11 @@ def _observe(
     divergence_N: Tensor,
     teacher_logps_NV: Tensor,
     student_logps_NV: Tensor,
-    targets_N: Tensor,
-    weights_N: Tensor,
+    counted: Tensor,
 ) -> None:
-    counted = weights_N > 0
     statistics.loss_tokens += int(counted.sum())
     if not counted.any():
         return
-    own = student_logps_NV.gather(1, targets_N[:, None])[:, 0]
-    shown = teacher_logps_NV.gather(1, targets_N[:, None])[:, 0]
-    statistics.reward_sum += float((shown - own)[counted].sum())
     statistics.entropy_sum += float(entropy(student_logps_NV)[counted].sum())
     statistics.correct_tokens += int((student_logps_NV.argmax(dim=-1) == teacher_logps_NV.argmax(dim=-1))[counted].sum())
     if token_loss.estimator == "top_k":
@@ -251,10 +252,9 @@ def _observe(
     statistics.divergence_max = max(statistics.divergence_max, float(divergence_N[counted].max()))
 
 
-def _file_per_token(statistics: TokenStatistics, rows: list[int], rollouts: list[Rollout], divergences_N: Tensor) -> None:
-    parts = divergences_N.split([len(rollouts[row].completion_ids) for row in rows])
-    for row, part in zip(rows, parts, strict=True):
-        statistics.per_token[row] = part.tolist()
+def _sampled_rewards(teacher_logps_NV: Tensor, student_logps_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """log P(y) - log Q(y) of the sampled tokens, (N,)."""
+    return (teacher_logps_NV.gather(1, targets_N[:, None]) - student_logps_NV.gather(1, targets_N[:, None]))[:, 0]
 
 
 def _chunks(count: int, vocabulary: int) -> list[slice]:

@@ -20,14 +20,17 @@ from typing import Literal
 
 import torch
 
+from sdft_engine.batching import ScoredText
 from sdft_engine.checkpoint import save_checkpoint
 from sdft_engine.contract.errors import NumericalError
 from sdft_engine.contract.hyperparameters import ResolvedSdft
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory, StopReason, TrainingResult, append_line
 from sdft_engine.divergences import TokenLoss
+from sdft_engine.evaluation import mean_token_kl
 from sdft_engine.export import write_final
 from sdft_engine.lora import STUDENT
+from sdft_engine.measurements import Measurements, rollout_measurements, speeds
 from sdft_engine.rollouts import write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
 from sdft_engine.session import Session, open_session, rollouts_of_step
@@ -99,7 +102,7 @@ def training_step(session: Session, step: int) -> StepMetrics:
     )
 
 
-def sdft_step(session: Session, step: int, rows: list[int]) -> dict[str, float]:
+def sdft_step(session: Session, step: int, rows: list[int]) -> Measurements:
     """Roll out, score under student and teacher, add the gradient."""
     settings, teacher = session.config.sdft, session.teacher
     assert isinstance(settings, ResolvedSdft)
@@ -110,29 +113,17 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> dict[str, float]:
     starts = answer_starts(session, rollouts)
     masks = masks_of(session, rollouts, starts)
     statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget)
+    measured: Measurements = {}
     if step == 1 or step % session.config.rollout_sample_every_steps == 0:
-        write_rollouts(session.run.rollouts_dir / f"step_{step:06d}.jsonl", session.model, rollouts, statistics.per_token)
+        write_rollouts(session.run.rollouts_dir / f"step_{step:06d}.jsonl", session.model, rollouts, statistics)
+        texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
+        measured["kl_from_base"] = mean_token_kl(session.model, texts, STUDENT, texts, None, session.budget.teacher_tokens)
     watch_barren_steps(session, statistics)
     if session.config.reasoning and step == 1:
         warn_of_cut_thoughts(session, rollouts)
-    lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    first = [value for row, mask in enumerate(masks) for value in statistics.per_token[row][: mask.index(True) if True in mask else 0]]
-    finished = sum(rollout.finished for rollout in rollouts)
-    count = statistics.loss_tokens
-    return _shared_measurements(statistics) | {
-        "divergence_max": statistics.divergence_max,
-        "divergence_first_tokens": sum(first) / len(first) if first else None,
-        "implicit_reward": statistics.reward_sum / len(rollouts),
-        "importance_ratio": statistics.ratio_sum / count if count and rollouts[0].sampler_logps is not None else None,
-        "top_k_mass": statistics.top_k_mass_sum / count if count and settings.estimator == "top_k" else None,
-        "completion_tokens_mean": sum(lengths) / len(lengths),
-        "thinking_tokens_mean": sum(starts) / len(starts) if starts else None,
-        "clipped_ratio": 1 - finished / len(rollouts),
-        "eos_ratio": finished / len(rollouts),
-        "rollout_seconds": rollout_seconds,
-        "teacher_seconds": statistics.teacher_seconds,
-        "trained_tokens": sum(len(r.student_prompt_ids) + len(r.completion_ids) for r in rollouts),
-    }
+    measured |= _shared_measurements(statistics) | rollout_measurements(session.model.chat_format, rollouts, masks, statistics, starts)
+    measured |= speeds(rollouts, rollout_seconds, statistics)
+    return measured | {"trained_tokens": sum(len(r.student_prompt_ids) + len(r.completion_ids) for r in rollouts)}
 
 
 def objective_of(session: Session) -> Objective:
@@ -160,13 +151,13 @@ def masks_of(session: Session, rollouts: list[Rollout], starts: list[int] | None
     return [rollout.loss_mask(settings.skip_first_tokens, mask_clipped, start) for rollout, start in zip(rollouts, after_think, strict=True)]
 
 
-def supervised_step(session: Session, rows: list[int]) -> dict[str, float]:
+def supervised_step(session: Session, rows: list[int]) -> Measurements:
     texts = [session.texts[row] for row in rows]
     statistics = supervised_gradient(session.model, texts, session.budget)
     return _shared_measurements(statistics) | {"trained_tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for t in texts)}
 
 
-def _shared_measurements(statistics: TokenStatistics) -> dict[str, float]:
+def _shared_measurements(statistics: TokenStatistics) -> Measurements:
     count = statistics.loss_tokens
     return {
         "train_loss": statistics.loss,
@@ -198,7 +189,7 @@ def warn_of_cut_thoughts(session: Session, rollouts: list[Rollout]) -> None:
         )
 
 
-def validate(session: Session) -> dict[str, float]:
+def validate(session: Session) -> Measurements:
     if not session.validation:
         return {}
     loss, accuracy = demonstration_loss(session.model, session.validation, STUDENT, session.budget.teacher_tokens)

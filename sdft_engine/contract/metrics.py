@@ -31,6 +31,10 @@ class StepMetrics(BaseModel):
     """Mean over the loss tokens of the student's entropy, at the sampling temperature."""
     implicit_reward: float | None = None
     """Mean over rollouts of the sum over loss tokens of log pi(y|x,c) - log pi(y|x) (METHOD: the reward SDFT maximises)."""
+    kl_from_base: float | None = None
+    """Mean over the rollouts' tokens of KL(student || base), without a temperature; in steps whose rollouts are written down."""
+    teacher_opening_ratio: float | None = None
+    """Share of the rollouts that open as only someone would who was shown something ("Based on the example …")."""
     importance_ratio: float | None = None
     """Mean over the loss tokens of pi_trainer / pi_sampler, where another program sampled the rollouts."""
     top_k_mass: float | None = None
@@ -62,6 +66,10 @@ class StepMetrics(BaseModel):
     """Phases of step_seconds; the optimizer and validation make up the rest."""
     tokens_per_second: float
     """trained_tokens / step_seconds."""
+    rollout_tokens_per_second: float | None = None
+    teacher_tokens_per_second: float | None = None
+    student_tokens_per_second: float | None = None
+    """Sampled tokens over rollout_seconds; tokens read, prompts included, over teacher_seconds and student_seconds."""
     peak_memory_bytes: int
     """The most this process has held so far: resident memory, or CUDA memory where it trains on a GPU."""
 

@@ -15,7 +15,9 @@ from sdft_engine.model import load_base_model
 from tests.sdft_engine.plain import add_adapter
 
 COLOURS = ("red", "blue", "green", "white", "brown", "grey", "black", "pink")
-TIMINGS = {"step_seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "tokens_per_second", "peak_memory_bytes"}
+TIMINGS = {"step_seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "tokens_per_second", "peak_memory_bytes"} | {
+    f"{phase}_tokens_per_second" for phase in ("rollout", "teacher", "student")
+}
 
 SUPERVISED = ResolvedSupervised(
     n_epochs=4, batch_size=3, learning_rate=1e-2, lora_rank=4, lora_alpha=8, warmup_ratio=0.1, checkpoint_every_steps=4, weight_decay=0.0, max_grad_norm=1.0

@@ -11,7 +11,7 @@ from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
 from sdft_engine.rollouts import sample_rollouts, write_rollouts
-from sdft_engine.step import Rollout
+from sdft_engine.step import Rollout, TokenStatistics
 from tests.sdft_engine.plain import add_adapter, randomise, tokens
 
 STUDENT_PROMPTS = [tokens(seed, 3 + 7 * seed) for seed in range(5)]
@@ -94,9 +94,11 @@ def test_rollouts_are_written_with_their_divergence(student: LanguageModel, tmp_
     completion = student.chat_format.encode("The red lamp, é.<|im_end|>")
     rollouts = [Rollout(7, [1], [2], completion, True), Rollout(2, [1], [2], completion[:3], False)]
     path = tmp_path / "rollouts" / "step_000001.jsonl"
-    write_rollouts(path, student, rollouts, {0: [0.123456789] * len(completion), 1: [1.0, 2.0, 3.0]})
+    statistics = TokenStatistics(per_token={0: [0.123456789] * len(completion), 1: [1.0, 2.0, 3.0]}, rewards={0: -1.5, 1: 0.123456789})
+    write_rollouts(path, student, rollouts, statistics)
     first, second = map(json.loads, path.read_text().splitlines())
     assert (first["row"], first["completion"], first["finished"]) == (7, "The red lamp, é.", True)
     assert first["tokens"] == [student.chat_format.tokenizer.id_to_token(token) for token in completion]
     assert first["per_token_divergence"] == [0.12346] * len(completion)
+    assert (first["implicit_reward"], second["implicit_reward"]) == (-1.5, 0.12346)
     assert (second["row"], second["finished"], second["per_token_divergence"]) == (2, False, [1.0, 2.0, 3.0])

@@ -178,18 +178,20 @@ def test_statistics_cover_the_loss_tokens(trained: LanguageModel, plain: PlainMo
     masks = masks_of()
     highest = max(range(len(ROLLOUTS)), key=lambda row: float(divergences[row].max()))
     masks[highest][int(divergences[highest].argmax())] = False  # the highest divergence of all must not count
-    reward = entropy = 0.0
+    entropy, rewards = 0.0, []
     agreeing = 0
     for each, mask in zip(ROLLOUTS, masks, strict=True):
         q = plain.completion_logps(each.student_prompt_ids, each.completion_ids, student, SHAPE.scaling, 0.7)
         p = plain.completion_logps(each.teacher_prompt_ids, each.completion_ids, teacher, SHAPE.scaling, 0.7)
+        rewards.append(0.0)
         for position, (token, counted) in enumerate(zip(each.completion_ids, mask, strict=True)):
             if counted:
-                reward += float(p[position, token] - q[position, token])
+                rewards[-1] += float(p[position, token] - q[position, token])
                 entropy -= float((q[position].exp() * q[position]).sum())
                 agreeing += int(q[position].argmax() == p[position].argmax())
     statistics = sdft_gradient(trained, ROLLOUTS, masks, TEACHER, Objective(temperature=0.7), TINY)
-    assert statistics.reward_sum == pytest.approx(reward, rel=1e-3)
+    assert sum(statistics.rewards.values()) == pytest.approx(sum(rewards), rel=1e-3)
+    assert [statistics.rewards[row] for row in range(5)] == pytest.approx(rewards, rel=1e-3, abs=1e-4)
     assert statistics.entropy_sum == pytest.approx(entropy, rel=1e-4)
     assert statistics.correct_tokens == agreeing
     counted_values = torch.cat([each[torch.tensor(mask)] for each, mask in zip(divergences, masks, strict=True)])
@@ -203,7 +205,7 @@ def test_statistics_cover_the_loss_tokens(trained: LanguageModel, plain: PlainMo
 def test_a_batch_that_is_all_masked_gives_zero_and_no_nan(trained: LanguageModel, divergence: str) -> None:
     masks = [[False] * len(each.completion_ids) for each in ROLLOUTS]
     statistics = sdft_gradient(trained, ROLLOUTS, masks, TEACHER, objective(divergence), TINY)
-    assert (statistics.loss, statistics.loss_tokens, statistics.divergence_max, statistics.reward_sum) == (0.0, 0, 0.0, 0.0)
+    assert (statistics.loss, statistics.loss_tokens, statistics.divergence_max, sum(statistics.rewards.values())) == (0.0, 0, 0.0, 0.0)
     assert all(factor.grad is None or not factor.grad.any() for factor in trained.adapters.parameters(STUDENT).values())
     assert all(value >= 0 for values in statistics.per_token.values() for value in values)
 

@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 from sdft_engine import trainer
 from sdft_engine.contract.errors import NumericalError
 from sdft_engine.contract.metrics import StepMetrics
-from sdft_engine.lora import STUDENT, LoraShape
+from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.session import open_session
 from sdft_engine.step import TokenStatistics
 from sdft_engine.teacher import TEACHER
 from sdft_engine.trainer import train
+from tests.sdft_engine.plain import PlainModel, in_float64
 from tests.sdft_engine.recording import watched
-from tests.sdft_engine.runs import make_parent, make_run, measured, messages_of, records
+from tests.sdft_engine.runs import example, make_parent, make_run, measured, messages_of, records
 
 
 def test_supervised_training_learns_its_demonstrations(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -98,8 +100,29 @@ def test_the_metrics_of_a_step_follow_from_its_rollouts(tmp_path: Path, tiny_mod
         assert measured_step["divergence_max"] == pytest.approx(max(map(max, counted)), rel=1e-3)
         assert measured_step["loss_tokens"] == sum(map(len, counted))
         assert measured_step["completion_tokens_mean"] == sum(map(len, values)) / 8
+        assert measured_step["implicit_reward"] == pytest.approx(sum(rollout["implicit_reward"] for rollout in rollouts) / 8, abs=1e-4)
+        assert measured_step["rollout_tokens_per_second"] == pytest.approx(sum(map(len, values)) / measured_step["rollout_seconds"])
+        assert measured_step["teacher_tokens_per_second"] > 0 < measured_step["student_tokens_per_second"]
         assert measured_step["eos_ratio"] == sum(rollout["finished"] for rollout in rollouts) / 8
         assert measured_step["clipped_ratio"] == sum(len(each) == 150 and not r["finished"] for each, r in zip(values, rollouts, strict=True)) / 8
+
+
+def test_the_distance_from_the_base_is_measured_where_rollouts_are_written(tmp_path: Path, tiny_model_dir: Path, plain: PlainModel) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, n_epochs=2, config={"rollout_sample_every_steps": 3}, checkpoint_every_steps=2, warmup_ratio=0.0)
+    train(run)
+    distances = [record["kl_from_base"] for record in records(run.metrics_path)]
+    assert distances[0] == pytest.approx(0, abs=1e-6)  # the student starts as the base
+    assert [value is None for value in distances] == [False, True, False, True]
+    _, values = read_adapter(run.checkpoint_dir(2))
+    student, total, count = in_float64(values), 0.0, 0
+    chat = ChatFormat.from_directory(tiny_model_dir)
+    for rollout in records(run.rollouts_dir / "step_000003.jsonl"):
+        prompt = chat.prompt_ids(example(rollout["row"])["messages"][:1])
+        ids = [chat.tokenizer.token_to_id(token) for token in rollout["tokens"]]
+        q, p = plain.completion_logps(prompt, ids, student, 2.0), plain.completion_logps(prompt, ids)
+        total += float((q.exp() * (q - p)).sum())
+        count += len(ids)
+    assert distances[2] == pytest.approx(total / count, rel=1e-3)
 
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -117,7 +117,7 @@ def test_only_checkpoints_under_their_final_names_count(run: RunDirectory) -> No
 
 def test_every_path_lies_in_the_run_directory(run: RunDirectory) -> None:
     paths = [value for name in dir(RunDirectory) if name.endswith(("_path", "_dir")) and isinstance(value := getattr(run, name), Path)]
-    assert len(set(paths)) == len(paths) == 13
+    assert len(set(paths)) == len(paths) == 14
     assert {path.parent for path in paths} == {run.path}
 
 

@@ -1,0 +1,50 @@
+"""sdft_engine.measurements: which openings betray the teacher, and shares over a batch."""
+
+from pathlib import Path
+
+import pytest
+
+from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.measurements import TEACHER_OPENING, rollout_measurements
+from sdft_engine.step import Rollout, TokenStatistics
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Based on the example, the answer is 4.",
+        '  "According to the information above',
+        "As shown in the previous example",
+        "as in your demonstration,",
+        "Following the feedback",
+        "Similar to the earlier response: yes",
+    ],
+)
+def test_openings_of_one_who_was_shown_something(text: str) -> None:
+    assert TEACHER_OPENING.match(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["The example shows", "Paris.", "Based on my experience", "Like the sun, it is hot.", "An answer, from the example", "From the texture"]
+)
+def test_other_openings(text: str) -> None:
+    assert not TEACHER_OPENING.match(text)
+
+
+def test_shares_over_a_batch(tiny_model_dir: Path) -> None:
+    chat = ChatFormat.from_directory(tiny_model_dir)
+    thoughts = chat.encode("hm</think>")
+    answers = [chat.encode("Based on the example: lamp"), [*thoughts, *chat.encode("As in the example")], chat.encode("A lamp."), chat.encode("red")]
+    rollouts = [Rollout(row, [1], [2, 3], answer, finished=row != 3) for row, answer in enumerate(answers)]
+    masks = [[offset >= 1 for offset in range(len(answer))] for answer in answers]
+    statistics = TokenStatistics(
+        per_token={row: [2.0 + row] + [1.0] * (len(answer) - 1) for row, answer in enumerate(answers)}, rewards=dict(enumerate([1.0, 2, 3, 6]))
+    )
+    statistics.loss_tokens = sum(map(sum, masks))
+    plainly = rollout_measurements(chat, rollouts, masks, statistics, None)
+    assert (plainly["teacher_opening_ratio"], plainly["clipped_ratio"], plainly["eos_ratio"]) == (0.25, 0.25, 0.75)
+    assert (plainly["implicit_reward"], plainly["divergence_first_tokens"], plainly["thinking_tokens_mean"]) == (3.0, 3.5, None)
+    assert plainly["importance_ratio"] is plainly["top_k_mass"] is None
+    after_thoughts = rollout_measurements(chat, rollouts, masks, statistics, [0, len(thoughts), 0, 0])
+    assert after_thoughts["teacher_opening_ratio"] == 0.5
+    assert after_thoughts["thinking_tokens_mean"] == len(thoughts) / 4

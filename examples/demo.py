@@ -38,7 +38,7 @@ BASE_MODEL = "smollm2-135m-instruct"
 SDFT = {
     "teacher_template": "history_twice",
     "hyperparameters": {
-        "n_epochs": 27,
+        "n_epochs": 33,
         "batch_size": 8,
         "learning_rate": 1e-3,
         "teacher": "frozen",
@@ -51,7 +51,7 @@ SDFT = {
 temperature) and does not follow the student's slips (frozen), and rollouts hardly longer than the demonstrations, cut-off
 ones included."""
 
-SFT = {"hyperparameters": {"n_epochs": 27, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 6}}
+SFT = {"hyperparameters": {"n_epochs": 33, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 6}}
 """The same adapter shape, steps, batch size and learning rate; a checkpoint every six steps to stop at."""
 
 LEAST_SCORED_TOKEN_ACCURACY = 0.9

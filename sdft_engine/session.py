@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -21,13 +22,15 @@ from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.contract.teacher_prompts import TeacherView
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
-from sdft_engine.model import LanguageModel, dtype_name, load_base_model
+from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_name, load_base_model
+from sdft_engine.ranks import Ranks
 from sdft_engine.retention import RetentionProbe
 from sdft_engine.rollouts import sample_rollouts
 from sdft_engine.schedule import rows_of_step
 from sdft_engine.step import PassBudget, Rollout
 from sdft_engine.teacher import Teacher, automatic_temperature
 
+ALONE = Ranks()
 PROBED_ROWS = 32
 PROBED_ANSWER_TOKENS = 64
 
@@ -46,6 +49,7 @@ class Session:
     teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     attestor: Attestor
+    ranks: Ranks
     state: TrainingState
     total_steps: int
     budget: PassBudget
@@ -53,6 +57,11 @@ class Session:
     retention: Retention | None = None
     """The last measurement."""
     barren_steps: int = 0
+
+    def report(self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None) -> None:
+        """An event of the run, written once however many processes train."""
+        if self.ranks.is_first:
+            self.run.append_event(message, level=level, data=data)
 
 
 def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollout]:
@@ -71,7 +80,7 @@ def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollo
     )
 
 
-def open_session(run: RunDirectory) -> Session:
+def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     """Read configuration and data, load the model, build student, teacher and optimizer, restore a checkpoint.
 
     Raises ConfigurationError, DatasetError (a row that is unreadable or too long), BaseModelError, CheckpointDamaged.
@@ -80,9 +89,10 @@ def open_session(run: RunDirectory) -> Session:
     if config.threads:
         torch.set_num_threads(config.threads)
     demonstrations = _read(run.train_path, "training_file")
-    model = load_base_model(config.base_model_dir, device=config.device, dtype=config.dtype)
+    dtype = ranks.agree(dtype_name(choose_dtype(config.dtype, choose_device(config.device))))
+    model = load_base_model(config.base_model_dir, device=config.device, dtype=dtype)
     chat_format, settings = model.chat_format, config.hyperparameters
-    _add_student(run, config, model)
+    shape_kept = _add_student(run, config, model)
     teacher = Teacher(model, config.sdft.teacher, config.sdft.ema_rate, config.sdft.teacher_start) if config.method == "sdft" and config.sdft else None
     optimizer = torch.optim.AdamW(model.adapters.parameters(STUDENT).values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     session = Session(
@@ -99,22 +109,30 @@ def open_session(run: RunDirectory) -> Session:
         teacher=teacher,
         optimizer=optimizer,
         attestor=Attestor(model, demonstrations),
+        ranks=ranks,
         state=TrainingState(),
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
         budget=PassBudget(),
         retention_probe=_retention_probe(run, config, model),
     )
     refuse_too_long_rows(session)
+    if shape_kept is not None:
+        session.report(
+            f"Continuing the parent's adapter: its rank {shape_kept.rank} and alpha {shape_kept.alpha} are kept",
+            level="warn",
+            data={"resolved": {"lora_rank": shape_kept.rank, "lora_alpha": shape_kept.alpha}},
+        )
     checkpoints = run.complete_checkpoints()
     resume_dir = checkpoints[-1][1] if checkpoints else run.resume_dir if run.resume_dir.exists() else None
     if resume_dir is not None:
         session.state = load_checkpoint(resume_dir, model, teacher, optimizer)
-        run.append_event(f"Training resumed at step {session.state.step}", data={"step": session.state.step})
+        session.report(f"Training resumed at step {session.state.step}", data={"step": session.state.step})
     else:
-        run.append_event(f"Training started on {model.device} in {dtype_name(model.dtype)}: {session.total_steps} steps of {settings.batch_size}")
+        processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
+        session.report(f"Training started on {model.device} in {dtype_name(model.dtype)}{processes}: {session.total_steps} steps of {settings.batch_size}")
     if teacher and session.state.temperature is None:
-        session.state.temperature = settle_temperature(session)
-        session.state.mask_clipped_completions = settle_masking(session)
+        session.state.temperature = ranks.agree(settle_temperature(session))
+        session.state.mask_clipped_completions = ranks.agree(settle_masking(session))
     return session
 
 
@@ -157,7 +175,7 @@ def settle_temperature(session: Session) -> float:
     if settings.temperature != "auto":
         return settings.temperature
     tau, measured = automatic_temperature(session.model, _teacher_answers(session, teacher.adapter), teacher.adapter, session.budget.teacher_tokens)
-    session.run.append_event(
+    session.report(
         f"Temperature settled at {tau:g}: the teacher reproduces {measured['greedy_token_accuracy']:.0%} of the answers' tokens greedily, "
         f"{measured[f'sampled_token_accuracy_at_{tau:g}']:.0%} when sampled so",
         data={"resolved": {"temperature": tau}, **measured},
@@ -187,7 +205,7 @@ def settle_masking(session: Session) -> bool:
     rollouts = rollouts_of_step(session, 1, rows_of_step(1, settings.batch_size, len(session.demonstrations), session.config.seed, settings.n_epochs))
     clipped = sum(not rollout.finished for rollout in rollouts)
     masked = clipped <= len(rollouts) / 2
-    session.run.append_event(
+    session.report(
         f"{clipped} of {len(rollouts)} first answers were cut off at {settings.max_completion_tokens} tokens: "
         f"cut-off answers {'give no loss' if masked else 'are learned from too'}",
         data={"resolved": {"mask_clipped_completions": masked}},
@@ -201,21 +219,16 @@ def _retention_probe(run: RunDirectory, config: TrainingConfig, model: LanguageM
     return RetentionProbe(model, read_probes(run.retention_path if run.retention_path.exists() else DEFAULT_PROBES_PATH))
 
 
-def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> None:
-    """The parent's adapter, or a new one of zero effect."""
+def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> LoraShape | None:
+    """The parent's adapter, or a new one of zero effect. Returns the parent's shape where it is another than was wanted."""
     wanted = LoraShape(config.hyperparameters.lora_rank, config.hyperparameters.lora_alpha)
     if not run.parent_adapter_dir.exists():
         generator = torch.Generator().manual_seed(seed_of(config.seed, "adapter"))
         model.adapters.add(STUDENT, wanted, trainable=True, generator=generator)
-        return
+        return None
     shape, _ = read_adapter(run.parent_adapter_dir)
-    if shape != wanted:
-        run.append_event(
-            f"Continuing the parent's adapter: its rank {shape.rank} and alpha {shape.alpha} are kept",
-            level="warn",
-            data={"resolved": {"lora_rank": shape.rank, "lora_alpha": shape.alpha}},
-        )
     model.adapters.load(STUDENT, run.parent_adapter_dir, trainable=True)
+    return shape if shape != wanted else None
 
 
 def _read(path: Path, param: str) -> list[Demonstration]:

@@ -9,7 +9,7 @@ code; a sequence without loss tokens (a clipped rollout) counts as zero.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +69,24 @@ class TokenStatistics:
     """Implicit reward of every rollout, likewise: over its loss tokens, the sum of log P(y_t) - log Q(y_t)."""
 
 
+def merged(shares: Sequence[TokenStatistics]) -> TokenStatistics:
+    """The statistics of a whole batch from those of its shares, dealt out one rollout at a time (see ranks.py). Phases take as
+    long as the slowest process."""
+    size = len(shares)
+    whole = TokenStatistics(
+        **{name: sum(getattr(share, name) for share in shares) for name in SUMS},
+        **{name: max(getattr(share, name) for share in shares) for name in LARGEST},
+    )
+    for rank, share in enumerate(shares):
+        whole.per_token |= {place * size + rank: values for place, values in share.per_token.items()}
+        whole.rewards |= {place * size + rank: value for place, value in share.rewards.items()}
+    return whole
+
+
+SUMS = ("loss", "loss_tokens", "correct_tokens", "entropy_sum", "ratio_sum", "top_k_mass_sum")
+LARGEST = ("divergence_max", "teacher_seconds", "student_seconds")
+
+
 @dataclass(frozen=True)
 class PassBudget:
     """How many padded tokens a pass may hold: with gradients, and without."""
@@ -88,16 +106,23 @@ class Objective:
 
 
 def sdft_gradient(
-    model: LanguageModel, rollouts: list[Rollout], masks: list[list[bool]], teacher_adapter: str, objective: Objective, budget: PassBudget
+    model: LanguageModel,
+    rollouts: list[Rollout],
+    masks: list[list[bool]],
+    teacher_adapter: str,
+    objective: Objective,
+    budget: PassBudget,
+    batch_size: int | None = None,
 ) -> TokenStatistics:
-    """Add the gradient of the SDFT loss to the student's factors."""
+    """Add the gradient of the SDFT loss to the student's factors. `batch_size`: sequences that the mean is over, where these
+    rollouts are only a share of them."""
     statistics = TokenStatistics()
     start = time.perf_counter()
     teacher_NH = _teacher_hidden_states(model, rollouts, teacher_adapter, budget.teacher_tokens)
     statistics.teacher_seconds = time.perf_counter() - start
     start = time.perf_counter()
     texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
-    weights = [[flag / sum(mask) / len(rollouts) if flag else 0.0 for flag in mask] for mask in masks]
+    weights = [[flag / sum(mask) / (batch_size or len(rollouts)) if flag else 0.0 for flag in mask] for mask in masks]
     for rows in passes(texts, budget.student_tokens):
         targets = _tensor([token for row in rows for token in rollouts[row].completion_ids], model.device)
         weights_N = _tensor([weight for row in rows for weight in weights[row]], model.device)
@@ -135,14 +160,14 @@ def sdft_gradient(
     return statistics
 
 
-def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: PassBudget) -> TokenStatistics:
-    """Add the gradient of the cross-entropy of the demonstrations to the student's factors."""
+def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: PassBudget, batch_size: int | None = None) -> TokenStatistics:
+    """Add the gradient of the cross-entropy of the demonstrations to the student's factors. `batch_size` as above."""
     statistics = TokenStatistics()
     start = time.perf_counter()
     for rows in passes(texts, budget.student_tokens):
         chosen = [texts[row] for row in rows]
         targets = _tensor([token for text in chosen for token in text.completion_ids], model.device)
-        weights_N = _tensor([1 / len(text.completion_ids) / len(texts) for text in chosen for _ in text.completion_ids], model.device)
+        weights_N = _tensor([1 / len(text.completion_ids) / (batch_size or len(texts)) for text in chosen for _ in text.completion_ids], model.device)
 
         def chunk_loss(hidden_NH: Tensor, part: slice, targets: Tensor = targets, weights_N: Tensor = weights_N) -> Tensor:
             logps_NV = model.logits(hidden_NH).log_softmax(dim=-1)

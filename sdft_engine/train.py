@@ -2,6 +2,8 @@
 
 Needs nothing but the run directory. Exit status: 0 when result.json was written, whatever the outcome; 75 when the lease
 ran out or the parent died (nothing is written then, because another attempt may be running); anything else is a crash.
+Under torchrun every process trains a share of each batch (see ranks.py); one that fails writes the result and exits with 1, so
+that torchrun ends the others.
 """
 
 import os
@@ -72,9 +74,10 @@ def die_with_parent() -> None:
 def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:
     """The boundary of the process: every error becomes a typed result."""
     try:
+        from sdft_engine.ranks import join_ranks
         from sdft_engine.trainer import train
 
-        return train(run, supervision.requested)
+        return train(run, supervision.requested, join_ranks())
     except EngineError as error:
         traceback.print_exc()
         return TrainingResult(outcome="failed", error=error.as_dict())
@@ -104,8 +107,10 @@ def main() -> int:
         return EXIT_LEASE_EXPIRED
     supervision.start()
     result = run_training(run, supervision)
-    run.write_result(result)
-    return 0
+    is_first, is_alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
+    if is_first or result.outcome == "failed":
+        run.write_result(result)
+    return 1 if result.outcome == "failed" and not is_alone else 0  # else the other processes would wait for this one
 
 
 if __name__ == "__main__":

@@ -31,35 +31,39 @@ from sdft_engine.evaluation import mean_token_kl
 from sdft_engine.export import write_final
 from sdft_engine.lora import STUDENT
 from sdft_engine.measurements import Measurements, rollout_measurements, speeds
+from sdft_engine.ranks import Ranks
 from sdft_engine.rollouts import write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
-from sdft_engine.session import Session, open_session, rollouts_of_step
-from sdft_engine.step import Objective, Rollout, TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
+from sdft_engine.session import ALONE, Session, open_session, rollouts_of_step
+from sdft_engine.step import Objective, Rollout, TokenStatistics, demonstration_loss, merged, sdft_gradient, supervised_gradient
 
 BARREN_STEPS = 10
 """Steps without a single loss token after which a run is stopped: nothing would ever be learned."""
 
 
-def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = lambda: None) -> TrainingResult:
+def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = lambda: None, ranks: Ranks = ALONE) -> TrainingResult:
     """Train as `config.json` says, continuing from a checkpoint if the run directory has one.
 
-    `stop_requested` is asked before every step. Raises EngineError; writes result.json only through its caller.
+    `stop_requested` is asked before every step; of several processes (`ranks`) the first decides, and it alone writes.
+    Raises EngineError; writes result.json only through its caller.
     """
-    session = open_session(run)
+    session = open_session(run, ranks)
     metrics: StepMetrics | None = None
     checkpointed = session.state.step
     while session.state.step < session.total_steps:
-        stop = stop_requested()
+        stop = ranks.agree(stop_requested())
         if stop is not None:
             if stop != "cancel" and metrics is not None and checkpointed < session.state.step:
                 write_checkpoint(session, metrics)
             return _result(session, "stopped", stop)
         metrics = training_step(session, session.state.step + 1)
-        append_line(run.metrics_path, metrics.model_dump_json())
+        if ranks.is_first:
+            append_line(run.metrics_path, metrics.model_dump_json())
         if metrics.step % session.config.hyperparameters.checkpoint_every_steps == 0:
             write_checkpoint(session, metrics)
             checkpointed = metrics.step
-    write_final(run.final_dir, session.model, session.config.base_model, session.attestor.attest())
+    if ranks.is_first:
+        write_final(run.final_dir, session.model, session.config.base_model, session.attestor.attest())
     return _result(session, "succeeded", None)
 
 
@@ -108,21 +112,30 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> Measurements:
     assert isinstance(settings, ResolvedSdft)
     assert teacher is not None
     start = time.perf_counter()
-    rollouts = rollouts_of_step(session, step, rows)
+    rollouts = rollouts_of_step(session, step, session.ranks.own(rows))
     rollout_seconds = time.perf_counter() - start
-    starts = answer_starts(session, rollouts)
-    masks = masks_of(session, rollouts, starts)
-    statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget)
+    masks = masks_of(session, rollouts)
+    statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget, len(rows))
+    session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
+    shares = session.ranks.collect((rollouts, masks, statistics, rollout_seconds))
+    rollouts, masks = (session.ranks.deal_back([share[part] for share in shares]) for part in (0, 1))
+    statistics, rollout_seconds = merged([share[2] for share in shares]), max(share[3] for share in shares)
+    return rollout_report(session, step, rollouts, masks, statistics) | speeds(rollouts, rollout_seconds, statistics)
+
+
+def rollout_report(session: Session, step: int, rollouts: list[Rollout], masks: list[list[bool]], statistics: TokenStatistics) -> Measurements:
+    """What the whole batch of a step measured, and in some steps the rollouts themselves in a file."""
     measured: Measurements = {}
     if step == 1 or step % session.config.rollout_sample_every_steps == 0:
-        write_rollouts(session.run.rollouts_dir / f"step_{step:06d}.jsonl", session.model, rollouts, statistics)
+        if session.ranks.is_first:
+            write_rollouts(session.run.rollouts_dir / f"step_{step:06d}.jsonl", session.model, rollouts, statistics)
         texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
         measured["kl_from_base"] = mean_token_kl(session.model, texts, STUDENT, texts, None, session.budget.teacher_tokens)
     watch_barren_steps(session, statistics)
     if session.config.reasoning and step == 1:
         warn_of_cut_thoughts(session, rollouts)
+    starts = answer_starts(session, rollouts)
     measured |= _shared_measurements(statistics) | rollout_measurements(session.model.chat_format, rollouts, masks, statistics, starts)
-    measured |= speeds(rollouts, rollout_seconds, statistics)
     return measured | {"trained_tokens": sum(len(r.student_prompt_ids) + len(r.completion_ids) for r in rollouts)}
 
 
@@ -143,9 +156,10 @@ def answer_starts(session: Session, rollouts: list[Rollout]) -> list[int] | None
     return [session.model.chat_format.answer_start(rollout.completion_ids) for rollout in rollouts]
 
 
-def masks_of(session: Session, rollouts: list[Rollout], starts: list[int] | None) -> list[list[bool]]:
+def masks_of(session: Session, rollouts: list[Rollout]) -> list[list[bool]]:
     settings = session.config.sdft
     assert isinstance(settings, ResolvedSdft)
+    starts = answer_starts(session, rollouts)
     after_think = starts if starts and settings.skip_after_think else [0] * len(rollouts)
     mask_clipped = bool(session.state.mask_clipped_completions)
     return [rollout.loss_mask(settings.skip_first_tokens, mask_clipped, start) for rollout, start in zip(rollouts, after_think, strict=True)]
@@ -153,7 +167,9 @@ def masks_of(session: Session, rollouts: list[Rollout], starts: list[int] | None
 
 def supervised_step(session: Session, rows: list[int]) -> Measurements:
     texts = [session.texts[row] for row in rows]
-    statistics = supervised_gradient(session.model, texts, session.budget)
+    statistics = supervised_gradient(session.model, session.ranks.own(texts), session.budget, len(rows))
+    session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
+    statistics = merged(session.ranks.collect(statistics))
     return _shared_measurements(statistics) | {"trained_tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for t in texts)}
 
 
@@ -173,7 +189,7 @@ def watch_barren_steps(session: Session, statistics: TokenStatistics) -> None:
     session.barren_steps = 0 if statistics.loss_tokens else session.barren_steps + 1
     remedy = "every rollout was cut off at max_completion_tokens and masked; raise max_completion_tokens, or set mask_clipped_completions to false"
     if session.barren_steps == 1:
-        session.run.append_event(f"Step {session.state.step + 1} taught nothing: {remedy}", level="warn")
+        session.report(f"Step {session.state.step + 1} taught nothing: {remedy}", level="warn")
     if session.barren_steps >= BARREN_STEPS:
         raise NumericalError(f"{BARREN_STEPS} steps in a row taught nothing: {remedy}", param="method.sdft.hyperparameters.max_completion_tokens")
 
@@ -182,7 +198,7 @@ def warn_of_cut_thoughts(session: Session, rollouts: list[Rollout]) -> None:
     """A cap below the length of the model's own thoughts would teach it to think less."""
     cut = sum(not rollout.finished for rollout in rollouts)
     if cut * 5 > len(rollouts) and session.config.sdft:
-        session.run.append_event(
+        session.report(
             f"{cut} of {len(rollouts)} first answers were cut off at {session.config.sdft.max_completion_tokens} tokens: the model thinks longer; "
             "raise max_completion_tokens, or it may learn to think less",
             level="warn",
@@ -190,7 +206,7 @@ def warn_of_cut_thoughts(session: Session, rollouts: list[Rollout]) -> None:
 
 
 def validate(session: Session) -> Measurements:
-    if not session.validation:
+    if not session.validation or not session.ranks.is_first:
         return {}
     loss, accuracy = demonstration_loss(session.model, session.validation, STUDENT, session.budget.teacher_tokens)
     return {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
@@ -200,12 +216,12 @@ def measure_retention(session: Session) -> dict[str, float]:
     """Ask the general questions where that is due, and say what was kept."""
     step, probe, when = session.state.step, session.retention_probe, session.config.retention
     at_checkpoint = when == "checkpoints" and step % session.config.hyperparameters.checkpoint_every_steps == 0
-    if probe is None or not (step == session.total_steps or at_checkpoint):
+    if probe is None or not session.ranks.is_first or not (step == session.total_steps or at_checkpoint):
         return {}
     start = time.perf_counter()
     session.retention = retention = probe.measure(step, max_padded_tokens=session.budget.teacher_tokens)
     by_probe = ", ".join(f"{name} {score.kept}/{score.base_right}" for name, score in retention.probes.items())
-    session.run.append_event(
+    session.report(
         f"Retention at step {step}: of the {retention.base_right} general questions (of {retention.n}) that the base model answers, "
         f"{retention.kept} are still answered ({by_probe}); KL from base {retention.kl_from_base:.3g} nats a token",
         data={"retention": retention.model_dump()},
@@ -218,6 +234,8 @@ def measure_retention(session: Session) -> dict[str, float]:
 
 
 def write_checkpoint(session: Session, metrics: StepMetrics) -> None:
+    if not session.ranks.is_first:
+        return
     directory = session.run.checkpoint_dir(session.state.step)
     attestation = session.attestor.attest()
     save_checkpoint(directory, session.model, session.config.base_model, session.teacher, session.optimizer, session.state, metrics, attestation)

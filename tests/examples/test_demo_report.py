@@ -42,7 +42,7 @@ def results(base_known: int = 0, learned: int = 50, kept: int = 45, sft_kept: in
 
 @pytest.mark.parametrize(
     ("changes", "failing"),
-    [({}, None), ({"base_known": 7}, 0), ({"learned": 41}, 1), ({"kept": 42}, 2), ({"sft_trained": 27}, 3), ({"sft_kept": 45}, 4)],
+    [({}, None), ({"base_known": 7}, 0), ({"learned": 41}, 1), ({"kept": 37}, 2), ({"sft_trained": 27}, 3), ({"sft_kept": 45}, 4)],
 )
 def test_each_threshold_decides(changes: dict[str, int], failing: int | None) -> None:
     holding = [holds for holds, _ in verdict(results(**changes))]

@@ -20,6 +20,9 @@ ANSWER_TIMEOUT_SECONDS = 600
 
 PAGE_SIZE = 100
 
+HINTS = {"model_not_found": "see `sdft models list`", "unknown_url": "does the base URL end in /v1?"}
+"""What the server's error codes mean to someone at the command line, added to the server's message."""
+
 Json = dict[str, Any]
 
 
@@ -91,7 +94,7 @@ class Client:
                 except ValueError as error:
                     raise CliError(f"{self.base_url} sent something that is no JSON: {event.data[:200]}") from error
                 if "error" in body:
-                    raise ServerRefused(_message_of(body, answer.status_code), answer.status_code)
+                    raise _refusal(body, answer.status_code)
                 yield body
         raise ServerUnreachable(f"{self.base_url} closed the connection before the answer was complete")
 
@@ -132,13 +135,15 @@ def _raise_for_error(answer: httpx2.Response) -> None:
         body = answer.json()
     except ValueError:
         body = None
-    raise ServerRefused(_message_of(body, answer.status_code), answer.status_code)
+    raise _refusal(body, answer.status_code)
 
 
-def _message_of(body: Any, status: int) -> str:
+def _refusal(body: Any, status: int) -> ServerRefused:
     error = body.get("error") if isinstance(body, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return str(message) if message else f"the server answered {status}"
+    message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (error, None)
+    text = str(message) if message else f"the server answered {status}"
+    hint = HINTS.get(str(code))
+    return ServerRefused(f"{text.rstrip('.')}; {hint}" if hint else text, status)
 
 
 def _is_local(host: str) -> bool:

@@ -21,6 +21,8 @@ def download(client: Client, path: str, target: Path, *, overwrite: bool, **para
     """Fetch `path` into `target`, whole or not at all. Returns the number of bytes. Raises CliError."""
     if target.exists() and not overwrite:
         raise CliError(f"{target} exists already; choose another name with --output, or --force to overwrite it")
+    if not target.parent.is_dir():
+        raise CliError(f"the folder {target.parent} does not exist")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with client.download(path, **params) as answer:

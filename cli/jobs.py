@@ -8,7 +8,7 @@ import typer
 
 from cli import output
 from cli.client import Client, Json, segment
-from cli.errors import CliError
+from cli.errors import CliError, ServerRefused
 from cli.files import AsJson, upload_file
 from cli.watch import watch as watch_job
 
@@ -26,18 +26,22 @@ def create(
     suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the job repeatable.")] = None,
     hp: Annotated[list[str] | None, typer.Option("--hp", metavar="KEY=VALUE", help="A hyperparameter; may be given again.")] = None,
-    teacher_template: Annotated[str | None, typer.Option(help="How the teacher sees the demonstration: example, history, or a template.")] = None,
+    teacher_template: Annotated[
+        str | None, typer.Option(help="How the teacher sees the demonstration: example, history, history_twice, or a template.")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a job, and print its id."""
     training = training_fields(method, dict(parse_pair(pair) for pair in hp or []), teacher_template)
-    client = Client.from_environment()
-    body: Json = {"model": model, "training_file": _file_id(client, training_file), **training}
-    body |= {"validation_file": _file_id(client, validation_file)} if validation_file is not None else {}
+    files = {"training_file": training_file} | ({"validation_file": validation_file} if validation_file is not None else {})
+    for file_or_id in files.values():
+        _require_file_or_id(file_or_id)
+    body: Json = {"model": model, **training}
     body |= {"suffix": suffix} if suffix is not None else {}
     body |= {"seed": seed} if seed is not None else {}
-    job = client.post(JOBS, body)
+    client = Client.from_environment()
+    job = _create_with_files(client, body, files)
     output.print_json(job) if as_json else print(output.clean(job["id"]), flush=True)
     if watch:
         raise typer.Exit(watch_job(client, job["id"]))
@@ -65,15 +69,35 @@ def training_fields(method: str | None, hyperparameters: Json, teacher_template:
     return {"method": {"type": kind, kind: section}}
 
 
-def _file_id(client: Client, file_or_id: str) -> str:
-    path = Path(file_or_id)
-    if path.is_file():
-        uploaded = upload_file(client, path)
-        typer.echo(f"uploaded {path} as {output.clean(uploaded['id'])}", err=True)
-        return str(uploaded["id"])
-    if not file_or_id.startswith("file-"):
+def _require_file_or_id(file_or_id: str) -> None:
+    if not Path(file_or_id).is_file() and not file_or_id.startswith("file-"):
         raise CliError(f"{file_or_id} is neither a file on this machine nor the id of an uploaded one (file-…)")
-    return file_or_id
+
+
+def _create_with_files(client: Client, body: Json, files: dict[str, str]) -> Json:
+    """The new job. Files of this machine are uploaded for it; where the server refuses it, they are deleted again."""
+    uploaded: list[str] = []
+    try:
+        for field, file_or_id in files.items():
+            body[field] = file_or_id
+            if Path(file_or_id).is_file():
+                body[field] = str(upload_file(client, Path(file_or_id))["id"])
+                uploaded.append(body[field])
+                typer.echo(f"uploaded {file_or_id} as {output.clean(body[field])}", err=True)
+        return client.post(JOBS, body)
+    except ServerRefused as refusal:
+        if refusal.status < 500:  # after any other error the job may exist all the same
+            _delete_uploads(client, uploaded)
+        raise
+
+
+def _delete_uploads(client: Client, file_ids: list[str]) -> None:
+    for file_id in file_ids:
+        try:
+            client.delete(f"/files/{segment(file_id)}")
+            typer.echo(f"deleted {output.clean(file_id)} again", err=True)
+        except CliError as error:
+            typer.echo(f"{output.clean(file_id)} is still on the server: {error}", err=True)
 
 
 @app.command("list")
@@ -91,7 +115,8 @@ def progress_text(job: Json) -> str | None:
     if job.get("queue_position") is not None:
         return f"place {job['queue_position']} in the queue"
     progress = job.get("progress") or {}
-    return f"step {progress['step']}/{progress['total_steps']}" if progress.get("total_steps") else None
+    started = progress.get("total_steps") and progress.get("step") is not None
+    return f"step {progress['step']}/{progress['total_steps']}" if started else None
 
 
 @app.command()

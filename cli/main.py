@@ -52,8 +52,8 @@ def doctor(data_dir: DataDir = None, host: Host = None, port: Port = None) -> No
         if finding.problem is None:
             print(f"ok       {finding.what}")
         else:
-            print(f"problem  {finding.what}: {finding.problem}\n         mend it: {finding.mend}")
-    raise typer.Exit(1 if any(finding.problem for finding in findings) else 0)
+            print(f"{'problem' if finding.hinders else 'warning'}  {finding.what}: {finding.problem}\n         mend it: {finding.mend}")
+    raise typer.Exit(1 if any(finding.hinders for finding in findings) else 0)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,33 @@
-"""`python -m core.bootstrap`: the first project and its key, on a migrated but empty database. Does nothing otherwise."""
+"""`python -m core.bootstrap`: the first project and its key on a migrated but empty database, and a new key where the key's file
+is missing. Does nothing otherwise."""
 
+import argparse
 import sys
+from collections.abc import Sequence
 
 from sqlalchemy import inspect
 
 from core.database import Database
-from core.projects import ensure_first_key
+from core.projects import ensure_first_key, replace_lost_key
 from core.settings import get_settings
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m core.bootstrap", description=__doc__).parse_args(arguments)
     settings = get_settings()
+    path = settings.admin_key_path
     database = Database(settings.resolved_database_url)
     try:
         if not inspect(database.engine).has_table("projects"):
             sys.stderr.write("the database has no tables yet: run `python -m migrations` first\n")
             return 1
-        plain_key = ensure_first_key(database, settings.admin_key_path)
+        if plain_key := ensure_first_key(database, path):
+            sys.stderr.write(f"This server's first API key, shown once; it also stands in {path}:\n")
+        elif plain_key := replace_lost_key(database, path):
+            sys.stderr.write(f"{path} was missing, so a new API key was made and written there; it is shown once, and older keys stay valid:\n")
     finally:
         database.close()
     if plain_key is not None:
-        sys.stderr.write(f"This server's first API key, shown once; it also stands in {settings.admin_key_path}:\n")
         sys.stdout.write(plain_key + "\n")
     return 0
 

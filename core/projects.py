@@ -80,6 +80,20 @@ def ensure_first_key(database: Database, path: Path) -> str | None:
         return plain_key
 
 
+def replace_lost_key(database: Database, path: Path) -> str | None:
+    """Where `path` is missing: one more key for the first project, written there as the first one was. Older keys stay valid.
+
+    Returns the key, or None where the file is there, or no first project. Of several processes that do this at once, one succeeds.
+    """
+    with database.transaction() as session:
+        project_id = session.scalar(select(Project.id).where(Project.name == FIRST_PROJECT).with_for_update())
+        if project_id is None or path.exists():
+            return None
+        plain_key = create_key(session, project_id, "instead of a lost key")
+        _write_private(path, plain_key + "\n")
+        return plain_key
+
+
 def _checksum(text: str) -> str:
     """CRC-32 in base 62."""
     value, digits = zlib.crc32(text.encode()), ""

@@ -1,7 +1,7 @@
 """`sdft doctor`: what would keep `sdft up` from working here, and the command that mends it."""
 
 import importlib.util
-import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +11,16 @@ from pathlib import Path
 from core.base_models import BaseModelEntry
 from core.settings import Settings
 from local_stack import valkey
+from local_stack.directories import directory_problem, nearest_existing
+from local_stack.environment import load_settings, unknown_variables
 from local_stack.errors import StackError
 from local_stack.lock import is_held
-from local_stack.ports import check_port_free, free_local_port
-from local_stack.up import load_settings, missing_training_packages
+from local_stack.ports import PORT_IN_USE, free_local_port, port_problem
+from local_stack.up import missing_training_packages
 
 OLDEST_PYTHON = (3, 11)
+CUDA_QUESTION = "import torch; print(torch.cuda.is_available())"
+CUDA_LIMIT_SECONDS = 120
 LEAST_FREE_BYTES = 2 * 1024**3
 """Room for one converted base model, a job's checkpoints and its adapter."""
 
@@ -27,6 +31,12 @@ class Finding:
     problem: str | None
     """None where all is well."""
     mend: str = ""
+    is_warning: bool = False
+    """`sdft up` works all the same."""
+
+    @property
+    def hinders(self) -> bool:
+        return self.problem is not None and not self.is_warning
 
 
 def examine(data_dir: Path | None, host: str | None, port: int | None) -> list[Finding]:
@@ -34,10 +44,18 @@ def examine(data_dir: Path | None, host: str | None, port: int | None) -> list[F
     try:
         settings = load_settings(data_dir, host, port)
     except StackError as error:
-        return [_python(), Finding("settings", str(error), "correct the environment variable; .env.example describes each")]
-    findings = [_python(), _training_packages(), _directory("data directory", settings.data_dir, "--data-dir")]
-    findings += [_directory("cache directory", settings.cache_dir, "SDFT_CACHE_DIR"), _redis(settings), _port(settings)]
+        wrong = Finding("settings", str(error), "correct the environment variable; .env.example describes each")
+        return [_python(), wrong, *_unknown_variables()]
+    findings = [_python(), *_unknown_variables(), _training_packages(), *_cuda(settings)]
+    findings += [_directory("data directory", settings.data_dir, "--data-dir"), _directory("cache directory", settings.cache_dir, "SDFT_CACHE_DIR")]
+    findings += [_redis(settings), _port(settings, _up_command(data_dir, host))]
     return findings + [_base_model(entry, settings.cache_dir) for entry in settings.base_models]
+
+
+def _up_command(data_dir: Path | None, host: str | None) -> list[str]:
+    """With the options that the user gave, but for the port."""
+    given = {"--data-dir": data_dir, "--host": host}
+    return ["sdft", "up", *(word for option, value in given.items() if value is not None for word in (option, str(value)))]
 
 
 def _python() -> Finding:
@@ -46,19 +64,37 @@ def _python() -> Finding:
     return Finding(f"python {version}", None if good else "Python 3.11 or newer is needed", "make a virtual environment with python3.11 or newer")
 
 
+def _unknown_variables() -> list[Finding]:
+    found = unknown_variables().items()
+    return [
+        Finding(name, "there is no such setting", f"write {nearest}" if nearest else "unset it; .env.example describes each", is_warning=True)
+        for name, nearest in found
+    ]
+
+
 def _training_packages() -> Finding:
     missing = missing_training_packages()
     return Finding("training packages", f"not installed: {', '.join(missing)}" if missing else None, "pip install 'sdft[train]'")
 
 
+def _cuda(settings: Settings) -> list[Finding]:
+    """Asked of a process of its own, where the settings insist on it: torch takes seconds to import."""
+    if settings.device != "cuda" or "torch" in missing_training_packages():
+        return []
+    try:
+        answer = subprocess.run([sys.executable, "-P", "-c", CUDA_QUESTION], capture_output=True, text=True, timeout=CUDA_LIMIT_SECONDS)
+        reason = (answer.stderr.strip() or f"exit code {answer.returncode}").splitlines()[-1]
+        problem = {"True": None, "False": "torch finds no CUDA device"}.get(answer.stdout.strip(), f"torch doesn't run: {reason}")
+    except subprocess.TimeoutExpired:
+        problem = f"torch didn't answer within {CUDA_LIMIT_SECONDS} s"
+    return [Finding("SDFT_DEVICE=cuda", problem, "install the GPU's driver and a torch with CUDA, or set SDFT_DEVICE=auto")]
+
+
 def _directory(what: str, path: Path, setting: str) -> Finding:
     """Writable (or can be made), with room on its disk."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        return Finding(f"{what} {path}", f"{existing} is not a directory", f"choose another with {setting}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return Finding(f"{what} {path}", f"{existing} is not writable", f"chown it to yourself, or choose another with {setting}")
-    free_bytes = shutil.disk_usage(existing).free
+    if problem := directory_problem(path):
+        return Finding(f"{what} {path}", problem, f"make it a directory of yours, or choose another with {setting}")
+    free_bytes = shutil.disk_usage(nearest_existing(path)).free
     if free_bytes < LEAST_FREE_BYTES:
         return Finding(f"{what} {path}", f"only {free_bytes / 1024**3:.1f} GiB free", f"free some space, or choose another disk with {setting}")
     return Finding(f"{what} {path} ({free_bytes / 1024**3:.0f} GiB free)", None)
@@ -78,15 +114,15 @@ def _redis(settings: Settings) -> Finding:
     return Finding(f"valkey {program}", failed, "install valkey-server or redis-server with your system's packages")
 
 
-def _port(settings: Settings) -> Finding:
-    what = f"port {settings.port} on {settings.host}"
-    try:
-        check_port_free(settings.host, settings.port)
-    except StackError as error:
-        if is_held(settings.data_dir):
-            return Finding(f"{what}: `sdft up` runs on this data directory", None)
-        return Finding(what, str(error), f"sdft up --port {free_local_port()}")
-    return Finding(f"{what} is free", None)
+def _port(settings: Settings, up_command: list[str]) -> Finding:
+    what, problem = f"port {settings.port} on {settings.host}", port_problem(settings.host, settings.port)
+    if problem is None:
+        return Finding(f"{what} is free", None)
+    if is_held(settings.data_dir):
+        return Finding(f"{what}: `sdft up` runs on this data directory", None)
+    if problem != PORT_IN_USE:
+        return Finding(what, problem, "choose others with --host and --port")
+    return Finding(what, problem, shlex.join([*up_command, "--port", str(free_local_port())]))
 
 
 def _base_model(entry: BaseModelEntry, cache_dir: Path) -> Finding:

@@ -6,9 +6,20 @@ import socket
 
 from local_stack.errors import StackError
 
+PORT_IN_USE = "in use by another program"
+
 
 def check_port_free(host: str, port: int) -> None:
     """Raises StackError, naming the port, where a server couldn't listen there."""
+    problem = port_problem(host, port)
+    if problem == PORT_IN_USE:
+        raise StackError(f"port {port} on {host} is {problem}; choose another with --port")
+    if problem is not None:
+        raise StackError(f"can't listen on {host} port {port}: {problem}; choose others with --host and --port")
+
+
+def port_problem(host: str, port: int) -> str | None:
+    """Why a server couldn't listen there; None where it could."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -16,9 +27,8 @@ def check_port_free(host: str, port: int) -> None:
             probe.bind(address)
             probe.listen(1)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StackError(f"port {port} on {host} is in use by another program; choose another with --port") from error
-        raise StackError(f"can't listen on {host} port {port}: {error}; choose others with --host and --port") from error
+        return PORT_IN_USE if error.errno == errno.EADDRINUSE else str(error)
+    return None
 
 
 def free_local_port() -> int:

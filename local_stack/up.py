@@ -15,13 +15,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
 from core.settings import Settings
 from local_stack.commands import Stack
+from local_stack.directories import directory_problem
+from local_stack.environment import load_settings, unknown_variables
 from local_stack.errors import StackError, StopRequested
 from local_stack.leftovers import stop_leftovers
 from local_stack.lock import data_directory_lock
@@ -43,6 +41,10 @@ def run_up(data_dir: Path | None, host: str | None, port: int | None) -> int:
     """Run until stopped; None means: as the settings say. Returns the exit status."""
     try:
         settings = load_settings(data_dir, host, port)
+        for name, nearest in unknown_variables().items():
+            say(f"note: {name} is no setting" + (f"; is {nearest} meant?" if nearest else ""))
+        if problem := directory_problem(settings.data_dir):
+            raise StackError(f"data directory {settings.data_dir}: {problem}; choose another with --data-dir")
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with data_directory_lock(settings.data_dir), _stop_signals() as stop_requested:
             _serve(settings, stop_requested)
@@ -55,21 +57,6 @@ def run_up(data_dir: Path | None, host: str | None, port: int | None) -> int:
     except StopRequested:
         say("stopped before everything was up")
     return 0
-
-
-def load_settings(data_dir: Path | None, host: str | None, port: int | None) -> Settings:
-    """The environment's settings under the command line's. Raises StackError that names each wrong setting."""
-    given: dict[str, Any] = {"data_dir": data_dir, "host": host, "port": port}
-    try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        problems = [f"SDFT_{'.'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}" for problem in error.errors()]
-        raise StackError("wrong settings: " + "; ".join(problems)) from error
-    except SettingsError as error:  # a JSON setting that is no JSON
-        raise StackError(f"wrong settings: {error}") from error
-    if not settings.base_models:
-        raise StackError("SDFT_BASE_MODELS is empty: the catalogue needs at least one base model")
-    return settings
 
 
 def missing_training_packages() -> list[str]:
@@ -93,13 +80,13 @@ def _serve(settings: Settings, stop_requested: threading.Event) -> None:
         print(f"ready: {service_url(settings.host, settings.port)}", flush=True)
         supervisor.run()
     finally:
-        say("stopping (a training job is saved and goes on at the next start)")
+        say("stopping; a job that trains goes on from its last checkpoint at the next start")
         supervisor.stop()
         stop_leftovers(settings.data_dir, say)
 
 
 def _prepare(stack: Stack, stop_requested: threading.Event) -> None:
-    """Base models, database schema and first key. Every step does nothing where it was done before."""
+    """Base models, database schema and API key. Every step does nothing where it was done before."""
     settings = stack.settings
     stack.logs_dir.mkdir(mode=0o700, exist_ok=True)
     for name in ("valkey", "inference", "api", "worker"):
@@ -111,7 +98,7 @@ def _prepare(stack: Stack, stop_requested: threading.Event) -> None:
             say(f"preparing the base model {entry.id} from {entry.source} (once)")
             _run_to_end(stack, stack.preparation(entry), f"preparing {entry.id}", stop_requested)
     _run_to_end(stack, stack.python("migrations"), "preparing the database", stop_requested)
-    _run_to_end(stack, stack.python("core.bootstrap"), "making the first key", stop_requested)
+    _run_to_end(stack, stack.python("core.bootstrap"), "making the API key", stop_requested)
 
 
 def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:

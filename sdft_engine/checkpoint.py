@@ -14,7 +14,7 @@ exists: data order and sampling noise are functions of (seed, step, row).
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,12 +32,15 @@ from sdft_engine.teacher import Teacher
 
 @dataclass
 class TrainingState:
-    """`temperature` and `mask_clipped_completions` are set once they are settled (sdft only)."""
+    """`temperature` and `mask_clipped_completions` are set once they are settled (sdft only). `early` and `recent` are what the
+    collapse guard compares."""
 
     step: int = 0
     trained_tokens: int = 0
     temperature: float | None = None
     mask_clipped_completions: bool | None = None
+    early: list[dict[str, float]] = field(default_factory=list)
+    recent: list[dict[str, float]] = field(default_factory=list)
 
 
 def save_checkpoint(

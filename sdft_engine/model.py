@@ -79,6 +79,7 @@ def load_base_model(model_dir: Path, *, device: str = "auto", dtype: str = "auto
     """Load a prepared base model. Its weights are frozen. Raises BaseModelError, ConfigurationError (no such device)."""
     from transformers import AutoModelForCausalLM
 
+    disable_progress_bars()
     chat_format = ChatFormat.from_directory(model_dir)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
@@ -102,6 +103,15 @@ def load_base_model(model_dir: Path, *, device: str = "auto", dtype: str = "auto
         model.fused = fused_decoder_of(model.decoder)
         model.packed_head = pack(head.weight) if packing_is_available() else None
     return model
+
+
+def disable_progress_bars() -> None:
+    """For this whole process: transformers' own bars, and the one that its GGUF loader takes from tqdm past that switch."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    gguf_loader.tqdm = logging.tqdm
 
 
 def choose_device(device: str) -> torch.device:

@@ -82,6 +82,9 @@ def _convert_gguf(path: Path, destination: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from sdft_engine.model import disable_progress_bars
+
+    disable_progress_bars()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model.hf_quantizer = None  # else saving writes the mark of a quantised model over plain weights

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from sdft_engine.contract.errors import ContextExceeded, DatasetError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
 from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, Retention, read_probes
 from sdft_engine.contract.prompts import ChatFormat
-from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.contract.run_directory import RunDirectory, StopReason
 from sdft_engine.contract.teacher_prompts import TeacherView
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
@@ -81,9 +81,10 @@ def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollo
 
 
 def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
-    """Read configuration and data, load the model, build student, teacher and optimizer, restore a checkpoint.
+    """Read configuration and data, load the model, build student, teacher and optimizer, restore a checkpoint. What is "auto" is
+    still to be settled.
 
-    Raises ConfigurationError, DatasetError (a row that is unreadable or too long), BaseModelError, CheckpointDamaged.
+    Raises ConfigurationError, DatasetError (no file, or a row that is unreadable or too long), BaseModelError, CheckpointDamaged.
     """
     config = read_config(run.config_path)
     if config.threads:
@@ -130,10 +131,22 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     else:
         processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
         session.report(f"Training started on {model.device} in {dtype_name(model.dtype)}{processes}: {session.total_steps} steps of {settings.batch_size}")
-    if teacher and session.state.temperature is None:
-        session.state.temperature = ranks.agree(settle_temperature(session))
-        session.state.mask_clipped_completions = ranks.agree(settle_masking(session))
     return session
+
+
+def settle(session: Session, stop_requested: Callable[[], StopReason | None]) -> StopReason | None:
+    """Settle what is "auto", unless a checkpoint held it. Each measurement may take as long as a step, so `stop_requested` is
+    asked before it. Returns the stop that was found; the run has then not begun, and settles everything anew when it is resumed."""
+    settings, state, ranks = session.config.sdft, session.state, session.ranks
+    if session.teacher is None or settings is None or state.temperature is not None:
+        return None
+    if settings.temperature == "auto" and (stop := stop_requested()):
+        return stop
+    state.temperature = ranks.agree(settle_temperature(session))
+    if settings.mask_clipped_completions == "auto" and (stop := stop_requested()):
+        return stop
+    state.mask_clipped_completions = ranks.agree(settle_masking(session))
+    return None
 
 
 def _scored_text(chat_format: ChatFormat, demonstration: Demonstration, param: str, *, needs_answer: bool) -> ScoredText:
@@ -206,11 +219,24 @@ def settle_masking(session: Session) -> bool:
     clipped = sum(not rollout.finished for rollout in rollouts)
     masked = clipped <= len(rollouts) / 2
     session.report(
-        f"{clipped} of {len(rollouts)} first answers were cut off at {settings.max_completion_tokens} tokens: "
-        f"cut-off answers {'give no loss' if masked else 'are learned from too'}",
+        f"{clipped} of {len(rollouts)} first answers were cut off at {settings.max_completion_tokens} tokens (max_completion_tokens). "
+        + _advice_on_cut_answers(clipped, masked, longest=max(len(text.completion_ids) for text in session.texts)),
         data={"resolved": {"mask_clipped_completions": masked}},
     )
     return masked
+
+
+def _advice_on_cut_answers(clipped: int, masked: bool, longest: int) -> str:
+    """`longest`: tokens of the longest demonstration, 0 where there is none."""
+    if not clipped:
+        return "Answers that are cut off later give no loss; nothing needs to be done"
+    means = (
+        "Those give no loss, which does no harm while they are few"
+        if masked
+        else "That is expected of a model that rambles: it learns from cut-off answers too, and with them to stop"
+    )
+    known = f" (the longest demonstration has {longest} tokens)" if longest else ""
+    return f"{means}. Raise max_completion_tokens if good answers need to be longer{known}"
 
 
 def _retention_probe(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> RetentionProbe | None:
@@ -233,6 +259,8 @@ def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel
 
 def _read(path: Path, param: str) -> list[Demonstration]:
     """Every row, whatever its size: how long a file or a line may be is the service's to say, and it has said so."""
+    if not path.is_file():
+        raise DatasetError(f"{path} does not exist", param=param)
     with path.open("rb") as lines:
         demonstrations, reader = read_dataset(lines, DatasetLimits(max_line_bytes=sys.maxsize, max_lines=sys.maxsize))
     if reader.problem_count:

@@ -1,7 +1,8 @@
 """The trainer process: `python -m sdft_engine.train RUN_DIR`.
 
-Needs nothing but the run directory. Exit status: 0 when result.json was written, whatever the outcome; 75 when the lease
-ran out or the parent died (nothing is written then, because another attempt may be running); anything else is a crash.
+Needs nothing but the run directory (docs/trainer.md). Exit status: 0 when result.json was written, whatever the outcome: the
+worker relies on it; 2 when there is no such directory; 75 when the lease ran out or the parent died (nothing is written then,
+because another attempt may be running); anything else is a crash. How it ended is also said in one line.
 Under torchrun every process trains a share of each batch (see ranks.py); one that fails writes the result and exits with 1, so
 that torchrun ends the others.
 """
@@ -25,6 +26,7 @@ from sdft_engine.contract.sealed_directory import is_disk_full
 
 PR_SET_PDEATHSIG = 1
 WATCH_SECONDS = 0.5
+EXIT_NO_DIRECTORY = 2
 
 
 class Supervision:
@@ -78,8 +80,7 @@ def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:
         from sdft_engine.trainer import train
 
         return train(run, supervision.requested, join_ranks())
-    except EngineError as error:
-        traceback.print_exc()
+    except EngineError as error:  # says all there is to say
         return TrainingResult(outcome="failed", error=error.as_dict())
     except Exception as error:
         traceback.print_exc()
@@ -96,10 +97,38 @@ def typed(error: Exception) -> EngineError:
     return EngineError(f"the trainer failed with {type(error).__name__}: {text[:500]}")
 
 
+def report(run: RunDirectory, result: TrainingResult) -> None:
+    """One line for whoever started the process: failures to standard error, the rest to standard output."""
+    if result.outcome == "failed":
+        error = result.error or {}
+        sys.stderr.write(f"failed ({error.get('code')}): {' '.join(str(error.get('message')).split())}\n")
+    elif result.outcome == "stopped":
+        sys.stdout.write(f"stopped ({result.stop}) after step {result.final_step} of {result.total_steps}\n")
+    else:
+        sys.stdout.write(f"succeeded after {result.final_step} steps: the adapter is in {run.final_dir}\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdft_engine.train",
+        description="Train the LoRA adapter that a directory describes, without any service.",
+        epilog="docs/trainer.md has an example to copy, and says what else may be in DIR, what is written, and the exit statuses.",
+    )
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="DIR",
+        help="holds config.json (base model, method, hyperparameters) and train.jsonl (demonstrations); "
+        "metrics.jsonl, checkpoints/, final/ (the adapter) and result.json are written into it",
+    )
+    return parser.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sdft_engine.train")
-    parser.add_argument("run_dir", type=Path)
-    run = RunDirectory(parser.parse_args().run_dir.resolve())
+    run = RunDirectory(parse_arguments().run_dir.resolve())
+    if not run.path.is_dir():
+        sys.stderr.write(f"{run.path} is not a directory\n")
+        return EXIT_NO_DIRECTORY
     supervision = Supervision(run)
     if run.read_control().supervisor_pid is not None:
         die_with_parent()
@@ -110,6 +139,7 @@ def main() -> int:
     is_first, is_alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     if is_first or result.outcome == "failed":
         run.write_result(result)
+        report(run, result)
     return 1 if result.outcome == "failed" and not is_alone else 0  # else the other processes would wait for this one
 
 

@@ -22,6 +22,7 @@ import torch
 
 from sdft_engine.batching import ScoredText
 from sdft_engine.checkpoint import save_checkpoint
+from sdft_engine.collapse_guard import CollapseGuard
 from sdft_engine.contract.errors import NumericalError
 from sdft_engine.contract.hyperparameters import ResolvedSdft
 from sdft_engine.contract.metrics import StepMetrics
@@ -34,7 +35,7 @@ from sdft_engine.measurements import Measurements, rollout_measurements, speeds
 from sdft_engine.ranks import Ranks
 from sdft_engine.rollouts import write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
-from sdft_engine.session import ALONE, Session, open_session, rollouts_of_step
+from sdft_engine.session import ALONE, Session, open_session, rollouts_of_step, settle
 from sdft_engine.step import Objective, Rollout, TokenStatistics, demonstration_loss, merged, sdft_gradient, supervised_gradient
 
 BARREN_STEPS = 10
@@ -44,14 +45,21 @@ BARREN_STEPS = 10
 def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = lambda: None, ranks: Ranks = ALONE) -> TrainingResult:
     """Train as `config.json` says, continuing from a checkpoint if the run directory has one.
 
-    `stop_requested` is asked before every step; of several processes (`ranks`) the first decides, and it alone writes.
-    Raises EngineError; writes result.json only through its caller.
+    `stop_requested` is asked before every step, and before each measurement of the start; of several processes (`ranks`) the first
+    decides, and it alone writes. Raises EngineError; writes result.json only through its caller.
     """
+
+    def agreed_stop() -> StopReason | None:
+        return ranks.agree(stop_requested())
+
     session = open_session(run, ranks)
+    stop = settle(session, agreed_stop)
+    if stop is not None:
+        return _result(session, "stopped", stop)
     metrics: StepMetrics | None = None
     checkpointed = session.state.step
     while session.state.step < session.total_steps:
-        stop = ranks.agree(stop_requested())
+        stop = agreed_stop()
         if stop is not None:
             if stop != "cancel" and metrics is not None and checkpointed < session.state.step:
                 write_checkpoint(session, metrics)
@@ -59,6 +67,7 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
         metrics = training_step(session, session.state.step + 1)
         if ranks.is_first:
             append_line(run.metrics_path, metrics.model_dump_json())
+        watch_for_collapse(session, metrics)
         if metrics.step % session.config.hyperparameters.checkpoint_every_steps == 0:
             write_checkpoint(session, metrics)
             checkpointed = metrics.step
@@ -182,6 +191,14 @@ def _shared_measurements(statistics: TokenStatistics) -> Measurements:
         "loss_tokens": count,
         "student_seconds": statistics.student_seconds,
     }
+
+
+def watch_for_collapse(session: Session, metrics: StepMetrics) -> None:
+    if session.teacher:
+        steps = [step for step, _ in session.run.complete_checkpoints()]
+        guard = CollapseGuard(session.state.early, session.state.recent)
+        guard.observe(metrics, session.teacher.kind, steps)
+        session.state.early, session.state.recent = guard.early, guard.recent
 
 
 def watch_barren_steps(session: Session, statistics: TokenStatistics) -> None:

@@ -125,7 +125,8 @@ def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepare
     elif result is None and lease.stop is not None:
         lease.settle(lambda session: requeue(session, claim, DEPLOY_MESSAGE))
     elif result is None:
-        reason = _crash_report(run, trainer)
+        is_last = prepared.job.lost_leases + 1 >= lost_leases
+        reason = _crash_report(run, trainer, next_attempt=None if is_last else claim.attempt + 1)
         lease.settle(lambda session: requeue_after_crash(session, claim, reason, lost_leases))
     elif result.outcome == "succeeded":
         publish(resources, lease, run, prepared, result)
@@ -163,7 +164,8 @@ def _read_result(run: RunDirectory) -> TrainingResult | None:
         return None
 
 
-def _crash_report(run: RunDirectory, trainer: TrainerProcess) -> str:
+def _crash_report(run: RunDirectory, trainer: TrainerProcess, next_attempt: int | None) -> str:
     said = last_log_lines(run)
-    report = f"The trainer ended without a result ({trainer.describe_exit()})"
-    return f"{report}; the last lines of its log:\n{said}" if said else report
+    follows = "" if next_attempt is None else f"; attempt {next_attempt} follows"
+    report = f"The trainer ended without a result ({trainer.describe_exit()}){follows}"
+    return f"{report}. The last lines of its log:\n{said}" if said else report

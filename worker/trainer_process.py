@@ -1,6 +1,7 @@
 """The trainer as a subprocess in a process group of its own. Leaving the block, the whole group is gone."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,6 +15,11 @@ from worker.engine_process import engine_environment
 
 GROUP_GONE_SECONDS = 5
 LOG_LINES = 12
+LOG_CHARACTERS = 4096
+LOG_BYTES = 65_536
+"""Of the log's end, in which those lines are looked for: progress bars between them may be long."""
+PROGRESS_BAR = re.compile(r"^.*?(?:\d%\||\dit \[)[^\]]*\]?")
+"""tqdm's, as `Loading weights:  40%|████      | 116/290 [00:01<00:02, 92.1it/s]` or, of unknown length, `12it [00:01, 9.8it/s]`."""
 
 log = get_logger(__name__)
 
@@ -80,8 +86,11 @@ class TrainerProcess:
 
 
 def last_log_lines(run: RunDirectory) -> str:
-    """The end of what the trainer wrote, for the person who looks at its failure."""
+    """The end of what the trainer wrote, for the person who looks at its failure: without progress bars and what a terminal
+    would have overwritten."""
     with run.log_path.open("rb") as file:
-        file.seek(max(0, run.log_path.stat().st_size - 4096))
-        lines = deque(file.read().decode(errors="replace").replace("\x00", "").splitlines(), maxlen=LOG_LINES)
-    return "\n".join(lines).strip()
+        file.seek(max(0, run.log_path.stat().st_size - LOG_BYTES))
+        written = file.read().decode(errors="replace").replace("\x00", "").split("\n")
+    shown = (PROGRESS_BAR.sub("", line.rstrip("\r").rpartition("\r")[2]) for line in written)
+    lines = deque((line for line in shown if line.strip()), maxlen=LOG_LINES)
+    return "\n".join(lines)[-LOG_CHARACTERS:].strip()

@@ -27,6 +27,8 @@ async def answer(request: Request, state: ApiState, project_id: str, path: str, 
     """The inference server's answer at `path`, whole or streamed, under the model's public id."""
     model = await anyio.to_thread.run_sync(find_served_model, state, project_id, wanted.model)
     body = wanted.forwarded(model.serving_name)
+    if model.temperature is not None:
+        body.setdefault("temperature", model.temperature)
     if wanted.stream:
         return await _unless_disconnected(request, _streamed(state, model, path, body))
     return JSONResponse(await _unless_disconnected(request, _whole(state, model, path, body)))

@@ -1,11 +1,13 @@
 """From the id that a client names to the name that the inference server knows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import select
 
 from api.state import ApiState
 from core.errors import ModelNotFound
+from core.tables.jobs import Job
 from core.tables.models import Model
 
 
@@ -15,6 +17,8 @@ class ServedModel:
     serving_name: str
     adapter: Model | None
     """None for a base model."""
+    temperature: float | None = None
+    """What a request without one is sampled at. None: the inference server's default, 1."""
 
 
 def find_served_model(state: ApiState, project_id: str, public_id: str) -> ServedModel:
@@ -22,9 +26,20 @@ def find_served_model(state: ApiState, project_id: str, public_id: str) -> Serve
     if state.settings.base_model(public_id) is not None:
         return ServedModel(public_id, public_id, None)
     with state.database.reading() as session:
-        model = session.scalar(select(Model).where(Model.id == public_id, Model.project_id == project_id, Model.status != "deleted"))
-    if model is None:
+        found = session.execute(
+            select(Model, Job.resolved_hyperparameters)
+            .join(Job, Job.id == Model.job_id)
+            .where(Model.id == public_id, Model.project_id == project_id, Model.status != "deleted")
+        ).one_or_none()
+    if found is None:
         raise ModelNotFound(f"The model {public_id!r} does not exist", param="model")
+    model, hyperparameters = found
     if model.status != "servable":
         raise ModelNotFound(f"The model {public_id!r} is {model.status}: it is served once the inference server's answers match the trainer's", param="model")
-    return ServedModel(public_id, model.serving_name, model)
+    return ServedModel(public_id, model.serving_name, model, _trained_temperature(hyperparameters))
+
+
+def _trained_temperature(hyperparameters: dict[str, Any] | None) -> float | None:
+    """A model that learned from its own answers at a temperature is itself at that temperature; warmer, a small one rambles."""
+    temperature = (hyperparameters or {}).get("temperature")
+    return temperature if isinstance(temperature, int | float) else None

@@ -20,7 +20,7 @@ class TrainingConfig(BaseModel):
     method: Literal["sdft", "supervised"]
     base_model: str
     base_model_dir: Path
-    seed: int
+    seed: int = 0
     sdft: ResolvedSdft | None = None
     supervised: ResolvedSupervised | None = None
     teacher_template: str = "example"
@@ -45,11 +45,11 @@ class TrainingConfig(BaseModel):
 
 
 def read_config(path: Path) -> TrainingConfig:
-    """Raises ConfigurationError naming the first field that is wrong."""
+    """Raises ConfigurationError naming every field that is wrong."""
     try:
         return TrainingConfig.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path} does not exist") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigurationError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        wrong = [": ".join([*filter(None, [".".join(map(str, each["loc"]))]), each["msg"]]) for each in error.errors()]
+        raise ConfigurationError(f"{path}: {'; '.join(wrong)}") from error

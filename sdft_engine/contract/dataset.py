@@ -16,6 +16,8 @@ from sdft_engine.contract.json_depth import is_deeper
 from sdft_engine.contract.quoting import quoted
 
 MAX_REPORTED_PROBLEMS = 100
+SHOWN_REASONS = 5
+SHOWN_LINES = 10
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAY_BE_EMPTY = ("system", "developer", "tool", "function")
 MESSAGE_KEYS = frozenset({"role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call"})
@@ -98,10 +100,23 @@ def read_dataset(lines: Iterable[bytes], limits: DatasetLimits | None = None) ->
 
 
 def summarise_problems(problems: list[DatasetProblem], problem_count: int) -> str:
-    """One message naming the lines, for the `message` of an error (which is all that the stock client shows)."""
-    shown = "; ".join(str(problem) for problem in problems[:5])
-    rest = problem_count - min(5, len(problems))
-    return f"{shown}; and {rest} more" if rest else shown
+    """One message naming the lines, for the `message` of an error (which is all that the stock client shows). A reason that
+    several lines share is given once."""
+    lines_of: dict[str, list[int]] = {}
+    for problem in problems:
+        lines_of.setdefault(problem.message, []).append(problem.line)
+    shown = list(lines_of.items())[:SHOWN_REASONS]
+    told = sum(len(lines) for _, lines in shown)
+    parts = [f"{_named(lines)}: {message}" for message, lines in shown] + ([f"and {problem_count - told} more"] if problem_count > told else [])
+    return "; ".join(parts)
+
+
+def _named(lines: list[int]) -> str:
+    if len(lines) == 1:
+        return f"line {lines[0]}"
+    also = ", ".join(map(str, lines[1:SHOWN_LINES]))
+    more = f" and {len(lines) - SHOWN_LINES} more" if len(lines) > SHOWN_LINES else ""
+    return f"line {lines[0]} (also {also}{more})"
 
 
 def parse_line(raw: bytes, line: int, limits: DatasetLimits) -> Demonstration | DatasetProblem:

@@ -7,6 +7,7 @@
     ├── BaseModelError          base_model_unusable    the operator
     ├── CheckpointDamaged       checkpoint_damaged     nobody: the worker fetches an older checkpoint
     ├── NumericalError          numerical_error        the user: learning rate, precision
+    ├── Collapsed               collapsed           the user: the teacher, the learning rate
     ├── OutOfMemory             out_of_memory          the user: batch size, completion length
     └── DiskFull                disk_full              the operator
 
@@ -52,6 +53,12 @@ class CheckpointDamaged(EngineError):
 
 class NumericalError(EngineError):
     code = "numerical_error"
+
+
+class Collapsed(EngineError):
+    """The student degenerates; checkpoints from before are kept."""
+
+    code = "collapsed"
 
 
 class OutOfMemory(EngineError):

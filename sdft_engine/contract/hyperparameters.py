@@ -96,6 +96,8 @@ class ResolvedSupervised(BaseModel):
     """Numbers only. Two values of an sdft run may still be "auto", because they depend on what the model does: the trainer
     settles `temperature` by measuring the teacher and `mask_clipped_completions` by the student's first rollouts."""
 
+    model_config = ConfigDict(extra="forbid")
+
     n_epochs: int
     batch_size: int
     learning_rate: float

@@ -33,8 +33,8 @@ def json_answer(value: Any, status: int = 200) -> Answer:
     return status, {"content-type": "application/json"}, json.dumps(value).encode()
 
 
-def refusal(status: int, message: str) -> Answer:
-    return json_answer({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}, status)
+def refusal(status: int, message: str, code: str | None = None) -> Answer:
+    return json_answer({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}, status)
 
 
 def stream_answer(*events: Any) -> Answer:

@@ -45,9 +45,9 @@ def test_a_conversation_remembers_what_was_said(sdft: Callable[..., Result], stu
 
 
 def test_an_unknown_model_is_one_line(sdft: Callable[..., Result], stub: StubServer) -> None:
-    stub.routes["POST /chat/completions"] = lambda _: refusal(404, "The model 'x' does not exist")
+    stub.routes["POST /chat/completions"] = lambda _: refusal(404, "The model 'x' does not exist", "model_not_found")
     result = sdft("chat", "x", "hello")
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: The model 'x' does not exist\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: The model 'x' does not exist; see `sdft models list`\n")
 
 
 def test_answers_cannot_drive_the_terminal(sdft: Callable[..., Result], stub: StubServer) -> None:

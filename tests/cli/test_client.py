@@ -42,6 +42,15 @@ def test_the_servers_message_is_the_error(client: Client, stub: StubServer) -> N
     assert caught.value.status == 404
 
 
+@pytest.mark.parametrize(
+    ("code", "hint"), [("unknown_url", r"; does the base URL end in /v1\?$"), ("model_not_found", "; see `sdft models list`$"), ("other", r"No such thing\.$")]
+)
+def test_the_errors_code_brings_a_hint(client: Client, stub: StubServer, code: str, hint: str) -> None:
+    stub.routes["GET /models"] = lambda _: refusal(404, "No such thing.", code)
+    with pytest.raises(ServerRefused, match=hint):
+        client.get("/models")
+
+
 def test_an_error_that_is_no_json_names_the_status(client: Client, stub: StubServer) -> None:
     stub.routes["GET /files"] = lambda _: (502, {"content-type": "text/html"}, b"<html>bad gateway</html>")
     with pytest.raises(ServerRefused, match="502"):

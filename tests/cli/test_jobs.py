@@ -7,7 +7,8 @@ from click.testing import Result
 
 from cli.errors import CliError
 from cli.jobs import parse_pair, training_fields
-from tests.cli.stub_server import StubServer, json_answer, refusal
+from sdft_engine.contract.teacher_prompts import NAMED_TEMPLATES
+from tests.cli.stub_server import Answer, StubServer, json_answer, refusal
 
 JOB = {
     "id": "ftjob-1",
@@ -72,6 +73,60 @@ def test_create_uploads_a_path_first(sdft: Callable[..., Result], stub: StubServ
     }
 
 
+def refuse_jobs(stub: StubServer, answer: Answer) -> None:
+    uploads = iter(["file-7", "file-8"])
+    stub.routes["POST /files"] = lambda _: json_answer({"id": next(uploads)})
+    stub.routes["DELETE /files/file-[78]"] = lambda _: json_answer({"deleted": True})
+    stub.routes["POST /fine_tuning/jobs"] = lambda _: answer
+
+
+def deleted_files(stub: StubServer) -> list[str]:
+    return [request.path for request in stub.received if request.method == "DELETE"]
+
+
+def test_a_refused_job_leaves_none_of_its_uploads(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    refuse_jobs(stub, refusal(400, "no such hyperparameter: x"))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    result = sdft("jobs", "create", "base", "rows.jsonl", "--validation-file", "rows.jsonl")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert deleted_files(stub) == ["/files/file-7", "/files/file-8"]
+    assert result.stderr.splitlines()[2:] == ["deleted file-7 again", "deleted file-8 again", "error: no such hyperparameter: x"]
+
+
+def test_a_refused_job_keeps_files_that_were_there_before(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    refuse_jobs(stub, refusal(404, "no such model", "model_not_found"))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert sdft("jobs", "create", "x", "file-1", "--validation-file", "rows.jsonl").exit_code == 1
+    assert deleted_files(stub) == ["/files/file-7"]
+
+
+def test_an_upload_stays_where_the_job_may_exist(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    refuse_jobs(stub, refusal(504, "the gateway gave up"))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert sdft("jobs", "create", "base", "rows.jsonl").exit_code == 1
+    assert deleted_files(stub) == []
+
+
+def test_an_upload_that_cannot_be_deleted_is_named_and_the_refusal_stays_the_error(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    refuse_jobs(stub, refusal(400, "no such hyperparameter: x"))
+    stub.routes["DELETE /files/file-[78]"] = lambda _: refusal(503, "busy")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    lines = sdft("jobs", "create", "base", "rows.jsonl").stderr.splitlines()
+    assert lines[1:] == ["file-7 is still on the server: busy", "error: no such hyperparameter: x"]
+
+
+def test_both_files_are_looked_at_before_one_is_uploaded(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    result = sdft("jobs", "create", "base", "rows.jsonl", "--validation-file", "other.jsonl")
+    assert (result.exit_code, stub.received) == (1, [])
+    assert "other.jsonl is neither a file on this machine" in result.stderr
+
+
+def test_help_names_every_teacher_template(sdft: Callable[..., Result]) -> None:
+    words = sdft("jobs", "create", "--help").stdout.split()
+    assert set(NAMED_TEMPLATES) <= {word.strip(",.") for word in words}
+
+
 def test_create_with_an_uploaded_file_sends_only_what_was_given(sdft: Callable[..., Result], stub: StubServer) -> None:
     stub.routes["POST /fine_tuning/jobs"] = lambda _: json_answer(JOB)
     assert json.loads(sdft("jobs", "create", "base", "file-7", "--validation-file", "file-8", "--json").stdout) == JOB
@@ -92,10 +147,12 @@ def test_a_wrong_pair_uploads_nothing(sdft: Callable[..., Result], stub: StubSer
 
 def test_list_shows_place_in_the_queue_and_step(sdft: Callable[..., Result], stub: StubServer) -> None:
     queued = JOB | {"id": "ftjob-2", "status": "queued", "queue_position": 4, "progress": None}
-    stub.routes["GET /fine_tuning/jobs"] = lambda _: json_answer({"data": [JOB, queued], "has_more": False})
+    never_ran = JOB | {"id": "ftjob-3", "status": "cancelled", "progress": {"step": None, "total_steps": 2, "phase": None}}
+    stub.routes["GET /fine_tuning/jobs"] = lambda _: json_answer({"data": [JOB, queued, never_ran], "has_more": False})
     out = sdft("jobs", "list").stdout
     assert "step 3/10" in out
     assert "place 4 in the queue" in out
+    assert out.splitlines()[-1].split()[1:3] == ["cancelled", "-"]
 
 
 def test_get_as_json_and_as_fields(sdft: Callable[..., Result], stub: StubServer) -> None:

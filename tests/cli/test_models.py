@@ -33,6 +33,12 @@ def test_download_is_named_after_the_model_and_checked(sdft: Callable[..., Resul
     assert stub.received[-1].query == {"format": "peft"}
 
 
+def test_a_folder_that_does_not_exist_is_named_before_anything_is_asked(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
+    result = sdft("models", "download", MODEL["id"], "-o", str(tmp_path / "nope" / "x.tgz"))
+    assert (result.exit_code, result.stderr) == (1, f"error: the folder {tmp_path / 'nope'} does not exist\n")
+    assert stub.received == []
+
+
 def test_a_damaged_adapter_is_refused(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
     stub.routes["GET /models/.*/adapter"] = lambda _: (200, {"x-sha256": hashlib.sha256(b"other").hexdigest()}, ADAPTER)
     assert sdft("models", "download", MODEL["id"], "-o", "a.tar.gz").exit_code == 1

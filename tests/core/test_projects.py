@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from core.database import Database, unix_now
 from core.errors import BadRequest
-from core.projects import KEY, create_key, create_project, ensure_first_key, find_key
+from core.projects import KEY, create_key, create_project, ensure_first_key, find_key, replace_lost_key
 from core.tables.projects import ApiKey, Project
 from tests.rows import add_project
 
@@ -154,9 +154,48 @@ def test_of_several_that_start_at_once_one_makes_the_key(database: Database, tmp
         assert session.scalar(select(func.count()).select_from(ApiKey)) == 1
 
 
-def bootstrap(data_dir: Path, database_url: str) -> subprocess.CompletedProcess[str]:
+def test_lost_key_is_replaced_and_both_open_the_first_project(database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "admin.key"
+    first = ensure_first_key(database, path)
+    assert first is not None
+    assert replace_lost_key(database, path) is None
+    path.unlink()
+    second = replace_lost_key(database, path)
+    assert second not in (None, first)
+    assert path.read_text() == f"{second}\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert project_of(database, str(second)) == project_of(database, first) is not None
+
+
+def test_lost_key_is_replaced_only_for_the_first_project(database: Database, tmp_path: Path) -> None:
+    add_project(database, "somebody")
+    assert replace_lost_key(database, tmp_path / "admin.key") is None
+    assert not (tmp_path / "admin.key").exists()
+
+
+def test_of_several_that_miss_the_key_at_once_one_replaces_it(database: Database, tmp_path: Path) -> None:
+    path, results = tmp_path / "admin.key", []
+    ensure_first_key(database, path)
+    path.unlink()
+    barrier = threading.Barrier(8)
+
+    def start() -> None:
+        barrier.wait(30)
+        results.append(replace_lost_key(database, path))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = [key for key in results if key is not None]
+    assert (len(results), len(made)) == (8, 1)
+    assert path.read_text() == f"{made[0]}\n"
+
+
+def bootstrap(data_dir: Path, database_url: str, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"SDFT_DATA_DIR": str(data_dir), "SDFT_DATABASE_URL": database_url}
-    return subprocess.run([sys.executable, "-m", "core.bootstrap"], env=environment, cwd=data_dir, text=True, capture_output=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "core.bootstrap", *words], env=environment, cwd=data_dir, text=True, capture_output=True, timeout=60)
 
 
 def test_bootstrap_prints_the_key_once(database_url: str, database: Database, tmp_path: Path) -> None:
@@ -165,6 +204,25 @@ def test_bootstrap_prints_the_key_once(database_url: str, database: Database, tm
     assert project_of(database, first.stdout.strip()) is not None
     assert str(tmp_path / "admin.key") in first.stderr
     assert second.stdout == second.stderr == ""
+
+
+def test_bootstrap_replaces_a_lost_key_and_says_so(database_url: str, database: Database, tmp_path: Path) -> None:
+    first = bootstrap(tmp_path, database_url)
+    (tmp_path / "admin.key").unlink()
+    second = bootstrap(tmp_path, database_url)
+    assert second.returncode == 0
+    assert second.stdout not in ("", first.stdout)
+    assert project_of(database, second.stdout.strip()) is not None
+    assert (tmp_path / "admin.key").read_text() == second.stdout
+    (line,) = second.stderr.splitlines()
+    assert line.startswith(f"{tmp_path / 'admin.key'} was missing, so a new API key was made")
+
+
+@pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--no-such-option", 2)])
+def test_bootstrap_with_words_makes_nothing(tmp_path: Path, word: str, status: int) -> None:
+    result = bootstrap(tmp_path / "..", f"sqlite:///{tmp_path}/data/database.sqlite3", word)
+    assert (result.returncode, list(tmp_path.iterdir())) == (status, [])
+    assert "usage: python -m core.bootstrap" in result.stdout + result.stderr
 
 
 def test_bootstrap_on_an_empty_database_says_what_to_do(empty_database_url: str, tmp_path: Path) -> None:

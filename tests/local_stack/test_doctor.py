@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -39,6 +40,15 @@ def test_the_command_prints_a_line_for_each_and_exits_0(tmp_path: Path, port: in
     assert f"port {port}" in result.stdout
 
 
+def test_a_misspelled_setting_is_a_warning(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_DEVIC", "cuda")
+    monkeypatch.setenv("SDFT_XYZZY", "1")
+    result = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path / "data"), "--port", str(port)])
+    assert result.exit_code == 0
+    assert "warning  SDFT_DEVIC: there is no such setting\n         mend it: write SDFT_DEVICE\n" in result.stdout
+    assert "warning  SDFT_XYZZY: there is no such setting\n         mend it: unset it" in result.stdout
+
+
 def test_the_command_exits_1_and_says_how_to_mend_it(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(up, "TRAINING_PACKAGES", ("torch", "no_such_package"))
     result = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path / "data"), "--port", str(port)])
@@ -51,14 +61,54 @@ def test_a_port_in_use_is_a_problem_unless_we_use_it(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         taken_port = taken.getsockname()[1]
-        assert [text for text in problems(tmp_path, taken_port) if f"port {taken_port}" in text and "in use" in text]
+        assert problems(tmp_path, taken_port) == [f"port {taken_port} on 127.0.0.1: in use by another program"]
         with data_directory_lock(tmp_path):
             assert problems(tmp_path, taken_port) == []
 
 
+def test_the_proposed_command_keeps_what_was_given(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        given, bare = (
+            next(f.mend for f in doctor.examine(data_dir, host, port) if f.problem) for data_dir, host in ((tmp_path / "my data", "127.0.0.1"), (None, None))
+        )
+    assert re.fullmatch(rf"sdft up --data-dir '{tmp_path}/my data' --host 127\.0\.0\.1 --port \d+", given)
+    assert re.fullmatch(r"sdft up --port \d+", bare)
+
+
+def test_an_address_of_another_machine_is_a_problem(tmp_path: Path) -> None:
+    (finding,) = [finding for finding in doctor.examine(tmp_path, "203.0.113.7", 8000) if finding.problem]
+    assert (finding.what, finding.mend) == ("port 8000 on 203.0.113.7", "choose others with --host and --port")
+
+
 def test_a_file_in_place_of_the_directory_is_a_problem(tmp_path: Path, port: int) -> None:
     (tmp_path / "data").write_text("")
-    assert "is not a directory" in problems(tmp_path / "data", port)[0]
+    assert problems(tmp_path / "data", port) == [f"data directory {tmp_path / 'data'}: it is not a directory"]
+    assert problems(tmp_path / "data" / "deeper", port) == [f"data directory {tmp_path / 'data' / 'deeper'}: {tmp_path / 'data'} is not a directory"]
+
+
+def test_a_device_that_torch_does_not_find_is_a_problem(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_DEVICE", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert problems(tmp_path, port) == ["SDFT_DEVICE=cuda: torch finds no CUDA device"]
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("class cuda:\n    is_available = lambda: True", []),
+        ("raise ImportError('wrong libc')", ["SDFT_DEVICE=cuda: torch doesn't run: ImportError: wrong libc"]),
+    ],
+)
+def test_torch_is_asked_for_the_device_in_another_process(
+    tmp_path: Path, port: int, program: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SDFT_DEVICE", "cuda")
+    assert problems(tmp_path, port) == expected
 
 
 def test_a_directory_that_cannot_be_written_is_a_problem(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ import socket
 import pytest
 
 from local_stack.errors import StackError
-from local_stack.ports import check_port_free, free_local_port, host_in_url, is_loopback, service_url
+from local_stack.ports import PORT_IN_USE, check_port_free, free_local_port, host_in_url, is_loopback, port_problem, service_url
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -13,6 +13,7 @@ def test_a_port_in_use_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(StackError, match=rf"port {port} on 127\.0\.0\.1 is in use.*--port"):
             check_port_free("127.0.0.1", port)
+        assert port_problem("127.0.0.1", port) == PORT_IN_USE
         with pytest.raises(StackError, match=f"port {port}"):
             check_port_free("0.0.0.0", port)
     check_port_free("127.0.0.1", port)

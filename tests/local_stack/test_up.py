@@ -15,6 +15,8 @@ import httpx2
 import psutil
 import pytest
 
+from local_stack import up as stack_up
+from local_stack.errors import StopRequested
 from local_stack.leftovers import find_leftovers
 from local_stack.ports import free_local_port
 from tests.local_stack.conftest import processes_naming, wait_for
@@ -108,6 +110,30 @@ def test_a_data_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert str(tmp_path / "file" / "data") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_file_in_place_of_the_data_directory_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run_up(tmp_path / "file")
+    assert (result.returncode, result.stderr) == (
+        1,
+        f"sdft up: error: data directory {tmp_path / 'file'}: it is not a directory; choose another with --data-dir\n",
+    )
+
+
+def test_a_setting_that_does_not_exist_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "sdft up: note: SDFT_DEVIC is no setting; is SDFT_DEVICE meant?\n" in run_up(tmp_path / "file", SDFT_DEVIC="cpu").stderr
+
+
+def test_what_stopping_does_to_a_job_is_said_with_care(data_dir: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop_at_once(*_: object) -> None:
+        raise StopRequested
+
+    monkeypatch.setattr(stack_up, "_prepare", lambda *_: None)
+    monkeypatch.setattr(stack_up, "_launch", stop_at_once)
+    assert stack_up.run_up(data_dir, None, port) == 0
+    assert "stopping; a job that trains goes on from its last checkpoint at the next start\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

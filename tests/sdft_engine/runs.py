@@ -98,10 +98,13 @@ def messages_of(run: RunDirectory, level: str | None = None) -> list[str]:
     return [event["message"] for event in records(run.events_path) if level in (None, event["level"])]
 
 
-def stop_after(steps: int, reason: StopReason) -> Callable[[], StopReason | None]:
-    """`stop_requested` is asked before every step: ask for the stop once so many are done."""
-    asked = iter([None] * steps)
-    return lambda: next(asked, reason)
+def steps_done(run: RunDirectory) -> int:
+    return len(records(run.metrics_path)) if run.metrics_path.exists() else 0
+
+
+def stop_after(run: RunDirectory, steps: int, reason: StopReason) -> Callable[[], StopReason | None]:
+    """A `stop_requested` that asks for the stop once so many steps are done."""
+    return lambda: reason if steps_done(run) >= steps else None
 
 
 def content_of(directory: Path, *, without: tuple[str, ...] = ()) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from sdft_engine import session as session_module
 from sdft_engine import trainer
 from sdft_engine.contract.errors import DatasetError
 from sdft_engine.generation import SamplingParams, Sequence, decode_all
-from sdft_engine.session import PROBED_ANSWER_TOKENS, Session, open_session
+from sdft_engine.session import PROBED_ANSWER_TOKENS, Session, open_session, settle
 from sdft_engine.step import Rollout
 from sdft_engine.teacher import TEACHER, automatic_temperature
 from sdft_engine.trainer import train
@@ -51,6 +51,7 @@ def test_without_demonstrations_the_temperature_is_measured_on_the_teachers_own_
     seen: list[Any] = []
     monkeypatch.setattr(session_module, "automatic_temperature", watched(automatic_temperature, lambda *arguments: seen.extend(arguments)))
     session = open_session(run)
+    settle(session, lambda: None)
     model, texts, adapter = seen[:3]
     assert adapter == TEACHER
     assert [text.prompt_ids for text in texts] == session.teacher_prompts
@@ -93,7 +94,7 @@ def test_the_length_of_thoughts_is_measured_and_a_cap_below_it_is_said(
         ]
 
     monkeypatch.setattr(trainer, "rollouts_of_step", thoughtful)
-    train(run, stop_after(2, "cancel"))
+    train(run, stop_after(run, 2, "cancel"))
     measured = [record["thinking_tokens_mean"] for record in records(run.metrics_path)]
     warnings = [event["message"] for event in records(run.events_path) if event["level"] == "warn"]
     if reasoning:

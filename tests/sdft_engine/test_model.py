@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PretrainedConfig
+from transformers import modeling_gguf_pytorch_utils as gguf_loader
+from transformers.utils import logging as transformers_logging
 
 from sdft_engine import model as model_module
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
@@ -136,6 +138,13 @@ def test_the_device_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto").type == choose_device("cuda").type == "cuda"
     assert choose_device("cpu") == CPU
+
+
+def test_loading_and_saving_show_no_progress_bars(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers_logging.enable_progress_bar()
+    load_base_model(tiny_model_dir, device="cpu", dtype="float32").network.save_pretrained(tmp_path)
+    assert [*gguf_loader.tqdm([1, 2], desc="Converting")] == [1, 2]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -241,12 +241,15 @@ def test_the_command_says_in_one_line_what_is_wrong(source: Path, target: Path, 
 
 
 @pytest.mark.slow
-def test_a_quantised_file_becomes_plain_float32_weights(tmp_path: Path) -> None:
+def test_a_quantised_file_becomes_plain_float32_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import gguf
     import torch
     from safetensors import safe_open
+    from transformers.utils import logging
 
+    logging.enable_progress_bar()
     target = prepare_base_model("smollm2", GGUF_SOURCE, None, tmp_path / "smollm2")
+    assert capsys.readouterr().err == ""
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
     reader = gguf.GGUFReader(prepare_module._package_file(GGUF_SOURCE))
     (embedding,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")

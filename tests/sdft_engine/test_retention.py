@@ -109,7 +109,7 @@ def test_measuring_changes_nothing_in_what_is_learned(tmp_path: Path, tiny_model
 
 def test_a_stopped_run_has_no_retention_of_another_step(tmp_path: Path, tiny_model_dir: Path) -> None:
     run = probed_run(tmp_path, tiny_model_dir, retention="checkpoints")
-    assert train(run, stop_after(5, "requeue")).retention is None
+    assert train(run, stop_after(run, 5, "requeue")).retention is None
 
 
 def test_a_wrong_probe_file_is_refused_before_training(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -1,6 +1,8 @@
 """sdft_engine.session: what a run starts with, what it settles before its first step, and what it refuses to start with."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from sdft_engine import session as session_module
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DatasetError
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.lora import STUDENT, LoraShape
-from sdft_engine.session import open_session
+from sdft_engine.session import open_session, settle
+from sdft_engine.step import Rollout
 from sdft_engine.teacher import TEACHER, TEMPERATURES, automatic_temperature
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched
@@ -70,6 +73,10 @@ def test_unusable_lines_are_named(tmp_path: Path, tiny_model_dir: Path) -> None:
     run.train_path.write_text("\n")
     with pytest.raises(DatasetError, match="no demonstrations"):
         open_session(run)
+    run.train_path.unlink()
+    with pytest.raises(DatasetError, match=r"train\.jsonl does not exist") as raised:
+        open_session(run)
+    assert raised.value.param == "training_file"
 
 
 def test_a_line_has_the_number_that_it_had_in_the_users_file(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -119,7 +126,7 @@ def test_a_parents_adapter_is_continued_and_is_the_first_teacher(tmp_path: Path,
     warnings = [record for record in records(run.events_path) if record["level"] == "warn"]
     assert [record["message"] for record in warnings] == ["Continuing the parent's adapter: its rank 2 and alpha 6 are kept"]
     assert warnings[0]["data"] == {"resolved": {"lora_rank": 2, "lora_alpha": 6}}  # so that the job object tells the truth
-    train(run, stop_after(1, "requeue"))
+    train(run, stop_after(run, 1, "requeue"))
     trained = load_file(run.checkpoint_dir(1) / "adapter_model.safetensors")
     changed = [(trained[f"base_model.model.{key}.weight"] - value).abs().max() for key, value in parent.items()]
     assert 0 < max(changed) <= 0.011  # one step of AdamW from the parent: at most its learning rate away
@@ -151,8 +158,9 @@ def settled(run: RunDirectory, name: str) -> list[Any]:
 
 def test_a_given_temperature_and_masking_are_kept(tmp_path: Path, tiny_model_dir: Path) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, temperature=0.7, mask_clipped_completions=True)
-    state = open_session(run).state
-    assert (state.temperature, state.mask_clipped_completions) == (0.7, True)
+    session = open_session(run)
+    settle(session, lambda: None)
+    assert (session.state.temperature, session.state.mask_clipped_completions) == (0.7, True)
     assert len(messages_of(run)) == 1
 
 
@@ -161,6 +169,7 @@ def test_an_automatic_temperature_is_measured_on_the_teachers_prompts(tmp_path: 
     seen: list[Any] = []
     monkeypatch.setattr(session_module, "automatic_temperature", watched(automatic_temperature, lambda *arguments: seen.extend(arguments)))
     session = open_session(run)
+    settle(session, lambda: None)
     _, texts, adapter, _ = seen
     assert adapter == TEACHER
     assert [text.prompt_ids for text in texts] == session.teacher_prompts[:32]
@@ -169,10 +178,52 @@ def test_an_automatic_temperature_is_measured_on_the_teachers_prompts(tmp_path: 
     assert settled(run, "temperature") == [session.state.temperature]
 
 
-@pytest.mark.parametrize(("tokens", "masked"), [(1, False), (400, True)], ids=["all_cut_off", "all_finished"])
-def test_automatic_masking_depends_on_how_many_first_answers_are_cut_off(tmp_path: Path, tiny_model_dir: Path, tokens: int, masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "masked", "advice"),
+    [
+        (1, False, r"3 of 3 .* expected of a model that rambles.* Raise .* if .* longest demonstration has 5 tokens"),
+        (400, True, "1 of 3 .* no harm while they are few"),
+    ],
+    ids=["all_cut_off", "all_finished"],
+)
+def test_automatic_masking_depends_on_how_many_first_answers_are_cut_off(tmp_path: Path, tiny_model_dir: Path, tokens: int, masked: bool, advice: str) -> None:
     """The random model ends an answer after a few dozen tokens, never after one."""
     run = make_run(tmp_path / "run", tiny_model_dir, rows=2, mask_clipped_completions="auto", max_completion_tokens=tokens)
     write_lines(run.train_path, [{"prompt": f"Lamp {number}?", "completion": "Red."} for number in range(2)])  # short enough for 400 more
-    assert open_session(run).state.mask_clipped_completions is masked
+    session = open_session(run)
+    settle(session, lambda: None)
+    assert session.state.mask_clipped_completions is masked
     assert settled(run, "mask_clipped_completions") == [masked]
+    assert re.match(advice, messages_of(run)[-1])
+
+
+def test_nothing_is_advised_where_no_answer_was_cut_off(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, mask_clipped_completions="auto")
+    session = open_session(run)
+    whole = [Rollout(row, [1], [1], [2], finished=True) for row in range(2)]
+    monkeypatch.setattr(session_module, "rollouts_of_step", lambda *arguments: whole)
+    assert session_module.settle_masking(session) is True
+    assert "0 of 2 first answers" in messages_of(run)[-1]
+    assert messages_of(run)[-1].endswith("nothing needs to be done")
+
+
+@pytest.mark.parametrize(
+    ("asked", "settled_before"), [(1, []), (2, ["temperature"]), (3, ["temperature", "mask_clipped_completions"])], ids=["loaded", "temperature", "masking"]
+)
+def test_a_stop_is_obeyed_between_the_parts_of_the_start(tmp_path: Path, tiny_model_dir: Path, asked: int, settled_before: list[str]) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, temperature="auto", mask_clipped_completions="auto")
+    answers: Iterator[Any] = iter([*[None] * (asked - 1), "requeue"])
+    result = train(run, lambda: next(answers))
+    assert (result.outcome, result.stop, result.final_step, result.total_steps) == ("stopped", "requeue", 0, 8)
+    assert [name for name in ("temperature", "mask_clipped_completions") if settled(run, name)] == settled_before
+    assert run.complete_checkpoints() == []
+    assert train(run).outcome == "succeeded"
+    assert len(records(run.metrics_path)) == 8
+
+
+def test_a_resumed_run_that_is_stopped_at_once_is_where_it_was(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, temperature="auto", mask_clipped_completions="auto")
+    train(run, stop_after(run, 3, "requeue"))
+    result = train(run, lambda: "cancel")
+    assert (result.outcome, result.stop, result.final_step) == ("stopped", "cancel", 3)
+    assert len(settled(run, "temperature")) == len(settled(run, "mask_clipped_completions")) == 1

@@ -53,12 +53,17 @@ def test_any_other_error_keeps_its_name_and_the_start_of_its_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "param"),
-    [(NumericalError("not finite", param="learning_rate"), "numerical_error", "learning_rate"), (MemoryError(), "out_of_memory", "method")],
+    ("error", "code", "param", "traced"),
+    [
+        (NumericalError("not finite", param="learning_rate"), "numerical_error", "learning_rate", False),
+        (MemoryError(), "out_of_memory", "method", True),
+    ],
 )
 def test_errors_of_a_run_become_its_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: str, param: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: str, param: str, traced: bool
 ) -> None:
+    """Only what nobody foresaw needs a trace."""
+
     def fail(*arguments: Any) -> TrainingResult:
         raise error
 
@@ -68,7 +73,7 @@ def test_errors_of_a_run_become_its_result(
     assert result.outcome == "failed"
     assert result.error is not None
     assert (result.error["code"], result.error["param"]) == (code, param)
-    assert type(error).__name__ in capsys.readouterr().err  # the whole trace stays in the log
+    assert ("Traceback" in capsys.readouterr().err) is traced
 
 
 def test_a_trainer_is_abandoned_by_its_lease_or_by_its_supervisors_death() -> None:
@@ -101,6 +106,42 @@ def test_a_trainer_that_is_abandoned_from_the_start_writes_nothing(tmp_path: Pat
     monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
     assert train_module.main() == EXIT_LEASE_EXPIRED
     assert [path.name for path in tmp_path.iterdir()] == ["control.json"]
+
+
+@pytest.mark.parametrize(
+    ("result", "out", "err"),
+    [
+        (TrainingResult(outcome="succeeded", final_step=8, total_steps=8), "succeeded after 8 steps: the adapter is in {run}/final\n", ""),
+        (TrainingResult(outcome="stopped", stop="cancel", final_step=3, total_steps=8), "stopped (cancel) after step 3 of 8\n", ""),
+        (TrainingResult(outcome="failed", error=DiskFull("no space\n  left").as_dict()), "", "failed (disk_full): no space left\n"),
+    ],
+    ids=["succeeded", "stopped", "failed"],
+)
+def test_the_end_of_a_run_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: TrainingResult, out: str, err: str
+) -> None:
+    monkeypatch.setattr(trainer, "train", lambda *arguments: result)
+    monkeypatch.setattr(Supervision, "start", lambda self: None)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+    assert train_module.main() == 0
+    assert RunDirectory(tmp_path).read_result() == result
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (out.format(run=tmp_path), err)
+
+
+def test_a_directory_that_does_not_exist_is_one_line_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path / "nowhere")])
+    assert train_module.main() == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'nowhere'} is not a directory\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_says_what_the_directory_holds_and_where_more_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--help"])
+    with pytest.raises(SystemExit):
+        train_module.main()
+    said = capsys.readouterr().out
+    assert [name for name in ("DIR", "config.json", "train.jsonl", "result.json", "docs/trainer.md") if name not in said] == []
 
 
 class Exited(BaseException):

@@ -61,6 +61,7 @@ def test_a_whole_run_succeeds_with_nothing_but_its_directory(tmp_path: Path, tin
     assert (result.outcome, result.stop, result.final_step, result.total_steps, result.error) == ("succeeded", None, 8, 8, None)
     assert result.trained_tokens == sum(record["trained_tokens"] for record in records(run.metrics_path))
     assert (run.final_dir / "adapter_model.safetensors").exists()
+    assert run.log_path.read_text() == f"succeeded after 8 steps: the adapter is in {run.final_dir}\n"
 
 
 def test_sigterm_lets_the_step_end_and_leaves_a_checkpoint(tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
@@ -148,7 +149,8 @@ def test_a_configuration_that_can_not_be_read_is_a_typed_failure(tmp_path: Path,
     assert result.error is not None
     assert result.error["code"] == "invalid_configuration"
     assert "method" in result.error["message"]
-    assert "Traceback" in run.log_path.read_text()
+    (line,) = run.log_path.read_text().splitlines()
+    assert line == f"failed (invalid_configuration): {result.error['message']}"
 
 
 def test_idle_threads_of_a_trainer_do_not_spin_whoever_starts_it() -> None:

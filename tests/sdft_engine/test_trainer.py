@@ -205,7 +205,7 @@ def test_numbers_that_are_not_finite_end_the_run_before_they_reach_the_weights(t
 def test_a_gradient_that_is_not_finite_ends_the_run_too(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
 
-    def infinite(model: Any, texts: Any, budget: Any) -> TokenStatistics:
+    def infinite(model: Any, *_: Any) -> TokenStatistics:
         for parameter in model.adapters.parameters(STUDENT).values():
             parameter.grad = torch.full_like(parameter, math.inf)
         return TokenStatistics(loss=1.0, loss_tokens=1)

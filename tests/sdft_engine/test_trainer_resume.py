@@ -11,7 +11,7 @@ from sdft_engine.contract.errors import CheckpointDamaged
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched
-from tests.sdft_engine.runs import content_of, make_run, measured, messages_of, records, stop_after
+from tests.sdft_engine.runs import content_of, make_run, measured, messages_of, records, steps_done, stop_after
 
 KINDS: dict[str, dict[str, Any]] = {
     "sdft_ema": {"method": "sdft"},
@@ -44,7 +44,7 @@ def assert_same_files(run: RunDirectory, expected: RunDirectory) -> None:
 
 def test_stopped_after_five_steps_and_resumed(kind: dict[str, Any], uninterrupted: RunDirectory, tmp_path: Path, tiny_model_dir: Path) -> None:
     run = make_run(tmp_path / "stopped", tiny_model_dir, validation_rows=2, **kind)
-    first = train(run, stop_after(5, "requeue"))
+    first = train(run, stop_after(run, 5, "requeue"))
     assert (first.outcome, first.stop, first.final_step, first.total_steps) == ("stopped", "requeue", 5, 8)
     assert [step for step, _ in run.complete_checkpoints()] == [4, 5]
     assert not run.final_dir.exists()
@@ -59,10 +59,9 @@ def test_stopped_after_five_steps_and_resumed(kind: dict[str, Any], uninterrupte
 def test_killed_in_the_middle_and_continued_elsewhere(kind: dict[str, Any], uninterrupted: RunDirectory, tmp_path: Path, tiny_model_dir: Path) -> None:
     """Another attempt has another directory, and the last checkpoint in `resume/`."""
     killed = make_run(tmp_path / "killed", tiny_model_dir, validation_rows=2, **kind)
-    asked = iter(range(7))
 
     def kill_after_six_steps() -> None:
-        if next(asked) == 6:
+        if steps_done(killed) == 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -79,14 +78,14 @@ def test_killed_in_the_middle_and_continued_elsewhere(kind: dict[str, Any], unin
 
 def test_a_resumed_run_counts_tokens_from_where_it_was(tmp_path: Path, tiny_model_dir: Path) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir)
-    train(run, stop_after(3, "pause"))
+    train(run, stop_after(run, 3, "pause"))
     result = train(run)
     assert result.trained_tokens == sum(record["trained_tokens"] for record in records(run.metrics_path)) > 0
 
 
 def test_a_settled_temperature_is_not_measured_again(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, temperature="auto")
-    train(run, stop_after(2, "requeue"))
+    train(run, stop_after(run, 2, "requeue"))
     (settled,) = [event for event in records(run.events_path) if "Temperature" in event["message"]]
     tau = settled["data"]["resolved"]["temperature"]
     assert tau in (0.5, 0.65, 0.8, 1.0)
@@ -98,7 +97,7 @@ def test_a_settled_temperature_is_not_measured_again(tmp_path: Path, tiny_model_
 @pytest.mark.parametrize(("reason", "checkpoints"), [("pause", [3]), ("requeue", [3]), ("cancel", [])])
 def test_only_a_cancelled_run_stops_without_a_checkpoint(reason: Any, checkpoints: list[int], tmp_path: Path, tiny_model_dir: Path) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir)
-    result = train(run, stop_after(3, reason))
+    result = train(run, stop_after(run, 3, reason))
     assert (result.outcome, result.stop, result.final_step) == ("stopped", reason, 3)
     assert [step for step, _ in run.complete_checkpoints()] == checkpoints
 
@@ -109,18 +108,18 @@ def test_a_stop_with_nothing_new_writes_no_checkpoint(steps: int, tmp_path: Path
     run = make_run(tmp_path / "run", tiny_model_dir)
     written: list[int] = []
     monkeypatch.setattr(trainer, "write_checkpoint", watched(trainer.write_checkpoint, lambda opened, metrics: written.append(metrics.step)))
-    assert train(run, stop_after(steps, "requeue")).final_step == steps
+    assert train(run, stop_after(run, steps, "requeue")).final_step == steps
     assert written == ([4] if steps else [])
 
 
 def test_a_stop_asked_for_during_the_last_step_lets_the_run_succeed(tmp_path: Path, tiny_model_dir: Path) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
-    assert train(run, stop_after(8, "cancel")).outcome == "succeeded"
+    assert train(run, stop_after(run, 8, "cancel")).outcome == "succeeded"
 
 
 def test_a_damaged_checkpoint_is_not_trained_on(tmp_path: Path, tiny_model_dir: Path) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
-    train(run, stop_after(2, "requeue"))
+    train(run, stop_after(run, 2, "requeue"))
     optimizer = run.checkpoint_dir(2) / "optimizer.safetensors"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     with pytest.raises(CheckpointDamaged, match=r"optimizer\.safetensors"):

@@ -43,7 +43,7 @@ def test_the_first_step_is_what_the_settings_say(name: str, tmp_path: Path, tiny
     parent = in_float64(make_parent(run, tiny_model_dir, LoraShape(2, 6), strength=0.2))
     seen: list[Rollout] = []
     monkeypatch.setattr(trainer, "sdft_gradient", watched(trainer.sdft_gradient, lambda model, rollouts, *_: seen.extend(rollouts)))
-    train(run, stop_after(1, "cancel"))
+    train(run, stop_after(run, 1, "cancel"))
 
     model = load_base_model(tiny_model_dir, device="cpu", dtype="float32")
     model.adapters.load(STUDENT, run.parent_adapter_dir)
@@ -85,7 +85,7 @@ def test_the_first_tokens_after_the_thoughts_are_left_out_on_demand(tmp_path: Pa
             patch.setattr(trainer, "rollouts_of_step", thoughtful)
             masks: list[list[bool]] = []
             patch.setattr(trainer, "sdft_gradient", watched(trainer.sdft_gradient, lambda model, rollouts, m, *_, masks=masks: masks.extend(m)))
-            train(run, stop_after(1, "cancel"))
+            train(run, stop_after(run, 1, "cancel"))
         seen[after_think] = masks[0]
     assert seen[False][:3] == [False, False, True]
     assert all(seen[False][2:])
@@ -102,8 +102,8 @@ def test_weight_decay_shrinks_what_gets_no_gradient(tmp_path: Path, tiny_model_d
         with monkeypatch.context() as patch:
             sessions: list[Any] = []
             opened = trainer.open_session
-            patch.setattr(trainer, "open_session", lambda run, opened=opened, sessions=sessions: sessions.append(opened(run)) or sessions[0])
-            train(run, stop_after(1, "cancel"))
+            patch.setattr(trainer, "open_session", lambda run, ranks, opened=opened, sessions=sessions: sessions.append(opened(run, ranks)) or sessions[0])
+            train(run, stop_after(run, 1, "cancel"))
         parameters = sessions[0].model.adapters.parameters(STUDENT)
         factors[decay] = [value.detach() for name, value in parameters.items() if name.endswith("lora_A")]
     for plain_value, decayed in zip(factors[0.0], factors[0.5], strict=True):

@@ -141,7 +141,7 @@ def test_the_report_of_a_crash_holds_exit_status_and_log(workshop: Workshop) -> 
     train_next(workshop)
     with workshop.database.reading() as session:
         event = session.scalars(select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.level == "warn")).one()
-    assert "exit status 3" in event.message
+    assert event.message.startswith("The trainer ended without a result (exit status 3); attempt 2 follows. The last lines of its log:\n")
     assert "RuntimeError: as the script says" in event.message
 
 
@@ -154,6 +154,9 @@ def test_three_crashes_fail_the_job(workshop: Workshop) -> None:
     assert job.status == "failed"
     assert job.error is not None
     assert job.error["code"] == "trainer_crashed"
+    assert "follows" not in job.error["message"]
+    follows = [message.partition("; ")[2].partition(" follows")[0] for message in messages_of(workshop.database, job_id) if " follows" in message]
+    assert follows == ["attempt 2", "attempt 3"]
     assert_sound(workshop.database, job_id)
 
 

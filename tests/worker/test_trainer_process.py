@@ -92,6 +92,25 @@ def test_the_log_holds_both_streams_and_its_end_is_short(run: RunDirectory, sett
     assert "\x00" not in end
 
 
+def test_progress_bars_are_left_out_of_the_logs_end(run: RunDirectory) -> None:
+    bars = [f"Loading weights: {done:3}%|{'█' * (done // 10):10}| {done}/100 [00:01<00:02, 92.1it/s]" for done in range(101)]
+    run.log_path.write_text(
+        "the first line\n"
+        + "".join(f"\r{bar}" for bar in bars)
+        + "\n"
+        + "".join(f"\r{done}it [00:01, 9.8it/s]" for done in range(9))
+        + "\nDownloading 1 of 2\rDownloading 2 of 2\r\n100% [done]\n"
+        + f"\r{bars[40]}Traceback (most recent call last):\n\r{bars[41]}\r{bars[42][:30]}"
+    )
+    assert last_log_lines(run).splitlines() == ["the first line", "Downloading 2 of 2", "100% [done]", "Traceback (most recent call last):"]
+
+
+def test_the_logs_end_is_short_where_its_lines_are_long(run: RunDirectory) -> None:
+    run.log_path.write_text("x" * 100_000 + "\nthe reason\n")
+    assert len(last_log_lines(run)) <= 4096
+    assert last_log_lines(run).endswith("x\nthe reason")
+
+
 def test_the_trainer_reads_no_modules_from_its_run_directory(run: RunDirectory, settings: Settings) -> None:
     (run.path / "json.py").write_text("raise SystemExit(9)")
     with start(run, settings, "import json, sys; sys.exit(0)") as trainer:

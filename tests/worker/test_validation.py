@@ -73,7 +73,7 @@ def test_a_supervised_job_is_queued(workshop: Workshop) -> None:
 def test_rows_that_do_not_fit_are_named_by_line(workshop: Workshop) -> None:
     error = failure(workshop, content=demonstration_file() + LONG + b"\n" + demonstration_file(2) + LONG + b"\n", method=sdft())
     assert (error["code"], error["param"]) == ("context_length_exceeded", "training_file")
-    assert error["message"].startswith("line 13: the teacher's prompt has ")
+    assert error["message"].startswith("line 13 (also 16): the teacher's prompt has ")
     assert "the context holds 512" in error["message"]
     assert [problem["line"] for problem in error["problems"]] == [13, 16]
 
@@ -81,7 +81,7 @@ def test_rows_that_do_not_fit_are_named_by_line(workshop: Workshop) -> None:
 def test_a_hundred_problems_are_listed_and_all_are_counted(workshop: Workshop) -> None:
     error = failure(workshop, content=(LONG + b"\n") * 130, method=sdft())
     assert len(error["problems"]) == 100
-    assert error["message"].endswith("and 125 more")
+    assert error["message"].endswith("; and 30 more")
 
 
 def test_an_explicit_completion_length_counts(workshop: Workshop) -> None:

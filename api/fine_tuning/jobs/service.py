@@ -44,7 +44,7 @@ def cancel_job(state: ApiState, job: Job) -> JobObject:
         requested = request_cancellation(session, job.id)
         current = session.get_one(Job, job.id, populate_existing=True)
         if not requested:
-            raise BadRequest(f"the job {job.id} has already {current.status} and can't be cancelled", code="job_already_finished", param="fine_tuning_job_id")
+            raise BadRequest(f"the job {job.id} has ended ({current.status}) and can't be cancelled", code="job_already_finished", param="fine_tuning_job_id")
     ring(state.doorbell)
     return describe(state, current)
 

@@ -10,6 +10,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from core.tables.jobs import Job
 from core.tables.models import Model
 from tests.api.inference_stub import WORDS, InferenceStub, event
 from tests.api.model_rows import add_model
@@ -61,6 +62,17 @@ def test_chat_with_a_tuned_model_loads_its_adapter_once(live_api: Api, inference
     assert inference.load_paths == [str(directory)]
     assert {path.name for path in Path(directory).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert [chat["model"] for chat in inference.chats] == [tuned.serving_name] * 3
+
+
+@pytest.mark.parametrize(("trained_at", "asked", "expected"), [(0.5, None, 0.5), (0.5, 0, 0), (0.5, 1.5, 1.5), ("auto", None, None), (None, None, None)])
+def test_a_tuned_model_answers_at_the_temperature_it_was_trained_at(
+    http: httpx2.Client, live_api: Api, inference: InferenceStub, tuned: Model, trained_at: Any, asked: float | None, expected: float | None
+) -> None:
+    with live_api.database.transaction() as session:
+        session.get_one(Job, tuned.job_id).resolved_hyperparameters = {"n_epochs": 1} | ({} if trained_at is None else {"temperature": trained_at})
+    answer = http.post(CHAT, json=body(PUBLIC, **({} if asked is None else {"temperature": asked})))
+    assert answer.status_code == 200
+    assert inference.chats[-1].get("temperature") == expected
 
 
 def test_streamed_chat(live_api: Api, inference: InferenceStub, tuned: Model) -> None:

@@ -81,7 +81,7 @@ BAD_TRAINING_FILES = [
     (file_with_line_13(GOOD.replace(b"blue", "bläu".encode("latin-1"))), "invalid_encoding", "line 13"),
     (file_with_line_13(GOOD.replace(b"blue", b"bl\x00e")), "invalid_encoding", "line 13"),
     (file_with_line_13(GOOD.replace(b"blue", b"\\ud800")), "invalid_encoding", "line 13"),
-    (training_lines(12).decode().encode("utf-16"), "invalid_encoding", "line 1:"),
+    (training_lines(12).decode().encode("utf-16"), "invalid_encoding", "line 1 (also 2"),
     (file_with_line_13(b"[1, 2]"), "data_type", "line 13"),
     (file_with_line_13(b"{}"), "missing_messages_list", "line 13"),
     (file_with_line_13(bad_line(messages=[])), "missing_messages_list", "line 13"),
@@ -113,8 +113,8 @@ def test_all_problems_are_listed(api: Api) -> None:
     error = post(api, content).json()["error"]
     assert [problem["line"] for problem in error["problems"]] == list(range(1, 200, 2))
     assert error["problems"][0].keys() == {"line", "code", "message"}
-    assert "line 1:" in error["message"]
-    assert "195 more" in error["message"]
+    assert "line 1 (also 3, 5, " in error["message"]
+    assert "; and 100 more" in error["message"]
 
 
 def test_problem_in_a_last_line_without_newline(api: Api) -> None:

@@ -44,14 +44,27 @@ def test_each_method_has_its_own_section(tmp_path: Path) -> None:
         ({"sdft": {"n_epochs": 1}}, "sdft.batch_size"),
     ],
 )
-def test_first_wrong_field_is_named(tmp_path: Path, changes: dict[str, Any], names: str) -> None:
+def test_a_wrong_field_is_named(tmp_path: Path, changes: dict[str, Any], names: str) -> None:
     with pytest.raises(ConfigurationError, match=f"config.json: {names}"):
         read_config(write(tmp_path / "config.json", **changes))
+
+
+def test_every_wrong_field_is_named_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        read_config(write(tmp_path / "config.json", method="dpo", surprise=1, sdft=SDFT.model_dump() | {"batch_size": "many"}))
+    assert [name for name in ("method: ", "surprise: ", "sdft.batch_size: ") if name not in raised.value.message] == []
+    assert "\n" not in raised.value.message
+
+
+def test_the_seed_may_be_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "config.json")
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "seed"}))
+    assert read_config(path).seed == 0
 
 
 def test_missing_file_and_broken_json(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="does not exist"):
         read_config(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigurationError, match="JSON"):
+    with pytest.raises(ConfigurationError, match=r"config\.json: Invalid JSON"):
         read_config(tmp_path / "config.json")

@@ -217,15 +217,25 @@ def test_first_hundred_problems_are_kept_and_all_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "ending"),
-    [(1, "line 1: not valid JSON (Expecting value)"), (5, "line 5: not valid JSON (Expecting value)"), (6, "and 1 more"), (250, "and 245 more")],
+    ("count", "expected"),
+    [
+        (1, "line 1: not valid JSON (Expecting value)"),
+        (3, "line 1 (also 2, 3): not valid JSON (Expecting value)"),
+        (12, "line 1 (also 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more): not valid JSON (Expecting value)"),
+        (250, "line 1 (also 2, 3, 4, 5, 6, 7, 8, 9, 10 and 90 more): not valid JSON (Expecting value); and 150 more"),
+    ],
 )
-def test_summary_names_the_first_lines_and_counts_the_rest(count: int, ending: str) -> None:
+def test_a_reason_that_lines_share_is_given_once(count: int, expected: str) -> None:
     _, reader = read_dataset([b"broken"] * count)
+    assert summarise_problems(reader.problems, reader.problem_count) == expected
+
+
+def test_summary_names_the_first_reasons_and_counts_the_rest() -> None:
+    _, reader = read_dataset([json.dumps({f"key{number}": 1}).encode() for number in range(8)])
     summary = summarise_problems(reader.problems, reader.problem_count)
-    assert summary.startswith("line 1: ")
-    assert summary.endswith(ending)
-    assert summary.count("line ") == min(5, count)
+    assert summary.startswith("line 1: unknown key 'key0'")
+    assert summary.count("line ") == 5
+    assert summary.endswith("; and 3 more")
 
 
 @given(st.binary(max_size=200))

@@ -6,11 +6,11 @@ import pytest
 
 from sdft_engine.contract.config import TrainingConfig, read_config
 from sdft_engine.contract.errors import ConfigurationError
-from sdft_engine.contract.hyperparameters import DatasetStatistics, SdftHyperparameters, resolve_sdft, resolve_supervised
+from sdft_engine.contract.hyperparameters import DatasetStatistics, SdftHyperparameters, SupervisedHyperparameters, resolve_sdft, resolve_supervised
 
 STATISTICS = DatasetStatistics(rows=12, answer_tokens=[5] * 12, hidden_size=64, longest_teacher_prompt=100, context_length=512)
 SDFT = resolve_sdft(SdftHyperparameters(), STATISTICS)
-SUPERVISED = resolve_supervised(SdftHyperparameters(), STATISTICS)
+SUPERVISED = resolve_supervised(SupervisedHyperparameters(), STATISTICS)
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -42,6 +42,7 @@ def test_each_method_has_its_own_section(tmp_path: Path) -> None:
         ({"seed": "x"}, "seed"),
         ({"surprise": 1}, "surprise"),
         ({"sdft": {"n_epochs": 1}}, "sdft.batch_size"),
+        ({"sdft": SDFT.model_dump() | {"n_epoch": 1}}, "sdft.n_epoch"),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path: Path, changes: dict[str, Any], names: str) -> None:

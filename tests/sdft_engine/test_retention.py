@@ -125,7 +125,7 @@ def test_the_real_base_knows_about_half_of_the_default_questions(real_model_dir:
     """Hard enough to have something to lose, easy enough to have something to keep."""
     model = load_base_model(real_model_dir, device="cpu", dtype="float32")
     model.adapters.add(STUDENT, LoraShape(16, 32), trainable=True)
-    found = RetentionProbe(model, read_probes(DEFAULT_PROBES_PATH)).measure(0)
-    assert 0.35 < found.base_right / found.n < 0.75
+    found = RetentionProbe(model, read_probes(DEFAULT_PROBES_PATH)[::3]).measure(0)
+    assert 0.3 < found.base_right / found.n < 0.8
     assert found.kept >= found.base_right - 1  # folded and unfolded passes round differently
     assert found.kl_from_base < 1e-4

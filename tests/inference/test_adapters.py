@@ -188,7 +188,7 @@ def test_unloading_ends_answers_that_take_too_long(make_server: MakeServer) -> N
     with make_server(unload_wait_seconds=0.2) as server:
         server.load("first", "first")
         steps = server.slow_down(0.02)
-        options: dict[str, Any] = {"prompt": "the lamp", "max_tokens": 250, "ignore_eos": True}
+        options: dict[str, Any] = {"prompt": "the lamp", "max_tokens": 100, "ignore_eos": True}
         doomed, spared = server.stream("/v1/completions", model="first", **options), server.stream("/v1/completions", model=BASE, **options)
         next(doomed), next(spared)
         assert server.unload("first").status_code == 200

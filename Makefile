@@ -11,9 +11,11 @@ TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() +
 # Idle OpenMP threads must not spin: they take the cores from the other torch processes of this machine.
 export OMP_WAIT_POLICY := passive
 
+TRL_STAMP := .venv-trl/.installed
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-all lint format bench constraints clean
+.PHONY: help setup demo test test-fast test-all lint format bench trl constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +54,14 @@ format: $(STAMP) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes well over an hour; it skips seeds it has finished)
+trl: $(TRL_STAMP) ## Create .venv-trl with the trainer that benchmarks/step_time.py compares with
+
+$(TRL_STAMP): benchmarks/trl_constraints.txt
+	$(PYTHON) -m venv --clear .venv-trl
+	.venv-trl/bin/python -m pip install -c benchmarks/trl_constraints.txt trl torch peft
+	@touch $@
+
+bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes well over an hour; it skips seeds it has finished)
 	@for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt

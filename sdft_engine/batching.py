@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sdft_engine.growing_cache import new_cache
 from sdft_engine.model import LanguageModel
 
 LEAST_SHARED_TOKENS = 48
@@ -55,10 +56,15 @@ def completion_hidden_states(model: LanguageModel, texts: Sequence[ScoredText]) 
         inputs["past_key_values"] = prefix_cache(model, texts[0].prompt_ids[:shared], len(texts))
         inputs["position_ids"] = torch.arange(shared, shared + width, device=model.device)[None].expand(len(texts), -1)
     hidden_BTH = model.hidden_states(torch.tensor(padded, device=model.device), **inputs)
-    rows = [row for row, text in enumerate(texts) for _ in text.completion_ids]
-    columns = [len(text.prompt_ids) - 1 - shared + offset for text in texts for offset in range(len(text.completion_ids))]
-    index = torch.tensor([rows, columns], device=model.device)
+    index = completion_index([len(text.prompt_ids) - 1 - shared for text in texts], texts, model.device)
     return hidden_BTH[index[0], index[1]]
+
+
+def completion_index(firsts: Sequence[int], texts: Sequence[ScoredText], device: torch.device) -> Tensor:
+    """Rows and columns (2, N) of the states that predict every completion token; `firsts`: the column of each row's first."""
+    rows = [row for row, text in enumerate(texts) for _ in text.completion_ids]
+    columns = [first + offset for first, text in zip(firsts, texts, strict=True) for offset in range(len(text.completion_ids))]
+    return torch.tensor([rows, columns], device=device)
 
 
 def shared_prefix_length(prompts: Sequence[list[int]]) -> int:
@@ -72,7 +78,7 @@ def shared_prefix_length(prompts: Sequence[list[int]]) -> int:
 
 def prefix_cache(model: LanguageModel, token_ids: list[int], rows: int) -> DynamicCache:
     """Keys and values of a prefix, computed once and seen by every row."""
-    alone, cache = DynamicCache(), DynamicCache()
+    alone, cache = new_cache(), new_cache()
     model.hidden_states(torch.tensor([token_ids], device=model.device), past_key_values=alone)
     for index, layer in enumerate(alone.layers):
         cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)

@@ -1,9 +1,9 @@
-"""The decoder of Llama's kind for passes without gradients: the same numbers from fewer and faster operations.
+"""The decoder of Llama's kind: the same numbers as transformers' modules from fewer and faster operations.
 
-A decoding step of a small batch is bound by reading the weights once and by the operations issued; transformers' modules
-issue several times as many as the mathematics needs. Where an adapter is folded (W + scaling B A, see lora.py), projections
-that read the same input (query, key, value; gate, up) are one matrix, packed for products with few rows, so that a layer is
-four products. Without folding the layers of lora.py are called, one adapter a row or none.
+A decoding step of a small batch is bound by reading the weights once and by the operations issued, of which transformers
+issues several times as many as the mathematics needs. Here projections that read the same input (query, key, value; gate, up)
+are one matrix, packed for products with few rows, and an adapter is two small products for all of them. Passes with gradients
+use the functions of fused_functions.py, which keep less and touch memory less often.
 """
 
 from collections.abc import Iterator
@@ -13,40 +13,50 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention
 from transformers import DynamicCache
 
-from sdft_engine.lora import LoraLinear
+from sdft_engine.fused_functions import FrozenLinear, lora_projections, scaled_rms_norm, swiglu
+from sdft_engine.lora import Active, LoraLinear
 from sdft_engine.packed_linear import pack, packed_linear, packing_is_available
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+FEW_ROWS = 64
+"""Below so many rows packed products are faster; above, plain ones are."""
 
 
 class Projections:
-    """Linear layers of the same input, as one: x (..., in) to (..., all of their outputs)."""
+    """Linear layers of the same input with their adapters: x (..., in) to one output each."""
 
     def __init__(self, layers: list[LoraLinear]) -> None:
         self.layers = layers
         self.sizes = [layer.base.out_features for layer in layers]
         biases = [layer.base.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat(biases)
-        self.packed: Tensor | None = None
+        packs = layers[0].base.weight.dtype == torch.float32 and packing_is_available()
+        self.packed = pack(torch.cat([layer.base.weight for layer in layers])) if packs else None
+        self.gathered: tuple[Tensor, Tensor] | None = None
 
-    def fold(self, adapter: str) -> None:
-        weight = self.layers[0].base.weight
-        matrix = torch.empty(sum(self.sizes), weight.shape[1], dtype=weight.dtype)
-        for layer, part in zip(self.layers, matrix.split(self.sizes), strict=True):
-            layer.fold_into(part, adapter)
-        self.packed = pack(matrix)
+    def gather(self, adapter: str) -> None:
+        """Put an adapter's factors together, (all ranks, in) and, scaled, (all ranks, all outputs), for products with few rows."""
+        a, b = zip(*((layer.lora_A[adapter].detach(), layer.lora_B[adapter].detach() * layer.scaling[adapter]) for layer in self.layers), strict=True)
+        self.gathered = torch.cat(a), torch.block_diag(*b).T.contiguous()
 
-    def unfold(self) -> None:
-        self.packed = None
-
-    def __call__(self, x: Tensor, folded: bool) -> Tensor:
-        if folded and self.packed is not None:
-            return packed_linear(x, self.packed, self.bias)
-        outputs = [layer(x) for layer in self.layers]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    def __call__(self, x: Tensor, active: Active) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and isinstance(active, str):
+            frozen = [FrozenLinear(layer.base.weight, layer.base.bias, layer.scaling[active]) for layer in self.layers]
+            return lora_projections(x, frozen, [factor for layer in self.layers for factor in (layer.lora_A[active], layer.lora_B[active])])
+        if self.packed is None or x.numel() // x.shape[-1] >= FEW_ROWS:
+            outputs = [linear(x, layer.base.weight, layer.base.bias) for layer in self.layers]
+        else:
+            y = packed_linear(x, self.packed, self.bias)
+            if self.gathered is not None:
+                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self.gathered[0].T, self.gathered[1])
+                return y.split(self.sizes, dim=-1)
+            outputs = list(y.split(self.sizes, dim=-1))
+        for layer, y in zip(self.layers, outputs, strict=True):
+            layer.add_correction(y, x, active)
+        return tuple(outputs)
 
 
 @dataclass(frozen=True)
@@ -74,26 +84,22 @@ class FusedDecoder:
         self.key_heads: int = config.num_key_value_heads
         self.groups: int = config.num_attention_heads // config.num_key_value_heads
         self.layers = [_fused(layer) for layer in decoder.layers]
-        self.folded_adapter: str | None = None
 
     @contextmanager
-    def folded(self, adapter: str) -> Iterator[None]:
-        """Inside the block passes with this adapter compute with it folded in."""
+    def gathered(self, adapter: str) -> Iterator[None]:
+        """Inside the block every pass uses this adapter, whose factors are put together once. They must not change in it."""
         projections = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        with torch.no_grad():
-            for projection in projections:
-                projection.fold(adapter)
-        self.folded_adapter = adapter
         try:
+            for projection in projections:
+                projection.gather(adapter)
             yield
         finally:
-            self.folded_adapter = None
             for projection in projections:
-                projection.unfold()
+                projection.gathered = None
 
-    def __call__(self, input_ids_BT: Tensor, mask_BS: Tensor | None, position_ids_BT: Tensor | None, cache: DynamicCache | None, folded: bool) -> Tensor:
-        """Final hidden states (B, T, H). `mask_BS` is 0 for padding, over what the cache holds and the new tokens; `folded`:
-        the adapter in use is the folded one."""
+    def __call__(self, input_ids_BT: Tensor, mask_BS: Tensor | None, position_ids_BT: Tensor | None, cache: DynamicCache | None, active: Active) -> Tensor:
+        """Final hidden states (B, T, H). `mask_BS` is 0 for padding, over what the cache holds and the new tokens; `active`: the
+        adapter of all rows, adapters by rows, or none."""
         new = input_ids_BT.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         positions_BT = torch.arange(past, past + new, device=input_ids_BT.device)[None] if position_ids_BT is None else position_ids_BT
@@ -102,18 +108,17 @@ class FusedDecoder:
         rotation = cos_BTd[:, None], _signed(sin_BTd)[:, None]
         mask = _attention_mask(mask_BS, new, past, x_BTH.device)
         for index, layer in enumerate(self.layers):
-            x_BTH = x_BTH + self._attention(layer, index, x_BTH, rotation, mask, cache, folded)
-            gate_BTF, up_BTF = layer.gate_up(self._norm(x_BTH, layer.mlp_norm), folded).chunk(2, dim=-1)
-            x_BTH = x_BTH + layer.down(silu(gate_BTF).mul_(up_BTF), folded)
+            x_BTH = x_BTH + self._attention(layer, index, x_BTH, rotation, mask, cache, active)
+            gate_BTF, up_BTF = layer.gate_up(self._norm(x_BTH, layer.mlp_norm), active)
+            x_BTH = x_BTH + layer.down(swiglu(gate_BTF, up_BTF), active)[0]
         return self._norm(x_BTH, self.final_norm)
 
     def _attention(
-        self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, folded: bool
+        self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, active: Active
     ) -> Tensor:
         rows, new, _ = x_BTH.shape
-        heads = layer.qkv(self._norm(x_BTH, layer.input_norm), folded).view(rows, new, -1, self.head_size).transpose(1, 2)
-        query_count = self.key_heads * self.groups
-        q, k, v = heads.split([query_count, self.key_heads, self.key_heads], dim=1)
+        projected = layer.qkv(self._norm(x_BTH, layer.input_norm), active)
+        q, k, v = (each.view(rows, new, -1, self.head_size).transpose(1, 2) for each in projected)
         if layer.query_norm is not None and layer.key_norm is not None:
             q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
         q, k = _rotate(q, rotation), _rotate(k, rotation)
@@ -128,10 +133,10 @@ class FusedDecoder:
                 q, k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1), attn_mask=mask, is_causal=mask is None
             )
             out_BTH = out.transpose(1, 2).reshape(rows, new, -1)
-        return layer.output(out_BTH, folded)
+        return layer.output(out_BTH, active)[0]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.shape, weight, self.epsilon)
+        return scaled_rms_norm(x, weight, self.epsilon)
 
 
 def fused_decoder_of(decoder: Any) -> FusedDecoder | None:
@@ -139,7 +144,7 @@ def fused_decoder_of(decoder: Any) -> FusedDecoder | None:
     config = decoder.config
     types = getattr(config, "layer_types", None) or ["full_attention"]
     plain = config.model_type in MODEL_TYPES and config.hidden_act == "silu" and set(types) == {"full_attention"}
-    if not packing_is_available() or not plain or (config.model_type == "mistral" and config.sliding_window is not None):
+    if not plain or (config.model_type == "mistral" and config.sliding_window is not None):
         return None
     return FusedDecoder(decoder)
 

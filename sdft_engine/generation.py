@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sdft_engine.batching import prefix_cache, shared_prefix_length
+from sdft_engine.growing_cache import new_cache
 from sdft_engine.lora import RowGroup
 from sdft_engine.model import LanguageModel
 
@@ -81,7 +82,7 @@ class DecodingBatch:
         """Prefill, sample each sequence's first token, and let those that go on join the batch."""
         if not sequences:
             return
-        prompts, cache = [s.prompt_ids for s in sequences], DynamicCache()
+        prompts, cache = [s.prompt_ids for s in sequences], new_cache()
         shared = shared_prefix_length(prompts) if len({s.adapter for s in sequences}) == 1 else 0
         if shared:
             with self._adapters_of(sequences):
@@ -202,12 +203,10 @@ def seed_of(*parts: int | str) -> int:
 
 def sample(logits_BV: Tensor, sequences: Rows[Sequence]) -> list[int]:
     """Choose one token per row by that row's parameters, recording log-probabilities where asked."""
+    chosen = _choose(torch.stack([_adjusted(row_V, s) for row_V, s in zip(logits_BV, sequences, strict=True)]), sequences)
     for row, sequence in enumerate(sequences):
         if sequence.params.logprobs is not None:
             _record(logits_BV[row], sequence.params.logprobs, sequence)
-    chosen = [_choose(_adjusted(logits_BV[row], sequence), sequence) for row, sequence in enumerate(sequences)]
-    for row, sequence in enumerate(sequences):
-        if sequence.params.logprobs is not None:
             own = (logits_BV[row, chosen[row]] - logits_BV[row].logsumexp(dim=-1)).item()
             sequence.logprobs.append(own)
     return chosen
@@ -234,16 +233,29 @@ def _adjusted(logits_V: Tensor, sequence: Sequence) -> Tensor:
     return logits_V
 
 
-def _choose(logits_V: Tensor, sequence: Sequence) -> int:
-    """Greedy, or a draw by the exponential race: argmax of p / e with e ~ Exp(1) is distributed as p."""
-    params = sequence.params
-    if params.temperature == 0:
-        return int(logits_V.argmax())
-    probabilities_V = (logits_V / params.temperature).softmax(dim=-1)
-    if params.top_p < 1:
-        probabilities_V = _nucleus(probabilities_V, params.top_p)
-    noise_V = torch.empty(probabilities_V.shape).exponential_(generator=sequence.generator).to(logits_V.device)
-    return int((probabilities_V / noise_V).argmax())
+def _choose(logits_BV: Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """Greedy, or where one uniform number from the sequence's own generator falls in the cumulative distribution."""
+    drawn = [row for row, s in enumerate(sequences) if s.params.temperature > 0]
+    chosen = [0] * len(sequences)
+    greedy = [row for row, s in enumerate(sequences) if s.params.temperature == 0]
+    for row, token in zip(greedy, logits_BV[greedy].argmax(dim=-1).tolist(), strict=True):
+        chosen[row] = token
+    if not drawn:
+        return chosen
+    temperatures = torch.tensor([[sequences[row].params.temperature] for row in drawn], device=logits_BV.device)
+    probabilities_BV = (logits_BV[drawn] / temperatures).softmax(dim=-1)
+    for place, row in enumerate(drawn):
+        if sequences[row].params.top_p < 1:
+            probabilities_BV[place] = _nucleus(probabilities_BV[place], sequences[row].params.top_p)
+    cumulative_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64)
+    uniform_B1 = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequences[row].generator) for row in drawn]).to(logits_BV.device)
+    total_B1 = cumulative_BV[:, -1:]
+    point_B1 = torch.minimum(uniform_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))  # never beyond the last token that has mass
+    last = logits_BV.shape[-1] - 1  # where the search ends if the logits are not finite; the loss will say so
+    tokens = torch.searchsorted(cumulative_BV, point_B1, right=True)[:, 0].clamp(max=last).tolist()
+    for row, token in zip(drawn, tokens, strict=True):
+        chosen[row] = token
+    return chosen
 
 
 def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:

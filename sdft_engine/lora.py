@@ -59,6 +59,10 @@ class RowGroup:
     rows: Tensor
 
 
+Active = str | list[RowGroup] | None
+"""The adapter of all rows, adapters by rows, or none."""
+
+
 @dataclass
 class Routing:
     """Which adapter the layers apply now, shared by all layers of a model: a name, groups of rows, or none.
@@ -66,7 +70,7 @@ class Routing:
     `folded` names the adapter whose product is folded into the layers' second weight, if any.
     """
 
-    active: str | list[RowGroup] | None = None
+    active: Active = None
     folded: str | None = None
 
 
@@ -104,6 +108,15 @@ class LoraLinear(nn.Module):
     def correction(self, x: Tensor, name: str) -> Tensor:
         a, b = self.lora_A[name], self.lora_B[name]
         return linear(linear(x.to(a.dtype), a), b) * self.scaling[name]
+
+    def add_correction(self, y: Tensor, x: Tensor, active: Active) -> None:
+        """Add the adapters' corrections to this layer's output, in place and without gradients."""
+        if isinstance(active, str):
+            a, b = self.lora_A[active], self.lora_B[active]
+            y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ a.T, b.T, alpha=self.scaling[active])
+            return
+        for group in active or ():
+            y.index_add_(0, group.rows, self.correction(x[group.rows], group.adapter))
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.routing.active
@@ -173,7 +186,7 @@ class LoraAdapters:
             parameter.data.copy_(values[key])
 
     @contextmanager
-    def use(self, active: str | list[RowGroup] | None, *, fold: bool = False) -> Iterator[None]:
+    def use(self, active: Active, *, fold: bool = False) -> Iterator[None]:
         """Apply one adapter, groups of rows, or none, inside the block. `fold` pays one pass over the weights once to make
         every forward as cheap as the bare base's; without gradients only."""
         before = self.routing.active

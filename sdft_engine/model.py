@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
 from sdft_engine.contract.prompts import ChatFormat
-from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
+from sdft_engine.fused_decoder import FEW_ROWS, FusedDecoder, fused_decoder_of
 from sdft_engine.lora import LoraAdapters
 from sdft_engine.packed_linear import pack, packed_linear, packing_is_available
 
@@ -31,21 +31,22 @@ class LanguageModel:
     device: torch.device
     dtype: torch.dtype
     fused: FusedDecoder | None = None
-    """The same decoder for passes without gradients, where the family has that form and the numbers are float32 on a CPU."""
+    """The same decoder in fewer operations, where the family has that form and the numbers are float32 on a CPU."""
     packed_head: Tensor | None = None
-    """The LM head's weight for products without gradients, likewise."""
+    """The LM head's weight for products of few rows without gradients, likewise."""
 
     @property
     def folds_adapters(self) -> bool:
-        """Whether passes without gradients fold the adapter into a second copy of the weights. In float32 on a CPU that is
-        exact to rounding and saves more than it costs; in bfloat16 it would round the adapter away, and GPU memory is dear."""
+        """Whether passes without gradients through transformers' modules fold the adapter into a second copy of the weights. In
+        float32 on a CPU that is exact to rounding and saves more than it costs; in bfloat16 it would round the adapter away, and
+        GPU memory is dear."""
         return self.device.type == "cpu" and self.dtype == torch.float32
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
-        """Apply one adapter to many passes without gradients, folded where that pays for its cost (one pass over the weights)."""
+        """Apply one adapter to many passes without gradients, prepared once. It must not change inside the block."""
         if self.fused is not None:
-            with self.adapters.use(adapter), self.fused.folded(adapter):
+            with self.adapters.use(adapter), self.fused.gathered(adapter):
                 yield
         else:
             with self.adapters.use(adapter, fold=self.folds_adapters):
@@ -53,15 +54,15 @@ class LanguageModel:
 
     def hidden_states(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """Final hidden states (B, T, H). Without an attention mask, rows are causal and padding belongs on the right."""
-        if self.fused is not None and not torch.is_grad_enabled():
-            folded = self.fused.folded_adapter is not None and self.fused.folded_adapter == self.adapters.routing.active
-            return self.fused(input_ids_BT, inputs.get("attention_mask"), inputs.get("position_ids"), inputs.get("past_key_values"), folded)
+        if self.fused is not None:
+            active = self.adapters.routing.active
+            return self.fused(input_ids_BT, inputs.get("attention_mask"), inputs.get("position_ids"), inputs.get("past_key_values"), active)
         hidden: Tensor = self.decoder(input_ids=input_ids_BT, use_cache="past_key_values" in inputs, **inputs).last_hidden_state
         return hidden
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """float32 logits (N, V) of hidden states, with the model's own scale and soft cap where it has one."""
-        if self.packed_head is not None and not torch.is_grad_enabled():
+        if self.packed_head is not None and not torch.is_grad_enabled() and len(hidden_NH) < FEW_ROWS:
             logits_NV = packed_linear(hidden_NH, self.packed_head, self.head.bias)
         else:
             logits_NV = self.head(hidden_NH.to(self.dtype)).float()

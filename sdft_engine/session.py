@@ -24,6 +24,7 @@ from sdft_engine.evaluation import greedy_answers
 from sdft_engine.generation import seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_name, load_base_model
+from sdft_engine.prompt_cache import PromptCache
 from sdft_engine.ranks import Ranks
 from sdft_engine.retention import RetentionProbe
 from sdft_engine.rollouts import sample_rollouts
@@ -54,6 +55,8 @@ class Session:
     state: TrainingState
     total_steps: int
     budget: PassBudget
+    prompt_cache: PromptCache | None = None
+    """Of a frozen teacher."""
     retention_probe: RetentionProbe | None = None
     retention: Retention | None = None
     """The last measurement."""
@@ -118,6 +121,8 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         retention_probe=_retention_probe(run, config, model),
     )
     refuse_too_long_rows(session)
+    if teacher is not None and teacher.kind == "frozen":
+        session.prompt_cache = PromptCache(session.teacher_prompts)
     if shape_kept is not None:
         session.report(
             f"Continuing the parent's adapter: its rank {shape_kept.rank} and alpha {shape_kept.alpha} are kept",

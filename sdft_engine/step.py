@@ -20,6 +20,7 @@ from sdft_engine.divergences import TokenLoss, entropy, token_divergence, top_k_
 from sdft_engine.importance import ImportanceCorrection, importance_weights
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
+from sdft_engine.prompt_cache import PromptCache
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: 8M floats, 32 MiB."""
@@ -113,12 +114,13 @@ def sdft_gradient(
     objective: Objective,
     budget: PassBudget,
     batch_size: int | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> TokenStatistics:
     """Add the gradient of the SDFT loss to the student's factors. `batch_size`: sequences that the mean is over, where these
-    rollouts are only a share of them."""
+    rollouts are only a share of them. `prompt_cache`: of a teacher that never changes."""
     statistics = TokenStatistics()
     start = time.perf_counter()
-    teacher_NH = _teacher_hidden_states(model, rollouts, teacher_adapter, budget.teacher_tokens)
+    teacher_NH = _teacher_hidden_states(model, rollouts, teacher_adapter, budget.teacher_tokens, prompt_cache)
     statistics.teacher_seconds = time.perf_counter() - start
     start = time.perf_counter()
     texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
@@ -199,16 +201,25 @@ def demonstration_loss(model: LanguageModel, texts: list[ScoredText], adapter: s
     return loss / count, correct / count
 
 
-def _teacher_hidden_states(model: LanguageModel, rollouts: list[Rollout], adapter: str, max_padded_tokens: int) -> list[Tensor]:
+def _teacher_hidden_states(
+    model: LanguageModel, rollouts: list[Rollout], adapter: str, max_padded_tokens: int, prompt_cache: PromptCache | None
+) -> list[Tensor]:
     """Per rollout, the teacher's hidden states (length, H) over the same token ids."""
     texts = [ScoredText(rollout.teacher_prompt_ids, rollout.completion_ids) for rollout in rollouts]
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), model.use(adapter):
-        for rows in passes(texts, max_padded_tokens):
-            hidden_NH = completion_hidden_states(model, [texts[row] for row in rows])
-            parts = hidden_NH.split([len(texts[row].completion_ids) for row in rows])
-            found.update(zip(rows, parts, strict=True))
-    return [found[row] for row in range(len(texts))]
+    with torch.no_grad(), model.adapters.use(adapter, fold=model.fused is None and model.folds_adapters):
+        kept = [prompt_cache is not None and prompt_cache.keeps(model, rollout.row) for rollout in rollouts]
+        for cached in (True, False):
+            places = [place for place, is_kept in enumerate(kept) if is_kept is cached]
+            for part in passes([texts[place] for place in places], max_padded_tokens):
+                chosen = [places[index] for index in part]
+                chosen_texts = [texts[place] for place in chosen]
+                if cached and prompt_cache is not None:
+                    hidden_NH = prompt_cache.completion_hidden_states(model, [rollouts[place].row for place in chosen], chosen_texts)
+                else:
+                    hidden_NH = completion_hidden_states(model, chosen_texts)
+                found.update(zip(chosen, hidden_NH.split([len(text.completion_ids) for text in chosen_texts]), strict=True))
+    return [found[place] for place in range(len(texts))]
 
 
 def _backward_through_head(

@@ -124,7 +124,7 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> Measurements:
     rollouts = rollouts_of_step(session, step, session.ranks.own(rows))
     rollout_seconds = time.perf_counter() - start
     masks = masks_of(session, rollouts)
-    statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget, len(rows))
+    statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget, len(rows), session.prompt_cache)
     session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
     shares = session.ranks.collect((rollouts, masks, statistics, rollout_seconds))
     rollouts, masks = (session.ranks.deal_back([share[part] for share in shares]) for part in (0, 1))

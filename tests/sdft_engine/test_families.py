@@ -22,6 +22,7 @@ from sdft_engine.batching import ScoredText, completion_hidden_states, shared_pr
 from sdft_engine.generation import SamplingParams, Sequence, decode_all
 from sdft_engine.lora import LoraAdapters
 from sdft_engine.model import LanguageModel
+from sdft_engine.prompt_cache import PromptCache
 from tests.sdft_engine.plain import add_adapter
 
 VOCABULARY = 64
@@ -121,3 +122,10 @@ def test_a_folded_adapter_equals_the_unfolded_one(family: LanguageModel) -> None
         folded = whole_logits(family, PROMPTS[0])
     torch.testing.assert_close(folded, unfolded, rtol=1e-4, atol=1e-4)
     assert (folded - bare).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_kept_prompts_give_the_states_of_whole_texts(family: LanguageModel) -> None:
+    texts = [ScoredText(prompt, [5, 7, 9][: 1 + row]) for row, prompt in enumerate(PROMPTS[:3])]
+    found = PromptCache([text.prompt_ids for text in texts]).completion_hidden_states(family, range(len(texts)), texts)
+    torch.testing.assert_close(found, torch.cat([completion_hidden_states(family, [text]) for text in texts]), rtol=1e-3, atol=1e-4)

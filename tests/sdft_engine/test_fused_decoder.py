@@ -1,5 +1,6 @@
-"""sdft_engine.fused_decoder: what transformers' modules compute, for every family that it takes."""
+"""sdft_engine.fused_decoder: what transformers' modules compute, gradients included, for every family that it takes."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
+from sdft_engine.fused_decoder import FEW_ROWS, FusedDecoder, fused_decoder_of
+from sdft_engine.growing_cache import GrowingCache
 from sdft_engine.lora import LoraAdapters, LoraShape, RowGroup
 from sdft_engine.packed_linear import pack, packed_linear
 
@@ -54,6 +56,13 @@ def network_of(config: type[PretrainedConfig], options: dict[str, Any]) -> Any:
     return network
 
 
+def norms_in_float64(network: Any) -> None:
+    """transformers takes every norm in float32 whatever the model's precision."""
+    for module in network.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, norm=module: torch.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> tuple[Any, LoraAdapters, FusedDecoder]:
     network = network_of(*FAMILIES[request.param])
@@ -79,7 +88,7 @@ ROUTES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("route", [*ROUTES, "folded"])
+@pytest.mark.parametrize("route", [*ROUTES, "gathered"])
 @torch.no_grad()
 def test_prefill_and_decoding_with_padded_rows_equal_transformers(family: tuple[Any, LoraAdapters, FusedDecoder], route: str) -> None:
     decoder, adapters, fused = family
@@ -87,16 +96,13 @@ def test_prefill_and_decoding_with_padded_rows_equal_transformers(family: tuple[
     mask = torch.ones(3, 9, dtype=torch.long)
     mask[0, :4] = 0
     mask[2, :1] = 0
-    theirs, mine = DynamicCache(), DynamicCache()
+    theirs, mine = DynamicCache(), GrowingCache()
     tokens, positions = ids(3, 9), (mask.cumsum(1) - 1).clamp(min=0)
     for turn in range(4):
         with adapters.use(active):
             expected = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=theirs, use_cache=True).last_hidden_state
-            if route == "folded":
-                with fused.folded("a"):
-                    found = fused(tokens, mask, positions, mine, True)
-            else:
-                found = fused(tokens, mask, positions, mine, False)
+            with fused.gathered("a") if route == "gathered" else nullcontext():
+                found = fused(tokens, mask, positions, mine, active)
         real = mask[:, -tokens.shape[1] :, None]
         torch.testing.assert_close(found * real, expected * real, rtol=1e-4, atol=1e-4)
         assert found.isfinite().all()
@@ -110,7 +116,7 @@ def test_rows_without_padding_need_no_mask_and_no_cache(family: tuple[Any, LoraA
     decoder, adapters, fused = family
     with adapters.use("b"):
         expected = decoder(input_ids=ids(2, 11), use_cache=False).last_hidden_state
-        torch.testing.assert_close(fused(ids(2, 11), None, None, None, False), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused(ids(2, 11), None, None, None, "b"), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -118,24 +124,67 @@ def test_several_tokens_after_a_cache_see_what_came_before(family: tuple[Any, Lo
     decoder, _, fused = family
     whole = decoder(input_ids=ids(2, 12), use_cache=False).last_hidden_state
     cache = DynamicCache()
-    fused(ids(2, 12)[:, :7], None, None, cache, False)
-    torch.testing.assert_close(fused(ids(2, 12)[:, 7:], None, None, cache, False), whole[:, 7:], rtol=1e-4, atol=1e-4)
+    fused(ids(2, 12)[:, :7], None, None, cache, None)
+    torch.testing.assert_close(fused(ids(2, 12)[:, 7:], None, None, cache, None), whole[:, 7:], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_folding_follows_the_adapter_and_ends_with_its_block(family: tuple[Any, LoraAdapters, FusedDecoder]) -> None:
+def test_gathered_factors_are_those_of_the_moment_and_end_with_their_block(family: tuple[Any, LoraAdapters, FusedDecoder]) -> None:
     _, adapters, fused = family
     tokens = ids(2, 6)
-    with adapters.use("a"):
-        before = fused(tokens, None, None, None, False)
-        for factor in adapters.parameters("a").values():
-            factor.mul_(1.5)
-        with fused.folded("a"):
-            assert fused.folded_adapter == "a"
-            after = fused(tokens, None, None, None, True)
-        assert fused.folded_adapter is None
-        torch.testing.assert_close(after, fused(tokens, None, None, None, False), rtol=1e-4, atol=1e-4)
+    before = fused(tokens, None, None, None, "a")
+    for factor in adapters.parameters("a").values():
+        factor.mul_(1.5)
+    with fused.gathered("a"):
+        after = fused(tokens, None, None, None, "a")
+    torch.testing.assert_close(after, fused(tokens, None, None, None, "a"), rtol=1e-4, atol=1e-4)
     assert (after - before).abs().max() > 0.01
+    assert (fused(tokens, None, None, None, None) - after).abs().max() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("route", ROUTES)
+def test_many_rows_equal_transformers_too(family: tuple[Any, LoraAdapters, FusedDecoder], route: str) -> None:
+    decoder, adapters, fused = family
+    tokens = ids(3, FEW_ROWS)
+    with adapters.use(ROUTES[route]):
+        expected = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        torch.testing.assert_close(fused(tokens, None, None, None, ROUTES[route]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_gradients_equal_those_of_transformers_in_float64(name: str, prefix: int) -> None:
+    """With a beginning that all rows share (see batching.py), computed once and with gradients, and without one."""
+    network = network_of(*FAMILIES[name]).double()
+    norms_in_float64(network)
+    adapters = LoraAdapters(network, network.get_output_embeddings())
+    adapters.add("a", LoraShape(4, 8), trainable=True)
+    generator = torch.Generator().manual_seed(1)
+    for factor in (factors := adapters.parameters("a")).values():
+        factor.data = torch.randn(factor.shape, generator=generator, dtype=torch.float64) * 0.1
+    decoder, fused = network.base_model, fused_decoder_of(network.base_model)
+    assert fused is not None
+    tokens = torch.cat([ids(1, prefix, seed=3).expand(3, -1), ids(3, 9)], dim=1)
+    weights = torch.randn(3, 9, SMALL["hidden_size"], generator=generator, dtype=torch.float64)
+
+    def gradients(hidden: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((hidden[:, prefix:] * weights).sum(), list(factors.values())))
+
+    with adapters.use("a"):
+        expected_states = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        if prefix:
+            alone, cache = DynamicCache(), DynamicCache()
+            fused(tokens[:1, :prefix], None, None, alone, "a")
+            for index, layer in enumerate(alone.layers):
+                cache.update(layer.keys.expand(3, -1, -1, -1), layer.values.expand(3, -1, -1, -1), index)
+            positions = torch.arange(prefix, prefix + 9)[None].expand(3, -1)
+            states = torch.cat([expected_states[:, :prefix].detach(), fused(tokens[:, prefix:], None, positions, cache, "a")], dim=1)
+        else:
+            states = fused(tokens, None, None, None, "a")
+        torch.testing.assert_close(states, expected_states, rtol=1e-9, atol=1e-10)
+        for mine, theirs in zip(gradients(states), gradients(expected_states), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from sdft_engine.teacher import Teacher
 @dataclass
 class TrainingState:
     """`temperature` and `mask_clipped_completions` are set once they are settled (sdft only). `early` and `recent` are what the
-    collapse guard compares."""
+    collapse guard compares. `last_answers`: every row's last rollout by its number, where they serve as drafts of the next."""
 
     step: int = 0
     trained_tokens: int = 0
@@ -41,6 +41,7 @@ class TrainingState:
     mask_clipped_completions: bool | None = None
     early: list[dict[str, float]] = field(default_factory=list)
     recent: list[dict[str, float]] = field(default_factory=list)
+    last_answers: dict[str, list[int]] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -4,6 +4,10 @@
 ended leaves at once. What all prompts begin with is computed once; the rest is padded on the left; positions and mask are
 kept per row, so a row's logits do not depend on its neighbours (up to floating point). Sampling noise is drawn per sequence
 from its own seed: the same seed gives the same tokens whatever else is in the batch.
+
+A sequence may bring a draft, a guess at its answer (see drafts.py). One pass then reads several tokens of the draft, and as
+many of them are taken as the sequence would have chosen itself, noise included: its tokens are the same with any draft or with
+none, only sooner.
 """
 
 import hashlib
@@ -17,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sdft_engine.batching import prefix_cache, shared_prefix_length
+from sdft_engine.drafts import DraftLuck, next_tokens
 from sdft_engine.growing_cache import new_cache
 from sdft_engine.lora import RowGroup
 from sdft_engine.model import LanguageModel
@@ -52,6 +57,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    draft: list[int] = field(default_factory=list)
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:
@@ -76,6 +82,7 @@ class DecodingBatch:
         self.active: list[Sequence] = []
         self._cache: DynamicCache | None = None
         self._mask_BT = torch.zeros(0, 0, dtype=torch.long, device=model.device)
+        self._luck = DraftLuck()
 
     @torch.inference_mode()
     def add(self, sequences: Rows[Sequence]) -> None:
@@ -97,10 +104,14 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One token for every active sequence; those that ended leave."""
+        """A token or, with drafts, several for every active sequence; those that ended leave."""
         if not self.active:
             return
         assert self._cache is not None
+        if any(drafts := self._drafts()):
+            self._take_from(drafts, self._cache)
+            self._drop_finished()
+            return
         input_ids_B1 = torch.tensor([[s.token_ids[-1]] for s in self.active], device=self.model.device)
         self._mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(len(self.active), 1)], dim=1)
         self._advance(self.active, input_ids_B1, self._mask_BT, self._cache)
@@ -112,13 +123,48 @@ class DecodingBatch:
         self._keep([row for row, other in enumerate(self.active) if other is not sequence])
 
     def _advance(self, sequences: Rows[Sequence], input_ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache) -> None:
+        logits_BV = self.model.logits(self._hidden_states(sequences, input_ids_BT, mask_BT, cache)[:, -1])
+        for sequence, token_id in zip(sequences, sample(logits_BV, sequences), strict=True):
+            sequence.append(token_id)
+
+    def _hidden_states(self, sequences: Rows[Sequence], input_ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache) -> Tensor:
         positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids_BT.shape[1] :]
         padded = bool((mask_BT == 0).any())
         with self._adapters_of(sequences):
-            hidden_BTH = self.model.hidden_states(input_ids_BT, attention_mask=mask_BT if padded else None, position_ids=positions_BT, past_key_values=cache)
-        logits_BV = self.model.logits(hidden_BTH[:, -1])
-        for sequence, token_id in zip(sequences, sample(logits_BV, sequences), strict=True):
-            sequence.append(token_id)
+            return self.model.hidden_states(input_ids_BT, attention_mask=mask_BT if padded else None, position_ids=positions_BT, past_key_values=cache)
+
+    def _drafts(self) -> list[list[int]]:
+        """What each active sequence proposes next. Only for models whose attention is by position alone: drafts leave columns
+        behind that no row uses, over which a window would be counted wrong."""
+        if self.model.fused is None:
+            return []
+        width = self._luck.width(len(self.active))
+        return [next_tokens(s.draft, s.token_ids, min(width, s.params.max_new_tokens - len(s.token_ids) - 1)) for s in self.active]
+
+    def _take_from(self, drafts: list[list[int]], cache: DynamicCache) -> None:
+        """Read every row's last token and its draft, and append what the row chooses until that differs from the draft."""
+        rows, width = len(self.active), 1 + max(map(len, drafts))
+        tokens = [[s.token_ids[-1], *draft] for s, draft in zip(self.active, drafts, strict=True)]
+        input_ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=self.model.device)
+        mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(rows, width)], dim=1)
+        hidden_BTH = self._hidden_states(self.active, input_ids_BT, mask_BT, cache)
+        logits_BTV = self.model.logits(hidden_BTH.reshape(rows * width, -1)).view(rows, width, -1)
+        going, taken = list(range(rows)), [0] * rows
+        for place in range(width):
+            chosen = sample(logits_BTV[going, place], [self.active[row] for row in going])
+            for row, token_id in zip(going, chosen, strict=True):
+                self.active[row].append(token_id)
+                taken[row] += 1
+            going = [
+                row
+                for row, token_id in zip(going, chosen, strict=True)
+                if place < len(drafts[row]) and drafts[row][place] == token_id and self.active[row].finish_reason is None
+            ]
+            if not going:
+                break
+        used_BT = torch.arange(width, device=self.model.device) < torch.tensor(taken, device=self.model.device)[:, None]
+        self._mask_BT = torch.cat([self._mask_BT, used_BT.long()], dim=1)
+        self._luck.observe(sum(map(len, drafts)), sum(taken) - rows)
 
     def _adapters_of(self, sequences: Rows[Sequence]) -> AbstractContextManager[None]:
         names = {s.adapter for s in sequences}

@@ -35,6 +35,8 @@ from sdft_engine.teacher import Teacher, automatic_temperature
 ALONE = Ranks()
 PROBED_ROWS = 32
 PROBED_ANSWER_TOKENS = 64
+MOST_REMEMBERED_TOKENS = 1 << 20
+"""Of all rows' last answers, which checkpoints hold."""
 
 
 @dataclass
@@ -81,7 +83,16 @@ def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollo
         temperature=session.state.temperature,
         seed=session.config.seed,
         step=step,
+        drafts=session.state.last_answers,
     )
+
+
+def remember_answers(session: Session, rollouts: list[Rollout]) -> None:
+    """Keep these rows' answers as the drafts of their next ones, unless there will be none or all would be too much to keep."""
+    settings = session.config.sdft
+    assert isinstance(settings, ResolvedSdft)
+    if session.config.hyperparameters.n_epochs > 1 and len(session.texts) * settings.max_completion_tokens <= MOST_REMEMBERED_TOKENS:
+        session.state.last_answers |= {str(rollout.row): rollout.completion_ids for rollout in rollouts}
 
 
 def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:

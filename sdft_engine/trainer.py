@@ -35,7 +35,7 @@ from sdft_engine.measurements import Measurements, rollout_measurements, speeds
 from sdft_engine.ranks import Ranks
 from sdft_engine.rollouts import write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
-from sdft_engine.session import ALONE, Session, open_session, rollouts_of_step, settle
+from sdft_engine.session import ALONE, Session, open_session, remember_answers, rollouts_of_step, settle
 from sdft_engine.step import Objective, Rollout, TokenStatistics, demonstration_loss, merged, sdft_gradient, supervised_gradient
 
 BARREN_STEPS = 10
@@ -128,6 +128,7 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> Measurements:
     session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
     shares = session.ranks.collect((rollouts, masks, statistics, rollout_seconds))
     rollouts, masks = (session.ranks.deal_back([share[part] for share in shares]) for part in (0, 1))
+    remember_answers(session, rollouts)
     statistics, rollout_seconds = merged([share[2] for share in shares]), max(share[3] for share in shares)
     return rollout_report(session, step, rollouts, masks, statistics) | speeds(rollouts, rollout_seconds, statistics)
 

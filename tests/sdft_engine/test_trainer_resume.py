@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed equals one that is not, bit for bit."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,17 @@ def test_a_damaged_checkpoint_is_not_trained_on(tmp_path: Path, tiny_model_dir: 
     with pytest.raises(CheckpointDamaged, match=r"optimizer\.safetensors"):
         train(run)
     assert len(records(run.metrics_path)) == 2
+
+
+@pytest.mark.parametrize(("n_epochs", "most", "remembered"), [(4, 1 << 20, 6), (1, 1 << 20, 0), (4, 6 * 8 - 1, 0)])
+def test_answers_are_remembered_where_they_will_be_drafts(
+    n_epochs: int, most: int, remembered: int, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "MOST_REMEMBERED_TOKENS", most)
+    run = make_run(tmp_path / "run", tiny_model_dir, n_epochs=n_epochs, checkpoint_every_steps=2, config={"rollout_sample_every_steps": 1})
+    train(run)
+    state = json.loads((run.checkpoint_dir(2) / "training_state.json").read_text())
+    assert len(state["last_answers"]) == remembered
+    if remembered:
+        last = {str(record["row"]): len(record["tokens"]) for step in (1, 2) for record in records(run.rollouts_dir / f"step_{step:06d}.jsonl")}
+        assert {row: len(ids) for row, ids in state["last_answers"].items()} == last

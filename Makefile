@@ -61,7 +61,7 @@ $(TRL_STAMP): benchmarks/trl_constraints.txt
 	.venv-trl/bin/python -m pip install -c benchmarks/trl_constraints.txt trl torch peft
 	@touch $@
 
-bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes well over an hour; it skips seeds it has finished)
+bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes about an hour; it skips seeds it has finished)
 	@for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt

@@ -4,7 +4,7 @@
 
 Prints a row as soon as a seed is done: what base, SFT (stopped at SDFT's accuracy on the trained questions) and SDFT answer,
 what they keep, and by how much SDFT keeps more than SFT; at the end the smallest and the largest of every column. Takes about
-twenty minutes a seed on two cores. A seed's report and its demo's output stay in the --out directory, and a seed whose report
+twelve minutes a seed on two cores. A seed's report and its demo's output stay in the --out directory, and a seed whose report
 is there already is not run again, so an interrupted run goes on where it was. Exits non-zero where a seed misses a threshold
 or its demo can't be run.
 """
@@ -27,7 +27,7 @@ def report_of(seed: int, out: Path) -> dict[str, Any] | None:
     if report.exists():
         print(f"seed {seed}: {report} is there already", file=sys.stderr)
     else:
-        print(f"seed {seed}: running, about twenty minutes; to watch: tail -f {log_path}", file=sys.stderr)
+        print(f"seed {seed}: running, about twelve minutes; to watch: tail -f {log_path}", file=sys.stderr)
         shutil.rmtree(data_dir, ignore_errors=True)
         status = run_demo(seed, data_dir, log_path)
         if not (data_dir / "demo-report.json").exists():

@@ -44,6 +44,8 @@ BASE_MODEL = "smollm2-135m-instruct"
 TEACHER_TEMPLATE = "{question}\n\n{demonstration}"
 WORDS = """river lamp stone garden winter paper window music table bread green seven market silver morning letter forest engine water
 mountain simple yellow story kitchen summer house bridge circle ocean field"""
+FILLERS = (" so", " a", ".", "x", "!")
+"""One of them is a single token in most vocabularies."""
 GB = 1e9
 
 
@@ -184,9 +186,10 @@ def texts_of(shape: Shape, model_dir: Path, source: Path | None) -> dict[str, An
 
         content = text(lambda content: length(content) <= shape.prompt)
         while length(content) < shape.prompt:
-            content += " so"
-        if length(content) != shape.prompt:
-            raise SystemExit(f"no question of exactly {shape.prompt} tokens was found")
+            longer = next((content + filler for filler in FILLERS if length(content) < length(content + filler) <= shape.prompt), None)
+            if longer is None:
+                raise SystemExit(f"no question of exactly {shape.prompt} tokens was found")
+            content = longer
         return content
 
     questions = [question() for _ in range(shape.batch)]

@@ -1,0 +1,36 @@
+"""The step benchmark's own arithmetic: equal texts for every side, and no comparison of unequal work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.step_time import Shape, check_equal_work, texts_of, verdicts
+from sdft_engine.contract.prompts import ChatFormat
+
+
+def test_every_question_has_exactly_the_shapes_tokens(tiny_model_dir: Path) -> None:
+    texts = texts_of(Shape("any", batch=3, prompt=90, completion=20), tiny_model_dir, None)
+    chat_format = ChatFormat.from_directory(tiny_model_dir)
+    assert [len(chat_format.prompt_ids([{"role": "user", "content": question}])) for question in texts["questions"]] == [90] * 3
+    assert len(set(texts["questions"])) == 3
+    assert all(10 < len(chat_format.encode(answer)) <= 20 for answer in texts["answers"])
+
+
+def run(seconds: float, peak: int, prompt: int = 40) -> dict[str, Any]:
+    return {"step_seconds": [seconds], "peak_bytes": peak, "tokens": {"prompt": prompt}}
+
+
+def test_unequal_work_is_not_compared() -> None:
+    check_equal_work({"sdft": [run(1, 1)], "trl": [run(2, 2)], "sft": [run(1, 1, prompt=7)]})
+    with pytest.raises(SystemExit, match="did not do the same work"):
+        check_equal_work({"sdft": [run(1, 1)], "trl": [run(2, 2, prompt=41)]})
+
+
+def test_ratios_are_of_paired_processes() -> None:
+    runs = {"sdft": [run(1, 4), run(10, 4), run(2, 4)], "trl": [run(3, 10), run(30, 10), run(2, 10)], "sft": [run(0.5, 1), run(5, 1), run(1, 1)]}
+    lines = verdicts(Shape("any", 1, 1, 1), runs, {"step": 1.0})
+    assert "2.00 times the floor (aim: at most 1.3): missed" in lines[0]
+    assert "3.00 times TRL's speed (aim: at least 2.0): reached" in lines[1]
+    assert "0.40 of TRL's peak memory (aim: at most 0.5): reached" in lines[2]
+    assert "2.0 times the time of an SFT step" in lines[3]

@@ -58,7 +58,7 @@ class Session:
     total_steps: int
     budget: PassBudget
     prompt_cache: PromptCache | None = None
-    """Of a frozen teacher."""
+    """Of a frozen teacher, over several epochs."""
     retention_probe: RetentionProbe | None = None
     retention: Retention | None = None
     """The last measurement."""
@@ -132,7 +132,7 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         retention_probe=_retention_probe(run, config, model),
     )
     refuse_too_long_rows(session)
-    if teacher is not None and teacher.kind == "frozen":
+    if teacher is not None and teacher.kind == "frozen" and settings.n_epochs > 1:  # else no prompt is read twice
         session.prompt_cache = PromptCache(session.teacher_prompts)
     if shape_kept is not None:
         session.report(

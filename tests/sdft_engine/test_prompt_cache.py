@@ -1,5 +1,6 @@
 """sdft_engine.prompt_cache: the same states as reading the whole texts, each prompt read once, the budget kept."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from sdft_engine.divergences import TokenLoss
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
 from sdft_engine.prompt_cache import PromptCache
+from sdft_engine.session import open_session
 from sdft_engine.step import Objective, PassBudget, Rollout, sdft_gradient
 from sdft_engine.teacher import TEACHER
 from tests.sdft_engine.plain import add_adapter, tokens
+from tests.sdft_engine.runs import make_run
 
 PROMPTS = [tokens(row, length) for row, length in enumerate((9, 1, 14, 14, 3))]
 TEXTS = [ScoredText(prompt, tokens(50 + row, 2 + 3 * row)) for row, prompt in enumerate(PROMPTS)]
@@ -80,3 +83,9 @@ def test_the_step_is_the_same_with_and_without_it(taught: LanguageModel, budget:
             factor.grad = None
     for expected, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("teacher", "n_epochs", "kept"), [("frozen", 4, True), ("frozen", 1, False), ("ema", 4, False), ("live", 4, False)])
+def test_only_a_teacher_that_reads_the_same_again_keeps_its_prompts(teacher: str, n_epochs: int, kept: bool, tmp_path: Path, tiny_model_dir: Path) -> None:
+    session = open_session(make_run(tmp_path / "run", tiny_model_dir, teacher=teacher, n_epochs=n_epochs))
+    assert (session.prompt_cache is not None) is kept

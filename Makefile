@@ -62,7 +62,7 @@ $(TRL_STAMP): benchmarks/trl_constraints.txt
 	@touch $@
 
 bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (demo_seeds.py takes about an hour; it skips seeds it has finished)
-	@for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
+	@for program in $(basename $(notdir $(wildcard benchmarks/*.py))); do echo "== $$program"; $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt
 	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager -e '.[train,test,dev]'

@@ -102,10 +102,7 @@ def main() -> int:
         parser.error("TRL's environment is missing: make trl (or leave it out: --sides sdft,sft)")
     console = Console(width=max(100, Console().width))
     machine = measure_machine(getattr(torch, options.dtype))
-    console.print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {options.dtype}: "
-        f"large products {machine.flops / GB:.0f} GFLOP/s, reading {machine.bandwidth / GB:.1f} GB/s"
-    )
+    console.print(machine_line(machine, options.dtype))
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sdft-step-time-") as scratch:
         for shape in chosen:
@@ -123,6 +120,13 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps({"machine": asdict(machine), "dtype": options.dtype, "results": results}, indent=1))
     return 0
+
+
+def machine_line(machine: Machine, dtype: str) -> str:
+    return (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {dtype}: "
+        f"large products {machine.flops / GB:.0f} GFLOP/s, reading {machine.bandwidth / GB:.1f} GB/s"
+    )
 
 
 def measure_machine(dtype: torch.dtype, seconds: float = 1.0) -> Machine:

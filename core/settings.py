@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     retention_probes: Literal["off", "end", "checkpoints"] = Field(
         "end", description="When a job's model is asked general questions to measure what it kept: never, after the last step, at every checkpoint too."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Trainers keep each layer's input only and compute the rest again for the gradient: less memory, a third more work."
+    )
+    tokens_per_pass: int = Field(2048, ge=1, description="Tokens that a trainer's pass with gradients holds; a batch takes as many passes as it needs.")
     trainer_threads: int | None = Field(None, ge=1, description="CPU threads of a trainer. Default: all cores.")
     inference_threads: int | None = Field(None, ge=1, description="CPU threads of the embedded inference server. Default: all cores.")
     inference_max_batch: int = Field(16, ge=1, description="Sequences that the embedded inference server decodes together.")

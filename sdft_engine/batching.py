@@ -48,7 +48,8 @@ def completion_hidden_states(model: LanguageModel, texts: Sequence[ScoredText]) 
     Rows are padded on the right: with causal attention no real token sees padding, so no padding mask is needed. Tokens that
     all prompts begin with (a system message, tools) are computed once, with gradients where the model has them.
     """
-    shared = shared_prefix_length([text.prompt_ids for text in texts])
+    recomputed = model.recomputes_layers and torch.is_grad_enabled()  # a layer that is computed twice would put its keys into a cache twice
+    shared = 0 if recomputed else shared_prefix_length([text.prompt_ids for text in texts])
     width = max(text.input_length for text in texts) - shared
     padded = [((text.prompt_ids + text.completion_ids[:-1]) + [0] * (width + shared - text.input_length))[shared:] for text in texts]
     inputs: dict[str, Any] = {}

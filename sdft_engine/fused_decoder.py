@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from sdft_engine.fused_functions import FrozenLinear, lora_projections, scaled_rms_norm, swiglu
@@ -84,6 +85,9 @@ class FusedDecoder:
         self.key_heads: int = config.num_key_value_heads
         self.groups: int = config.num_attention_heads // config.num_key_value_heads
         self.layers = [_fused(layer) for layer in decoder.layers]
+        self.recomputes_layers = False
+        """Whether passes with gradients and no cache keep only each layer's input and compute the rest again (gradient
+        checkpointing)."""
 
     @contextmanager
     def gathered(self, adapter: str) -> Iterator[None]:
@@ -107,11 +111,20 @@ class FusedDecoder:
         cos_BTd, sin_BTd = self.rotary(x_BTH, positions_BT)
         rotation = cos_BTd[:, None], _signed(sin_BTd)[:, None]
         mask = _attention_mask(mask_BS, new, past, x_BTH.device)
+        recomputed = self.recomputes_layers and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
-            x_BTH = x_BTH + self._attention(layer, index, x_BTH, rotation, mask, cache, active)
-            gate_BTF, up_BTF = layer.gate_up(self._norm(x_BTH, layer.mlp_norm), active)
-            x_BTH = x_BTH + layer.down(swiglu(gate_BTF, up_BTF), active)[0]
+            if recomputed:
+                x_BTH = checkpoint(self._layer, layer, index, x_BTH, rotation, mask, None, active, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTH = self._layer(layer, index, x_BTH, rotation, mask, cache, active)
         return self._norm(x_BTH, self.final_norm)
+
+    def _layer(
+        self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, active: Active
+    ) -> Tensor:
+        x_BTH = x_BTH + self._attention(layer, index, x_BTH, rotation, mask, cache, active)
+        gate_BTF, up_BTF = layer.gate_up(self._norm(x_BTH, layer.mlp_norm), active)
+        return x_BTH + layer.down(swiglu(gate_BTF, up_BTF), active)[0]
 
     def _attention(
         self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, active: Active

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
 from sdft_engine.contract.prompts import ChatFormat
@@ -34,6 +35,17 @@ class LanguageModel:
     """The same decoder in fewer operations, where the family has that form and the numbers are float32 on a CPU."""
     packed_head: Tensor | None = None
     """The LM head's weight for products of few rows without gradients, likewise."""
+    recomputes_layers: bool = False
+    """Gradient checkpointing, see `recompute_layers`."""
+
+    def recompute_layers(self) -> None:
+        """From now on keep, in passes with gradients, only the input of each layer, and compute the layer again when its gradient
+        is due: a third more work for a fraction of the memory. Such passes can't read a cache."""
+        self.recomputes_layers = True
+        if self.fused is not None:
+            self.fused.recomputes_layers = True
+        else:
+            self.network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     @property
     def folds_adapters(self) -> bool:
@@ -57,8 +69,22 @@ class LanguageModel:
         if self.fused is not None:
             active = self.adapters.routing.active
             return self.fused(input_ids_BT, inputs.get("attention_mask"), inputs.get("position_ids"), inputs.get("past_key_values"), active)
-        hidden: Tensor = self.decoder(input_ids=input_ids_BT, use_cache="past_key_values" in inputs, **inputs).last_hidden_state
+        with self._recomputing():
+            hidden: Tensor = self.decoder(input_ids=input_ids_BT, use_cache="past_key_values" in inputs, **inputs).last_hidden_state
         return hidden
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """transformers recomputes a layer that is in training mode. Only the layer itself is put into it, inside the block: the
+        dropout of what it consists of stays off."""
+        layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)] if self.recomputes_layers and torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """float32 logits (N, V) of hidden states, with the model's own scale and soft cap where it has one."""

@@ -5,12 +5,10 @@ under both (KL from base): the first says what is lost, the second how far the m
 """
 
 from sdft_engine.batching import ScoredText
-from sdft_engine.contract.probes import Judged, ProbeQuestion, Retention, is_right, scores_of
+from sdft_engine.contract.probes import MAX_ANSWER_TOKENS, Judged, ProbeQuestion, Retention, is_right, scores_of
 from sdft_engine.evaluation import greedy_answers, mean_token_kl
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
-
-MAX_ANSWER_TOKENS = 32
 
 
 class RetentionProbe:

@@ -10,11 +10,11 @@ from sdft_engine.generation import seed_of
 def rows_of_step(step: int, batch_size: int, row_count: int, seed: int, n_epochs: int) -> list[int]:
     """Rows of a step (1-based): epochs are seeded permutations laid end to end; the very last batch may be smaller."""
     positions = range((step - 1) * batch_size, min(step * batch_size, row_count * n_epochs))
-    orders = {epoch: _epoch_order(epoch, row_count, seed) for epoch in {position // row_count for position in positions}}
+    orders = {epoch: epoch_order(epoch, row_count, seed) for epoch in {position // row_count for position in positions}}
     return [orders[position // row_count][position % row_count] for position in positions]
 
 
-def _epoch_order(epoch: int, row_count: int, seed: int) -> list[int]:
+def epoch_order(epoch: int, row_count: int, seed: int) -> list[int]:
     order: list[int] = torch.randperm(row_count, generator=torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))).tolist()
     return order
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from sdft_engine.anchor import Anchor
 from sdft_engine.attestation import Attestor
 from sdft_engine.batching import ScoredText
 from sdft_engine.checkpoint import TrainingState, load_checkpoint
@@ -59,6 +60,7 @@ class Session:
     budget: PassBudget
     prompt_cache: PromptCache | None = None
     """Of a frozen teacher, over several epochs."""
+    anchor: Anchor | None = None
     retention_probe: RetentionProbe | None = None
     retention: Retention | None = None
     """The last measurement."""
@@ -107,6 +109,8 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     demonstrations = _read(run.train_path, "training_file")
     dtype = ranks.agree(dtype_name(choose_dtype(config.dtype, choose_device(config.device))))
     model = load_base_model(config.base_model_dir, device=config.device, dtype=dtype)
+    if config.gradient_checkpointing:
+        model.recompute_layers()
     chat_format, settings = model.chat_format, config.hyperparameters
     shape_kept = _add_student(run, config, model)
     teacher = Teacher(model, config.sdft.teacher, config.sdft.ema_rate, config.sdft.teacher_start) if config.method == "sdft" and config.sdft else None
@@ -128,10 +132,12 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         ranks=ranks,
         state=TrainingState(),
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
-        budget=PassBudget(),
+        budget=PassBudget(config.tokens_per_pass, 2 * config.tokens_per_pass),
         retention_probe=_retention_probe(run, config, model),
     )
     refuse_too_long_rows(session)
+    if settings.anchor_weight:
+        session.anchor = Anchor(model, settings.anchor_weight, config.seed, session.budget)
     if teacher is not None and teacher.kind == "frozen" and settings.n_epochs > 1:  # else no prompt is read twice
         session.prompt_cache = PromptCache(session.teacher_prompts)
     if shape_kept is not None:

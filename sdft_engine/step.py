@@ -154,7 +154,7 @@ def sdft_gradient(
             weights_N *= _importance(model, hidden_NH, [rollouts[row] for row in rows], weights_N > 0, objective, statistics)
 
         corrected = any(rollouts[row].sampler_logps is not None for row in rows)
-        statistics.loss += _backward_through_head(model, [texts[row] for row in rows], chunk_loss, weigh if corrected else None)
+        statistics.loss += backward_through_head(model, [texts[row] for row in rows], chunk_loss, weigh if corrected else None)
         lengths = [len(rollouts[row].completion_ids) for row in rows]
         statistics.per_token |= {row: part.tolist() for row, part in zip(rows, torch.cat(divergences).split(lengths), strict=True)}
         statistics.rewards |= {row: float(part.sum()) for row, part in zip(rows, torch.cat(rewards).split(lengths), strict=True)}
@@ -179,7 +179,7 @@ def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: P
             statistics.entropy_sum += float(entropy(logps_NV.detach()).sum())
             return -(own_N * weights_N[part]).sum()
 
-        statistics.loss += _backward_through_head(model, chosen, chunk_loss)
+        statistics.loss += backward_through_head(model, chosen, chunk_loss)
     statistics.student_seconds = time.perf_counter() - start
     return statistics
 
@@ -222,7 +222,7 @@ def _teacher_hidden_states(
     return [found[place] for place in range(len(texts))]
 
 
-def _backward_through_head(
+def backward_through_head(
     model: LanguageModel, texts: list[ScoredText], chunk_loss: Callable[[Tensor, slice], Tensor], before: Callable[[Tensor], None] | None = None
 ) -> float:
     """Forward the student, differentiate each chunk down to its hidden states, then these once through the decoder.

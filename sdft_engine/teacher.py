@@ -1,7 +1,7 @@
 """The teacher: the same network with an adapter of its own, kept in float32 and moved after every optimizer step.
 
 `ema`: phi <- (1 - alpha) phi + alpha theta, on the factors A and B (not on the product BA: a different average; every
-published implementation averages the factors). `frozen`: the student as it was when the stage began. `live`: the student.
+published implementation averages the factors; `ema_gap` says how different). `frozen`: the student as it was when the stage began. `live`: the student.
 The teacher starts as an exact copy of the student's adapter (`parent`), or with no adapter at all (`base`).
 """
 
@@ -14,6 +14,7 @@ from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
 
 TEACHER = "teacher"
+PRODUCT_STATE = "watched_product"
 
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5)
 KEPT_PROBABILITY = 0.95
@@ -35,6 +36,8 @@ class Teacher:
             if start == "base":
                 copied = {name: torch.zeros_like(value) if name.endswith("lora_B") else value for name, value in copied.items()}
             model.adapters.assign(TEACHER, copied)
+        self.watched = _watched_module(model)
+        self.mean_product = self._product(TEACHER) if kind == "ema" else None
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -44,14 +47,40 @@ class Teacher:
         student = self.model.adapters.parameters(STUDENT)
         for name, value in self.model.adapters.parameters(TEACHER).items():
             value.lerp_(student[name], self.ema_rate)
+        assert self.mean_product is not None
+        self.mean_product.lerp_(self._product(STUDENT), self.ema_rate)
+
+    def ema_gap(self) -> float | None:
+        """How far the product of the averaged factors is from the same average of the products BA, relative to the latter
+        (Frobenius norms), in one layer: the smallest with an adapter, of several the middle one. None where nothing is averaged,
+        or that average is zero."""
+        norm = 0.0 if self.mean_product is None else float(self.mean_product.norm())
+        return float((self._product(TEACHER) - self.mean_product).norm()) / norm if self.mean_product is not None and norm else None
+
+    @torch.no_grad()
+    def _product(self, adapter: str) -> torch.Tensor:
+        layer = self.model.adapters.layers[self.watched]
+        return layer.lora_B[adapter] @ layer.lora_A[adapter]
 
     def state(self) -> dict[str, torch.Tensor]:
         """The teacher's own factors, for checkpoints; empty where it is the student."""
-        return {} if self.kind == "live" else {name: value.detach() for name, value in self.model.adapters.parameters(TEACHER).items()}
+        if self.kind == "live":
+            return {}
+        factors = {name: value.detach() for name, value in self.model.adapters.parameters(TEACHER).items()}
+        return factors if self.mean_product is None else factors | {PRODUCT_STATE: self.mean_product}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        if self.kind != "live":
-            self.model.adapters.assign(TEACHER, state)
+        if self.kind == "live":
+            return
+        self.model.adapters.assign(TEACHER, {name: value for name, value in state.items() if name != PRODUCT_STATE})
+        if self.mean_product is not None:
+            self.mean_product = state[PRODUCT_STATE].to(self.mean_product.device)
+
+
+def _watched_module(model: LanguageModel) -> str:
+    sizes = {name: layer.base.weight.numel() for name, layer in model.adapters.layers.items()}
+    smallest = [name for name, size in sizes.items() if size == min(sizes.values())]
+    return smallest[len(smallest) // 2]
 
 
 @torch.inference_mode()

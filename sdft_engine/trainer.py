@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from sdft_engine.anchor import Anchor
 from sdft_engine.batching import ScoredText
 from sdft_engine.checkpoint import save_checkpoint
 from sdft_engine.collapse_guard import CollapseGuard
@@ -84,6 +85,9 @@ def training_step(session: Session, step: int) -> StepMetrics:
     )
     session.optimizer.zero_grad(set_to_none=True)
     measured = sdft_step(session, step, rows) if session.teacher else supervised_step(session, rows)
+    if session.anchor and measured["loss_tokens"]:
+        measured |= anchor_step(session, session.anchor, step)
+    session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
     learning_rate = learning_rate_at(step, session.total_steps, session.config.hyperparameters.learning_rate, session.config.hyperparameters.warmup_ratio)
     parameters = list(session.model.adapters.parameters(STUDENT).values())
     gradient_norm = float(torch.nn.utils.clip_grad_norm_(parameters, session.config.hyperparameters.max_grad_norm))
@@ -107,6 +111,7 @@ def training_step(session: Session, step: int) -> StepMetrics:
         gradient_norm=gradient_norm,
         adapter_norm=math.sqrt(sum(float(p.detach().square().sum()) for p in parameters)),
         learning_rate=learning_rate,
+        teacher_ema_gap=session.teacher.ema_gap() if session.teacher else None,
         step_seconds=seconds,
         tokens_per_second=measured["trained_tokens"] / seconds,
         peak_memory_bytes=peak_memory_bytes(session.model.device),
@@ -125,7 +130,6 @@ def sdft_step(session: Session, step: int, rows: list[int]) -> Measurements:
     rollout_seconds = time.perf_counter() - start
     masks = masks_of(session, rollouts)
     statistics = sdft_gradient(session.model, rollouts, masks, teacher.adapter, objective_of(session), session.budget, len(rows), session.prompt_cache)
-    session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
     shares = session.ranks.collect((rollouts, masks, statistics, rollout_seconds))
     rollouts, masks = (session.ranks.deal_back([share[part] for share in shares]) for part in (0, 1))
     remember_answers(session, rollouts)
@@ -178,9 +182,13 @@ def masks_of(session: Session, rollouts: list[Rollout]) -> list[list[bool]]:
 def supervised_step(session: Session, rows: list[int]) -> Measurements:
     texts = [session.texts[row] for row in rows]
     statistics = supervised_gradient(session.model, session.ranks.own(texts), session.budget, len(rows))
-    session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
     statistics = merged(session.ranks.collect(statistics))
     return _shared_measurements(statistics) | {"trained_tokens": sum(len(t.prompt_ids) + len(t.completion_ids) for t in texts)}
+
+
+def anchor_step(session: Session, anchor: Anchor, step: int) -> Measurements:
+    statistics = anchor.add_gradient(step, session.ranks, session.budget)
+    return {"anchor_kl": statistics.kl, "anchor_seconds": statistics.seconds}
 
 
 def _shared_measurements(statistics: TokenStatistics) -> Measurements:

@@ -8,6 +8,7 @@ from core.tables.files import File
 from core.tables.jobs import Job
 from sdft_engine.contract.dataset import DatasetLimits
 from sdft_engine.contract.hyperparameters import SdftHyperparameters, SupervisedHyperparameters
+from sdft_engine.contract.probes import parse_probes
 from sdft_engine.contract.teacher_prompts import TeacherView
 from worker.base_models import PreparedBaseModel
 from worker.failures import JobRejected, rows_rejected
@@ -75,6 +76,21 @@ def measured_validation_rows(
     """Validation scores demonstrations after their prompts: no teacher, no rollout."""
     measured = measure(lines, limits_of(settings), base_model.chat_format, None, check)
     return measured, fit(measured, None, base_model.chat_format.context_length)
+
+
+def retention_file_id(job: Job) -> str | None:
+    file_id = method_section(job).get("retention_file")
+    return str(file_id) if file_id else None
+
+
+def check_retention_questions(lines: Iterable[bytes], base_model: PreparedBaseModel) -> None:
+    """Raise DatasetError naming the first line that is no question, or is too long for the context."""
+    chat_format = base_model.chat_format
+
+    def prompt_tokens(question: str) -> int:
+        return len(chat_format.prompt_ids([{"role": "user", "content": question}]))
+
+    parse_probes(lines, "the retention file", prompt_tokens, chat_format.context_length)
 
 
 def require_usable(measured: MeasuredFile, param: str) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -12,6 +13,7 @@ from core.archives import fetch_directory
 from core.jobs.events import append_event
 from core.jobs.leases import assert_held
 from core.logging import get_logger
+from core.settings import Settings
 from core.storage import ObjectDamaged
 from core.tables.files import File
 from core.tables.jobs import Checkpoint, Job, JobMetrics
@@ -22,7 +24,7 @@ from sdft_engine.contract.dataset import DatasetProblem
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised, SdftHyperparameters
 from sdft_engine.contract.run_directory import RunDirectory, write_atomically
 from worker.base_models import PreparedBaseModel, load_base_model
-from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, teacher_view, wire_hyperparameters
+from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, retention_file_id, teacher_view, wire_hyperparameters
 from worker.failures import JobRejected
 from worker.held_lease import HeldLease
 from worker.resources import Resources
@@ -49,6 +51,7 @@ def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> Pr
         parent = session.get(Model, job.parent_model) if job.parent_model else None
         training_file = session.get(File, job.training_file_id)
         validation_file = session.get(File, job.validation_file_id) if job.validation_file_id else None
+        retention_file = session.get(File, file_id) if (file_id := retention_file_id(job)) else None
     base_model = load_base_model(resources.settings, job.base_model, lease.check_wanted)
     config = _config(resources, job, base_model)
     write_atomically(run.config_path, config.model_dump_json(indent=1).encode())
@@ -56,6 +59,8 @@ def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> Pr
     _write_rows(run.train_path, read_lines(resources.storage, training_file, "training_file"), dropped, lease)
     if job.validation_file_id:
         _write_rows(run.validation_path, read_lines(resources.storage, validation_file, "validation_file"), validation_dropped, lease)
+    if retention_file_id(job):
+        _write_rows(run.retention_path, read_lines(resources.storage, retention_file, "retention_file"), set(), lease)
     if job.parent_model:
         _fetch_parent(resources, parent, run)
     resume_step = _fetch_checkpoint(resources, lease, run)
@@ -67,7 +72,7 @@ def discard_bulk(run: RunDirectory) -> None:
     and rollouts stay."""
     for directory in (run.checkpoints_dir, run.resume_dir, run.parent_adapter_dir, run.final_dir):
         shutil.rmtree(directory, ignore_errors=True)
-    for data in (run.train_path, run.validation_path):  # users may have deleted the files that these are copies of
+    for data in (run.train_path, run.validation_path, run.retention_path):  # users may have deleted the files that these are copies of
         data.unlink(missing_ok=True)
     for scratch in run.path.glob(".*"):
         shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
@@ -88,8 +93,15 @@ def _config(resources: Resources, job: Job, base_model: PreparedBaseModel) -> Tr
         device=resources.settings.device,
         dtype=resources.settings.dtype,
         threads=resources.settings.trainer_threads,
-        retention=resources.settings.retention_probes,
+        gradient_checkpointing=resources.settings.gradient_checkpointing,
+        tokens_per_pass=resources.settings.tokens_per_pass,
+        retention=_when_retention_is_measured(resources.settings, job),
     )
+
+
+def _when_retention_is_measured(settings: Settings, job: Job) -> Literal["off", "end", "checkpoints"]:
+    """As the server is set, but a file of one's own is always asked."""
+    return "end" if settings.retention_probes == "off" and retention_file_id(job) else settings.retention_probes
 
 
 def _dropped_lines(

@@ -25,7 +25,16 @@ from sdft_engine.contract.hyperparameters import (
     total_steps_of,
 )
 from worker.base_models import PreparedBaseModel, load_base_model
-from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, require_usable, teacher_view, wire_hyperparameters
+from worker.dataset_files import (
+    check_retention_questions,
+    measured_training_rows,
+    measured_validation_rows,
+    read_lines,
+    require_usable,
+    retention_file_id,
+    teacher_view,
+    wire_hyperparameters,
+)
 from worker.failures import JobRejected, describe_failure, rows_rejected
 from worker.held_lease import HeldLease, StopRequested
 from worker.resources import Resources
@@ -67,6 +76,7 @@ def _validate(resources: Resources, lease: HeldLease) -> None:
         job = session.get_one(Job, job_id)
         training_file = session.get(File, job.training_file_id)
         validation_file = session.get(File, job.validation_file_id) if job.validation_file_id else None
+        retention_file = session.get(File, file_id) if (file_id := retention_file_id(job)) else None
     base_model = load_base_model(settings, job.base_model, lease.check_wanted)
     wire = wire_hyperparameters(job)
     may_drop = isinstance(wire, SdftHyperparameters) and wire.over_length == "drop"
@@ -86,6 +96,9 @@ def _validate(resources: Resources, lease: HeldLease) -> None:
         _reject_or_report(lease, validation_fitting, "validation_file", may_drop)
         if not validation_fitting.rows:
             raise JobRejected("the validation file has no usable example", code="invalid_n_examples", param="validation_file")
+
+    if retention_file_id(job):
+        check_retention_questions(read_lines(resources.storage, retention_file, "retention_file"), base_model)
 
     resolved = _resolve(wire, fitting.rows, base_model, teacher_view(job).reasoning)
     total_steps = total_steps_of(len(fitting.rows), resolved.batch_size, resolved.n_epochs)

@@ -60,5 +60,5 @@ def delete_expired_files(state: ApiState) -> int:
 
 
 def _unfinished_jobs_with(file_id: str) -> Select[str]:
-    used = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id)
+    used = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id, Job.method["sdft"]["retention_file"].as_string() == file_id)
     return select(Job.id).where(used, Job.status.not_in(TERMINAL_STATUSES))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdft_engine.contract.errors import ConfigurationError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised
@@ -28,6 +28,11 @@ class TrainingConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = None
+    gradient_checkpointing: bool = False
+    """Keep each layer's input only, and compute the rest again for the gradient."""
+    tokens_per_pass: int = Field(2048, ge=1)
+    """Padded tokens of a pass with gradients (at least one row is read); without gradients twice as many. The gradients of a
+    batch's passes are added up."""
     rollout_sample_every_steps: int = 10
     retention: Literal["off", "end", "checkpoints"] = "off"
     """When the general questions are asked: never, after the last step, or at every checkpoint too."""

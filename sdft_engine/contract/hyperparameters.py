@@ -20,7 +20,7 @@ NOT_YET_AVAILABLE = {
 }
 """Values of known fields that this version refuses, by field."""
 
-FIELDS_NOT_YET_AVAILABLE = ("retention_file", "max_retention_drop")
+FIELDS_NOT_YET_AVAILABLE = ("max_retention_drop",)
 """Known fields that this version refuses whenever they are given."""
 
 TOKENS_WITHOUT_AN_ANSWER = 128
@@ -47,6 +47,7 @@ class SupervisedHyperparameters(BaseModel):
     lora_alpha: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
     warmup_ratio: float = Field(0.1, ge=0, le=1)
     checkpoint_every_steps: Interval | Auto = "auto"
+    anchor_weight: float = Field(0.0, ge=0, le=10)
 
     @field_validator("learning_rate_multiplier")
     @classmethod
@@ -105,6 +106,7 @@ class ResolvedSupervised(BaseModel):
     lora_alpha: int
     warmup_ratio: float
     checkpoint_every_steps: int
+    anchor_weight: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 

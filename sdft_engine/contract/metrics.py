@@ -49,10 +49,17 @@ class StepMetrics(BaseModel):
     eos_ratio: float | None = None
     """Share of the rollouts that ended by themselves."""
 
+    anchor_kl: float | None = None
+    """Mean over the tokens of the base's own answers to the step's general prompts of KL(base || student), where `anchor_weight`
+    holds on to them; not part of `train_loss`."""
+
     gradient_norm: float
     """L2 norm over all of the student's factors, before clipping."""
     adapter_norm: float
     """L2 norm of the student's factors after the step."""
+    teacher_ema_gap: float | None = None
+    """How far the product of the averaged factors is from the same average of their products, relative to the latter, in one
+    layer: what an `ema` teacher is short of the average of the students."""
     learning_rate: float
     """Of this step."""
 
@@ -63,6 +70,7 @@ class StepMetrics(BaseModel):
     rollout_seconds: float | None = None
     teacher_seconds: float | None = None
     student_seconds: float
+    anchor_seconds: float | None = None
     """Phases of step_seconds; the optimizer and validation make up the rest."""
     tokens_per_second: float
     """trained_tokens / step_seconds."""

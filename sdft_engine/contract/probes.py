@@ -8,7 +8,7 @@ Torch-free.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,11 @@ from sdft_engine.contract.errors import DatasetError
 
 DEFAULT_PROBES_PATH = Path(__file__).parents[1] / "general_probes.jsonl"
 """A hundred questions of this project's own: facts, arithmetic, instructions, formats."""
-PARAM = "retention_file"
+PARAM = "method.sdft.retention_file"
+MAX_QUESTIONS = 2000
+MAX_LINE_BYTES = 65_536
+MAX_ANSWER_TOKENS = 32
+"""An answer is judged by that many tokens of it."""
 
 
 class ProbeQuestion(BaseModel):
@@ -79,24 +83,43 @@ class Judged:
 
 def read_probes(path: Path) -> list[ProbeQuestion]:
     """Raises DatasetError naming the first line that can't be used, or where there is none at all."""
+    with path.open("rb") as lines:
+        return parse_probes(lines, path.name)
+
+
+def parse_probes(lines: Iterable[bytes], name: str, prompt_tokens: Callable[[str], int] | None = None, context_length: int = 0) -> list[ProbeQuestion]:
+    """The questions of a probe file that errors call `name`. With `prompt_tokens`, which counts a question's prompt, one that
+    leaves no room for its answer in the context is an error too. Raises DatasetError as above."""
     questions = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, question in _parsed(lines, name):
+        if prompt_tokens is not None and (needed := prompt_tokens(question.question) + MAX_ANSWER_TOKENS) > context_length:
+            message = f"{name}: line {number}: it needs {needed:,} tokens with its answer, the context holds {context_length:,}"
+            raise DatasetError(message, param=PARAM)
+        if len(questions) == MAX_QUESTIONS:
+            raise DatasetError(f"{name}: line {number}: at most {MAX_QUESTIONS:,} questions are asked", param=PARAM)
+        questions.append(question)
+    if not questions:
+        raise DatasetError(f"{name} has no questions", param=PARAM)
+    return questions
+
+
+def _parsed(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, ProbeQuestion]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        if len(line) > MAX_LINE_BYTES:
+            raise DatasetError(f"{name}: line {number}: longer than {MAX_LINE_BYTES:,} bytes", param=PARAM)
         try:
             question = ProbeQuestion.model_validate(json.loads(line))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the line"
-            raise DatasetError(f"{path.name}: line {number}: {where}: {first['msg']}", param=PARAM) from error
-        except ValueError as error:
-            raise DatasetError(f"{path.name}: line {number}: not valid JSON", param=PARAM) from error
+            raise DatasetError(f"{name}: line {number}: {where}: {first['msg']}", param=PARAM) from error
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{name}: line {number}: not valid JSON", param=PARAM) from error
         if not all(answer.strip() for answer in question.answers):
-            raise DatasetError(f"{path.name}: line {number}: answers: an accepted answer is empty", param=PARAM)
-        questions.append(question)
-    if not questions:
-        raise DatasetError(f"{path.name} has no questions", param=PARAM)
-    return questions
+            raise DatasetError(f"{name}: line {number}: answers: an accepted answer is empty", param=PARAM)
+        yield number, question
 
 
 def is_right(answer: str, accepted: Sequence[str]) -> bool:

@@ -77,7 +77,6 @@ def test_deep_values_are_refused_wherever_they_stand(api: Api) -> None:
         {"method": {"type": "sdft", "x" * 20_000: 1}},
         {"method": {"type": "sdft", "sdft": {"x" * 20_000: 1}}},
         {"method": {"type": "sdft", "sdft": {"sampler": "x" * 20_000}}},
-        {"method": {"type": "sdft", "sdft": {"retention_file": "x" * 20_000}}},
         {"method": {"type": "sdft", "sdft": {"hyperparameters": {"x" * 20_000: 1}}}},
     ],
 )

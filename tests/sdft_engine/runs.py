@@ -15,7 +15,7 @@ from sdft_engine.model import load_base_model
 from tests.sdft_engine.plain import add_adapter
 
 COLOURS = ("red", "blue", "green", "white", "brown", "grey", "black", "pink")
-TIMINGS = {"step_seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "tokens_per_second", "peak_memory_bytes"} | {
+TIMINGS = {"step_seconds", "rollout_seconds", "teacher_seconds", "student_seconds", "anchor_seconds", "tokens_per_second", "peak_memory_bytes"} | {
     f"{phase}_tokens_per_second" for phase in ("rollout", "teacher", "student")
 }
 

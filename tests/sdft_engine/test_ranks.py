@@ -58,8 +58,12 @@ def trained(run: RunDirectory, processes: int) -> RunDirectory:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sdft", "supervised"])
 def test_two_processes_learn_what_one_learns(tmp_path: Path, tiny_model_dir: Path, method: Literal["sdft", "supervised"]) -> None:
-    """Three rows a step: the shares differ in size. Validation and retention are measured once."""
-    one, two = (trained(make_run(tmp_path / str(count), tiny_model_dir, method, validation_rows=2, config={"retention": "end"}), count) for count in (1, 2))
+    """Three rows a step: the shares differ in size. Validation and retention are measured once; the anchor's rows are dealt out
+    too."""
+    one, two = (
+        trained(make_run(tmp_path / str(count), tiny_model_dir, method, validation_rows=2, config={"retention": "end"}, anchor_weight=0.1), count)
+        for count in (1, 2)
+    )
     for run in (one, two):
         result = run.read_result()
         assert result is not None

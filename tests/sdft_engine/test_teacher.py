@@ -104,6 +104,38 @@ def test_factors_are_averaged_and_not_the_product(model: LanguageModel) -> None:
     assert (product - (b0 @ a0 + b1 @ a1) / 2).abs().max() > 1e-3
 
 
+def test_the_gap_to_the_average_of_the_products_is_exact(model: LanguageModel) -> None:
+    add_adapter(model, STUDENT, seed=1, trainable=True)
+    teacher = Teacher(model, "ema", 0.3, "parent")
+    assert teacher.ema_gap() == pytest.approx(0, abs=1e-7)
+
+    def product(adapter: str) -> Tensor:
+        factors = in_float64(model.adapters.parameters(adapter))
+        return factors[f"{teacher.watched}.lora_B"] @ factors[f"{teacher.watched}.lora_A"]
+
+    mean = product(TEACHER)
+    for seed in range(2, 6):
+        randomise(model.adapters, STUDENT, seed=seed)
+        mean = 0.7 * mean + 0.3 * product(STUDENT)
+        teacher.follow()
+    gap = teacher.ema_gap()
+    assert gap == pytest.approx(float((product(TEACHER) - mean).norm() / mean.norm()), rel=1e-4)
+    assert gap > 0.1
+
+
+def test_the_gap_is_watched_in_one_of_the_smallest_layers(model: LanguageModel) -> None:
+    add_adapter(model, STUDENT, seed=1, trainable=True)
+    layers = model.adapters.layers
+    watched = layers[Teacher(model, "ema", 0.3, "parent").watched].base.weight
+    assert watched.numel() == min(layer.base.weight.numel() for layer in layers.values())
+
+
+@pytest.mark.parametrize(("kind", "start"), [("frozen", "parent"), ("live", "parent"), ("ema", "base")])
+def test_there_is_no_gap_where_nothing_is_averaged_or_everything_is_zero(model: LanguageModel, kind: Any, start: Any) -> None:
+    add_adapter(model, STUDENT, seed=1, trainable=True)
+    assert Teacher(model, kind, 0.3, start).ema_gap() is None
+
+
 def test_factors_are_matched_by_name_and_not_by_position(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """q_proj and o_proj have the same shape, so a pairing by position would go wrong without an error."""
     add_adapter(model, STUDENT, seed=1, trainable=True)
@@ -138,7 +170,9 @@ def test_the_state_restores_a_teacher(model: LanguageModel) -> None:
     add_adapter(model, STUDENT, seed=1, trainable=True)
     teacher = Teacher(model, "ema", 0.02, "parent")
     saved = {name: value.clone() for name, value in teacher.state().items()}
-    randomise(model.adapters, TEACHER, seed=9)
+    for seed in range(2, 5):
+        randomise(model.adapters, STUDENT, seed=seed)
+        teacher.follow()
     assert all(not torch.equal(value, saved[name]) for name, value in teacher.state().items())
     teacher.restore(dict(reversed(saved.items())))
     assert all(torch.equal(value, saved[name]) for name, value in teacher.state().items())

@@ -15,7 +15,7 @@ from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.session import open_session
 from sdft_engine.step import TokenStatistics
-from sdft_engine.teacher import TEACHER
+from sdft_engine.teacher import PRODUCT_STATE, TEACHER
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, in_float64
 from tests.sdft_engine.recording import watched
@@ -157,6 +157,7 @@ def test_the_teacher_follows_every_step(tmp_path: Path, tiny_model_dir: Path) ->
     for step in range(1, 5):
         student = load_file(run.checkpoint_dir(step) / "adapter_model.safetensors")
         teacher = load_file(run.checkpoint_dir(step) / "teacher.safetensors")
+        assert bool(teacher.pop(PRODUCT_STATE).any())
         for name, value in teacher.items():
             phi[name] = 0.7 * phi[name] + 0.3 * student[f"base_model.model.{name}.weight"].double()
             torch.testing.assert_close(value.double(), phi[name], rtol=0, atol=1e-7)

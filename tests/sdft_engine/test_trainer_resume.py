@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sdft_frozen": {"method": "sdft", "teacher": "frozen", "divergence": "reverse"},
     "sdft_live": {"method": "sdft", "teacher": "live"},
     "sdft_automatic_temperature": {"method": "sdft", "temperature": "auto", "weight_decay": 0.01},
+    "sdft_anchored": {"method": "sdft", "anchor_weight": 0.5},
     "supervised": {"method": "supervised"},
 }
 MACHINE_DEPENDENT = ("metrics.json", "manifest.json")

@@ -19,6 +19,7 @@ from tests.rows import get_job, messages_of
 from tests.worker.conftest import RESOLVED, ROWS, Workshop, workshop_of
 from tests.worker.test_supervisor import final_state, train_next
 
+PASSES = {"gradient_checkpointing": True, "tokens_per_pass": 700}
 RESOLVED_SUPERVISED = {name: RESOLVED[name] for name in ResolvedSupervised.model_fields}
 
 
@@ -46,7 +47,9 @@ def test_the_trainer_is_told_everything_about_its_job(
     resolved: dict[str, Any],
     expected: dict[str, Any],
 ) -> None:
-    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, device="cpu", dtype="bfloat16", trainer_threads=3, retention_probes="checkpoints")
+    settings = worker_settings(
+        lease_seconds=10, heartbeat_seconds=0.5, device="cpu", dtype="bfloat16", trainer_threads=3, retention_probes="checkpoints", **PASSES
+    )
     workshop = workshop_of(settings, sqlite_database, tmp_path)
     workshop.script(steps=1)
     job_id = workshop.add_job(method=method, resolved_hyperparameters=resolved, seed=1234)
@@ -64,7 +67,34 @@ def test_the_trainer_is_told_everything_about_its_job(
         "threads": 3,
         "rollout_sample_every_steps": 10,
         "retention": "checkpoints",
+        "gradient_checkpointing": True,
+        "tokens_per_pass": 700,
     }
+
+
+@pytest.mark.parametrize(("probes", "with_file", "without"), [("off", "end", "off"), ("end", "end", "end"), ("checkpoints", "checkpoints", "checkpoints")])
+def test_a_file_of_general_questions_is_asked_in_place_of_the_built_in_ones(
+    worker_settings: Callable[..., Settings],
+    sqlite_database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    probes: str,
+    with_file: str,
+    without: str,
+) -> None:
+    monkeypatch.setattr("worker.supervisor.discard_bulk", lambda run: None)
+    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, retention_probes=probes)
+    workshop = workshop_of(settings, sqlite_database, tmp_path)
+    workshop.script(steps=1)
+    questions = b'{"probe": "sums", "question": "1+1?", "answers": ["2"]}\n\n{"probe": "sums", "question": "1+2?", "answers": ["3"]}\n'
+    for file_id, expected in ((workshop.add_file(questions), with_file), (None, without)):
+        job_id = workshop.add_job(method={"type": "sdft", "sdft": {"hyperparameters": {}, "retention_file": file_id}})
+        train_next(workshop)
+        run_dir = settings.runs_dir / job_id / "attempt-1"
+        assert json.loads((run_dir / "config.json").read_text())["retention"] == expected
+        assert (run_dir / "retention.jsonl").exists() == (file_id is not None)
+        if file_id:
+            assert (run_dir / "retention.jsonl").read_bytes() == questions
 
 
 def test_where_every_checkpoint_is_damaged_training_starts_from_the_beginning_and_says_so(workshop: Workshop, inference: ScriptedInference) -> None:

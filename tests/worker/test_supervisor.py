@@ -372,7 +372,8 @@ def test_a_full_disk_fails_the_job_and_says_so(workshop: Workshop, monkeypatch: 
 
 
 def test_bulky_files_of_a_run_are_removed_and_its_records_stay(workshop: Workshop) -> None:
-    job_id = workshop.add_job(validation_file_id=workshop.add_file())
+    questions = workshop.add_file(b'{"probe": "sums", "question": "1+1?", "answers": ["2"]}')
+    job_id = workshop.add_job(validation_file_id=workshop.add_file(), method={"type": "sdft", "sdft": {"hyperparameters": {}, "retention_file": questions}})
     train_next(workshop)
     assert get_job(workshop.database, job_id).status == "succeeded"
     left = {path.name for path in (workshop.resources.settings.runs_dir / job_id / "attempt-1").iterdir()}

@@ -141,6 +141,30 @@ def test_validation_rows_are_checked_by_their_own_name(workshop: Workshop) -> No
     assert outcome(workshop, validation_file_id=workshop.add_file(demonstration_file(1))).status == "queued"
 
 
+def with_questions(file_id: str) -> dict[str, Any]:
+    return {"type": "sdft", "sdft": {"hyperparameters": {}, "teacher_template": "example", "retention_file": file_id}}
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [
+        ({"probe": "sums", "question": "1+1?"}, "answers: Field required"),
+        ({"probe": "sums", "question": "What? " * 400, "answers": ["2"]}, "it needs "),
+    ],
+)
+def test_general_questions_that_cannot_be_asked_fail_the_job(workshop: Workshop, question: dict[str, Any], reason: str) -> None:
+    good = json.dumps({"probe": "sums", "question": "1+1?", "answers": ["2"]}).encode()
+    error = failure(workshop, method=with_questions(workshop.add_file(good + b"\n\n" + json.dumps(question).encode())))
+    assert (error["code"], error["param"]) == ("invalid_dataset", "method.sdft.retention_file")
+    assert error["message"].startswith(f"the retention file: line 3: {reason}")
+    assert outcome(workshop, method=with_questions(workshop.add_file(good))).status == "queued"
+
+
+def test_general_questions_that_are_gone_fail_the_job(workshop: Workshop) -> None:
+    error = failure(workshop, method=with_questions("file-gone"))
+    assert (error["code"], error["param"]) == ("file_not_found", "retention_file")
+
+
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
 def test_a_file_that_is_gone_fails_the_job(workshop: Workshop, param: str) -> None:
     error = failure(workshop, **{f"{param}_id": "file-gone"})

@@ -16,6 +16,10 @@ from core.settings import Settings
 from core.tables.files import File
 from core.tables.jobs import Job
 from core.tables.models import Model
+from sdft_engine.contract.quoting import quoted
+
+RETENTION_PARAM = "method.sdft.retention_file"
+RETENTION_PURPOSES = ("evals", "user_data")
 
 
 def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
@@ -29,6 +33,8 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
         _check_file(session, project_id, request.training_file, "training_file", settings.min_training_examples)
         if request.validation_file is not None:
             _check_file(session, project_id, request.validation_file, "validation_file", 1)
+        if (retention_file := method.get("sdft", {}).get("retention_file")) is not None:
+            _file_of_purpose(session, project_id, retention_file, RETENTION_PARAM, RETENTION_PURPOSES)
         job = transitions.create(
             session,
             project_id=project_id,
@@ -61,13 +67,18 @@ def _resolve_model(session: Session, settings: Settings, project_id: str, name: 
 
 
 def _check_file(session: Session, project_id: str, file_id: str, param: str, fewest_examples: int) -> None:
-    file = session.scalar(files_of(project_id).where(File.id == file_id).with_for_update(read=True))
-    if file is None:
-        raise BadRequest(f"{param}: there is no file with the id {file_id!r}", code="file_not_found", param=param)
-    if file.purpose != "fine-tune":
-        message = f"{param}: the file's purpose is {file.purpose!r}; upload it with the purpose fine-tune"
-        raise BadRequest(message, code="invalid_file_purpose", param=param)
+    file = _file_of_purpose(session, project_id, file_id, param, ("fine-tune",))
     examples = file.example_count or 0
     if examples < fewest_examples:
         message = f"{param}: the file has {examples} examples; at least {fewest_examples} are needed"
         raise BadRequest(message, code="invalid_n_examples", param=param)
+
+
+def _file_of_purpose(session: Session, project_id: str, file_id: str, param: str, purposes: tuple[str, ...]) -> File:
+    file = session.scalar(files_of(project_id).where(File.id == file_id).with_for_update(read=True))
+    if file is None:
+        raise BadRequest(f"{param}: there is no file with the id {quoted(file_id)}", code="file_not_found", param=param)
+    if file.purpose not in purposes:
+        message = f"{param}: the file's purpose is {file.purpose!r}; upload it with the purpose {' or '.join(purposes)}"
+        raise BadRequest(message, code="invalid_file_purpose", param=param)
+    return file

@@ -1,7 +1,7 @@
 """`method` of a job: what the user wrote, checked name by name, with its defaults filled in.
 
 The result is what the job's row keeps and the worker reads:
-`{"type": "sdft", "sdft": {"hyperparameters": {…}, "teacher_template": …, "reasoning": …, "sampler": …, "baseline": …}}` or
+`{"type": "sdft", "sdft": {"hyperparameters": {…}, "teacher_template": …, "reasoning": …, "retention_file": …, "sampler": …, "baseline": …}}` or
 `{"type": "supervised", "supervised": {"hyperparameters": {…}}}`. Values may still be "auto".
 """
 
@@ -79,15 +79,17 @@ def _checked_options(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         param = f"method.sdft.{name}"
         if _not_yet(name, value):
             raise _not_yet_available(param, value)
-        if name not in ("teacher_template", "reasoning", *SDFT_OPTIONS):
+        if name not in ("teacher_template", "reasoning", "retention_file", *SDFT_OPTIONS):
             raise _unknown_option(kind, name)
         if name == "reasoning" and not isinstance(value, bool):
             raise BadRequest(f"{param}: must be true or false, not {quoted(value)}", code="bool_type", param=param)
+        if name == "retention_file" and not isinstance(value, str):
+            raise BadRequest(f"{param}: must be the id of a file, not {quoted(value)}", code="string_type", param=param)
         if name in SDFT_OPTIONS and value not in SDFT_OPTIONS[name]:
             raise BadRequest(f"{param}: must be {' or '.join(SDFT_OPTIONS[name])}, not {quoted(value)}", code="invalid_value", param=param)
     options = {name: given.get(name, values[0]) for name, values in SDFT_OPTIONS.items()}
     template = _checked_template(given.get("teacher_template", DEFAULT_TEACHER_TEMPLATE))
-    return {"teacher_template": template, "reasoning": given.get("reasoning", False), **options}
+    return {"teacher_template": template, "reasoning": given.get("reasoning", False), "retention_file": given.get("retention_file"), **options}
 
 
 def _checked_template(template: Any) -> str:

@@ -109,6 +109,15 @@ def test_file_of_an_unfinished_job_stays(api_on_both: Api, field: str) -> None:
     assert api.client.delete(f"/v1/files/{files[field]}").status_code == 200
 
 
+def test_retention_file_of_an_unfinished_job_stays(api_on_both: Api) -> None:
+    api = api_on_both
+    questions = api.upload(b'{"probe": "sums", "question": "1+1?", "answers": ["2"]}', purpose="evals")
+    job = api.create_job(method={"type": "sdft", "sdft": {"retention_file": questions}})
+    assert job["id"] in assert_error(api.client.delete(f"/v1/files/{questions}"), 409, "file_in_use")
+    api.client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+    assert api.client.delete(f"/v1/files/{questions}").status_code == 200
+
+
 def expire(api: Api, file_id: str) -> None:
     with api.database.transaction() as session:
         session.execute(update(File).where(File.id == file_id).values(expires_at=unix_now() - 1))

@@ -100,6 +100,7 @@ def test_job_as_created(api_on_both: Api, broker: redis.Redis) -> None:
         "hyperparameters": job["hyperparameters"],
         "teacher_template": "history",
         "reasoning": False,
+        "retention_file": None,
         "sampler": "auto",
         "baseline": "none",
     }
@@ -178,6 +179,20 @@ def test_validation_file_that_cannot_be_used(api: Api) -> None:
     good = api.upload()
     refuse(api, 400, "file_not_found", "validation_file", training_file=good, validation_file="file-unknown")
     refuse(api, 400, "invalid_file_purpose", "validation_file", training_file=good, validation_file=api.upload(purpose="evals"))
+
+
+def test_retention_file_that_cannot_be_used(api: Api) -> None:
+    def job(file_id: Any) -> dict[str, Any]:
+        return {"training_file": good, "method": {"type": "sdft", "sdft": {"retention_file": file_id}}}
+
+    good, param = api.upload(), "method.sdft.retention_file"
+    refuse(api, 400, "file_not_found", param, **job("file-unknown"))
+    refuse(api, 400, "file_not_found", param, **job("x" * 5000))
+    refuse(api, 400, "invalid_file_purpose", param, **job(good))
+    refuse(api, 400, "string_type", param, **job(7))
+    for purpose in ("evals", "user_data"):
+        questions = api.upload(b'{"probe": "sums", "question": "1+1?", "answers": ["2"]}', purpose=purpose)
+        assert api.create_job(**job(questions))["method"]["sdft"]["retention_file"] == questions
 
 
 def test_bad_fields(api: Api) -> None:

@@ -30,6 +30,7 @@ TABLE: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "skip_first_tokens": (3, [0, 32], [-1, 33, 1.5, "auto"]),
     "skip_after_think": (False, [True, False], [1, "yes", "auto"]),
     "mask_clipped_completions": ("auto", ["auto", True, False], ["yes", 1]),
+    "anchor_weight": (0.0, [0, 0.5, 10], [-0.1, 10.1, "auto"]),
     "warmup_ratio": (0.1, [0, 0.5, 1], [-0.1, 1.1, "auto"]),
     "weight_decay": (0.0, [0, 1], [-0.1, 1.1]),
     "max_grad_norm": (1.0, [0.001, 100], [0, -1]),
@@ -37,12 +38,21 @@ TABLE: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "over_length": ("reject", ["reject", "drop"], ["keep", 1]),
 }
 LATER: dict[str, list[Any]] = {
-    "retention_file": ["file-1"],
     "max_retention_drop": [0.1],
     "baseline": ["sft_matched"],
     "sampler": ["vllm"],
 }
-SUPERVISED = ("n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier", "lora_rank", "lora_alpha", "warmup_ratio", "checkpoint_every_steps")
+SUPERVISED = (
+    "n_epochs",
+    "batch_size",
+    "learning_rate",
+    "learning_rate_multiplier",
+    "lora_rank",
+    "lora_alpha",
+    "warmup_ratio",
+    "checkpoint_every_steps",
+    "anchor_weight",
+)
 
 
 def sdft(**hyperparameters: Any) -> dict[str, Any]:
@@ -135,7 +145,7 @@ def test_missing_method_follows_the_setting() -> None:
     method = resolve_method(None, None, "sdft")
     assert method == {
         "type": "sdft",
-        "sdft": {"hyperparameters": sdft(), "teacher_template": "example", "reasoning": False, "sampler": "auto", "baseline": "none"},
+        "sdft": {"hyperparameters": sdft(), "teacher_template": "example", "reasoning": False, "retention_file": None, "sampler": "auto", "baseline": "none"},
     }
 
 

@@ -22,13 +22,14 @@ from sdft_engine.contract.hyperparameters import (
 
 SUPERVISED_FIELDS = {
     "n_epochs", "batch_size", "learning_rate", "learning_rate_multiplier", "lora_rank", "lora_alpha", "warmup_ratio", "checkpoint_every_steps",
+    "anchor_weight",
 }  # fmt: skip
 SDFT_FIELDS = SUPERVISED_FIELDS | {
     "max_completion_tokens", "divergence", "jsd_beta", "estimator", "top_k", "entry_clip", "token_clip",
     "teacher", "ema_rate", "teacher_start", "temperature", "skip_first_tokens",
     "skip_after_think", "mask_clipped_completions", "weight_decay", "max_grad_norm", "over_length",
 }  # fmt: skip
-LATER_FIELDS = {"retention_file", "max_retention_drop"}
+LATER_FIELDS = {"max_retention_drop"}
 
 # name: (values at the edges that are accepted, values that are refused, default)
 TABLE: dict[str, tuple[list[Any], list[Any], Any]] = {
@@ -53,6 +54,7 @@ TABLE: dict[str, tuple[list[Any], list[Any], Any]] = {
     "skip_after_think": ([True, False], [1, "yes", None], False),
     "mask_clipped_completions": ([True, False, "auto"], [1, "true", None], "auto"),
     "warmup_ratio": ([0, 1, 0.5], [-0.1, 1.1, "auto", True], 0.1),
+    "anchor_weight": ([0, 10, 0.5], [-0.1, 10.1, float("nan"), "auto", None, True], 0.0),
     "weight_decay": ([0, 1], [-0.1, 1.1], 0.0),
     "max_grad_norm": ([0.001, 1e6], [0, -1, float("inf"), None], 1.0),
     "checkpoint_every_steps": ([1, 10_000, "auto"], [0, 10_001, 1.5], "auto"),
@@ -178,6 +180,7 @@ def test_the_length_of_rollouts_without_answers_and_with_thoughts() -> None:
 def test_what_the_user_gave_is_what_the_trainer_gets() -> None:
     given: dict[str, Any] = {
         "n_epochs": 2, "batch_size": 4, "learning_rate": 3e-4, "lora_rank": 8, "lora_alpha": 9, "warmup_ratio": 0.25, "checkpoint_every_steps": 7,
+        "anchor_weight": 0.5,
         "max_completion_tokens": 33, "divergence": "reverse", "jsd_beta": 0.2, "estimator": "top_k", "top_k": 9,
             "entry_clip": 0.5, "token_clip": 2.0, "skip_after_think": True, "teacher": "frozen", "ema_rate": 0.1, "teacher_start": "base",
         "temperature": 0.5, "skip_first_tokens": 0, "mask_clipped_completions": False, "weight_decay": 0.01, "max_grad_norm": 0.5, "over_length": "drop",

@@ -4,8 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from sdft_engine.contract import probes
 from sdft_engine.contract.errors import DatasetError
-from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, Judged, ProbeQuestion, ProbeScore, Retention, is_right, read_probes, scores_of, wilson_interval
+from sdft_engine.contract.probes import (
+    DEFAULT_PROBES_PATH,
+    Judged,
+    ProbeQuestion,
+    ProbeScore,
+    Retention,
+    is_right,
+    parse_probes,
+    read_probes,
+    scores_of,
+    wilson_interval,
+)
 
 GOOD = '{"probe": "facts", "question": "Capital of France?", "answers": ["Paris"]}'
 
@@ -38,7 +50,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path.write_text(f"{GOOD}\n{line}\n")
     with pytest.raises(DatasetError, match=reason) as raised:
         read_probes(path)
-    assert raised.value.param == "retention_file"
+    assert raised.value.param == "method.sdft.retention_file"
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
@@ -92,3 +104,24 @@ def test_counts_by_probe() -> None:
     assert (scores["a"].right, scores["a"].base_right, scores["a"].kept) == (1, 2, 1)
     retention = Retention(step=3, kl_from_base=0.1, probes=scores)
     assert (retention.n, retention.right, retention.base_right, retention.kept) == (5, 3, 3, 2)
+
+
+def test_a_question_too_long_for_the_context_is_named() -> None:
+    lines = [GOOD.encode(), b"", b'{"probe": "facts", "question": "aaaaaaaa", "answers": ["a"]}']
+    assert len(parse_probes(lines, "the file", len, 50)) == 2
+    with pytest.raises(DatasetError, match=r"the file: line 3: it needs 40 tokens with its answer, the context holds 39") as raised:
+        parse_probes(lines[1:2] * 2 + lines[2:], "the file", len, 39)
+    assert raised.value.param == "method.sdft.retention_file"
+
+
+def test_more_questions_than_are_asked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "MAX_QUESTIONS", 2)
+    assert len(parse_probes([GOOD.encode()] * 2, "the file")) == 2
+    with pytest.raises(DatasetError, match="line 3: at most 2 questions"):
+        parse_probes([GOOD.encode()] * 3, "the file")
+
+
+@pytest.mark.parametrize(("line", "reason"), [(b"[" * 70_000, "longer than 65,536 bytes"), (b"[" * 60_000, "not valid JSON"), (b"\xff{}", "not valid JSON")])
+def test_hostile_lines_are_named(line: bytes, reason: str) -> None:
+    with pytest.raises(DatasetError, match=f"the file: line 1: {reason}"):
+        parse_probes([line], "the file")

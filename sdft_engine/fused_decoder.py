@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from sdft_engine.fused_functions import FrozenLinear, lora_projections, scaled_rms_norm, swiglu
+from sdft_engine.fused_functions import FrozenLinear, add_correction, lora_projections, scaled_rms_norm, swiglu
 from sdft_engine.lora import Active, LoraLinear
-from sdft_engine.packed_linear import pack, packed_linear, packing_is_available
+from sdft_engine.products import frozen_linear, pack, packed_is_faster, packed_linear, packs
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-FEW_ROWS = 64
-"""Below so many rows packed products are faster; above, plain ones are."""
 
 
 class Projections:
@@ -34,25 +32,25 @@ class Projections:
         self.sizes = [layer.base.out_features for layer in layers]
         biases = [layer.base.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat(biases)
-        packs = layers[0].base.weight.dtype == torch.float32 and packing_is_available()
-        self.packed = pack(torch.cat([layer.base.weight for layer in layers])) if packs else None
+        self.packed = pack(torch.cat([layer.base.weight for layer in layers])) if packs(layers[0].base.weight) else None
         self.gathered: tuple[Tensor, Tensor] | None = None
 
     def gather(self, adapter: str) -> None:
-        """Put an adapter's factors together, (all ranks, in) and, scaled, (all ranks, all outputs), for products with few rows."""
+        """Put an adapter's factors together, (all ranks, in) and, scaled, (all outputs, all ranks), for products with few rows."""
         a, b = zip(*((layer.lora_A[adapter].detach(), layer.lora_B[adapter].detach() * layer.scaling[adapter]) for layer in self.layers), strict=True)
-        self.gathered = torch.cat(a), torch.block_diag(*b).T.contiguous()
+        self.gathered = torch.cat(a), torch.block_diag(*b)
 
     def __call__(self, x: Tensor, active: Active) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and isinstance(active, str):
             frozen = [FrozenLinear(layer.base.weight, layer.base.bias, layer.scaling[active]) for layer in self.layers]
             return lora_projections(x, frozen, [factor for layer in self.layers for factor in (layer.lora_A[active], layer.lora_B[active])])
-        if self.packed is None or x.numel() // x.shape[-1] >= FEW_ROWS:
-            outputs = [linear(x, layer.base.weight, layer.base.bias) for layer in self.layers]
+        if self.packed is None or not packed_is_faster(x):
+            outputs = [frozen_linear(x, layer.base.weight, layer.base.bias) for layer in self.layers]
         else:
             y = packed_linear(x, self.packed, self.bias)
             if self.gathered is not None:
-                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ self.gathered[0].T, self.gathered[1])
+                a, b = self.gathered
+                add_correction(y.view(-1, y.shape[-1]), frozen_linear(x.reshape(-1, x.shape[-1]).to(a.dtype), a), b, 1.0)
                 return y.split(self.sizes, dim=-1)
             outputs = list(y.split(self.sizes, dim=-1))
         for layer, y in zip(self.layers, outputs, strict=True):

@@ -23,6 +23,8 @@ from torch.nn.functional import linear
 
 from sdft_engine.contract.errors import ConfigurationError
 from sdft_engine.contract.sealed_directory import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from sdft_engine.fused_functions import add_correction
+from sdft_engine.products import frozen_linear
 
 STUDENT = "student"
 """The name of the adapter that is trained."""
@@ -113,16 +115,17 @@ class LoraLinear(nn.Module):
         """Add the adapters' corrections to this layer's output, in place and without gradients."""
         if isinstance(active, str):
             a, b = self.lora_A[active], self.lora_B[active]
-            y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ a.T, b.T, alpha=self.scaling[active])
+            h = frozen_linear(x.reshape(-1, x.shape[-1]).to(a.dtype), a)
+            add_correction(y.view(-1, y.shape[-1]), h, b, self.scaling[active])
             return
         for group in active or ():
-            y.index_add_(0, group.rows, self.correction(x[group.rows], group.adapter))
+            y.index_add_(0, group.rows, self.correction(x[group.rows], group.adapter).to(y.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.routing.active
         if active is not None and active == self.routing.folded:
-            return linear(x, self.folded_weight, self.base.bias)  # type: ignore[arg-type]  # fold() has set it
-        y = self.base(x)
+            return frozen_linear(x, self.folded_weight, self.base.bias)  # type: ignore[arg-type]  # fold() has set it
+        y = frozen_linear(x, self.base.weight, self.base.bias)
         if active is None:
             return y
         if isinstance(active, str):

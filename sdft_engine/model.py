@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
 from sdft_engine.contract.prompts import ChatFormat
-from sdft_engine.fused_decoder import FEW_ROWS, FusedDecoder, fused_decoder_of
+from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
 from sdft_engine.lora import LoraAdapters
-from sdft_engine.packed_linear import pack, packed_linear, packing_is_available
+from sdft_engine.products import frozen_linear, pack, packed_is_faster, packed_linear, packs
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LanguageModel:
     device: torch.device
     dtype: torch.dtype
     fused: FusedDecoder | None = None
-    """The same decoder in fewer operations, where the family has that form and the numbers are float32 on a CPU."""
+    """The same decoder in fewer operations, on a CPU and where the family has that form."""
     packed_head: Tensor | None = None
     """The LM head's weight for products of few rows without gradients, likewise."""
     recomputes_layers: bool = False
@@ -88,10 +88,11 @@ class LanguageModel:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """float32 logits (N, V) of hidden states, with the model's own scale and soft cap where it has one."""
-        if self.packed_head is not None and not torch.is_grad_enabled() and len(hidden_NH) < FEW_ROWS:
-            logits_NV = packed_linear(hidden_NH, self.packed_head, self.head.bias)
+        hidden_NH = hidden_NH.to(self.dtype)
+        if self.packed_head is not None and not torch.is_grad_enabled() and packed_is_faster(hidden_NH):
+            logits_NV = packed_linear(hidden_NH, self.packed_head, self.head.bias).float()
         else:
-            logits_NV = self.head(hidden_NH.to(self.dtype)).float()
+            logits_NV = frozen_linear(hidden_NH, self.head.weight, self.head.bias).float()
         config = self.network.config
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits_NV = logits_NV * scale
@@ -126,9 +127,9 @@ def load_base_model(model_dir: Path, *, device: str = "auto", dtype: str = "auto
     network.eval().requires_grad_(False).to(chosen_device)
     head = network.get_output_embeddings()
     model = LanguageModel(network, network.base_model, head, LoraAdapters(network, head), chat_format, chosen_device, chosen_dtype)
-    if model.folds_adapters:
+    if chosen_device.type == "cpu":
         model.fused = fused_decoder_of(model.decoder)
-        model.packed_head = pack(head.weight) if packing_is_available() else None
+        model.packed_head = pack(head.weight) if packs(head.weight) else None
     return model
 
 

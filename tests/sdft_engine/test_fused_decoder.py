@@ -18,10 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from sdft_engine.fused_decoder import FEW_ROWS, FusedDecoder, fused_decoder_of
+from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
 from sdft_engine.growing_cache import GrowingCache
 from sdft_engine.lora import LoraAdapters, LoraShape, RowGroup
-from sdft_engine.packed_linear import pack, packed_linear
+from sdft_engine.products import FEW_ROWS
 
 VOCABULARY = 64
 SMALL: dict[str, Any] = {
@@ -197,10 +197,59 @@ def test_families_that_compute_something_else_are_left_alone(config: type[Pretra
     assert fused_decoder_of(network.base_model) is None
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 200])
-@pytest.mark.parametrize("bias", [None, torch.arange(70.0)])
-def test_packed_products_equal_plain_ones(rows: int, bias: Tensor | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(70, 33, generator=generator), torch.randn(2, rows, 33, generator=generator)
-    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    torch.testing.assert_close(packed_linear(x, pack(weight), bias).double(), expected, rtol=1e-5, atol=1e-4)
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("length", [1, FEW_ROWS])
+def test_bfloat16_is_no_further_from_float64_than_transformers_own(name: str, length: int) -> None:
+    """With an adapter in float32, of few rows and of many."""
+    found: dict[str, Tensor] = {}
+    for precision in (torch.float64, torch.bfloat16):
+        network = network_of(*FAMILIES[name]).bfloat16().to(precision)
+        if precision == torch.float64:
+            norms_in_float64(network)
+        adapters = LoraAdapters(network, network.get_output_embeddings())
+        adapters.add("a", LoraShape(4, 8), trainable=False)
+        generator = torch.Generator().manual_seed(1)
+        for factor in adapters.parameters("a").values():
+            factor.data = torch.randn(factor.shape, generator=generator).to(torch.promote_types(precision, torch.float32)) * 0.1
+        fused = fused_decoder_of(network.base_model)
+        assert fused is not None
+        with adapters.use("a"):
+            theirs = network.base_model(input_ids=ids(3, length), use_cache=False).last_hidden_state
+            mine = fused(ids(3, length), None, None, None, "a")
+            with fused.gathered("a"):
+                gathered = fused(ids(3, length), None, None, None, "a")
+        assert mine.dtype == gathered.dtype == precision
+        found |= {f"{precision} {side}": states.double() for side, states in (("theirs", theirs), ("mine", mine), ("gathered", gathered))}
+    exact = found["torch.float64 theirs"]
+    torch.testing.assert_close(found["torch.float64 mine"], exact, rtol=1e-9, atol=1e-9)
+    error = {side: float((found[f"torch.bfloat16 {side}"] - exact).norm()) for side in ("theirs", "mine", "gathered")}
+    assert 0 < error["mine"] < 1.3 * error["theirs"]
+    assert 0 < error["gathered"] < 1.3 * error["theirs"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_in_bfloat16_are_no_further_from_float64_than_transformers_own(name: str) -> None:
+    gradients: dict[str, Tensor] = {}
+    for precision in (torch.float64, torch.bfloat16):
+        network = network_of(*FAMILIES[name]).bfloat16().to(precision)
+        if precision == torch.float64:
+            norms_in_float64(network)
+        adapters = LoraAdapters(network, network.get_output_embeddings())
+        adapters.add("a", LoraShape(4, 8), trainable=True)
+        generator = torch.Generator().manual_seed(1)
+        for factor in (factors := adapters.parameters("a")).values():
+            factor.data = torch.randn(factor.shape, generator=generator).to(torch.promote_types(precision, torch.float32)) * 0.1
+        fused = fused_decoder_of(network.base_model)
+        assert fused is not None
+        weights = torch.randn(3, 30, SMALL["hidden_size"], generator=generator).to(precision)
+        with adapters.use("a"):
+            sides = {"theirs": network.base_model(input_ids=ids(3, 30), use_cache=False).last_hidden_state, "mine": fused(ids(3, 30), None, None, None, "a")}
+        for side, states in sides.items():
+            found = torch.autograd.grad((states * weights).sum(), list(factors.values()), retain_graph=True)
+            assert {gradient.dtype for gradient in found} == {torch.promote_types(precision, torch.float32)}
+            gradients[f"{precision} {side}"] = torch.cat([gradient.double().flatten() for gradient in found])
+    exact = gradients["torch.float64 theirs"]
+    torch.testing.assert_close(gradients["torch.float64 mine"], exact, rtol=1e-8, atol=1e-8)
+    error = {side: float((gradients[f"torch.bfloat16 {side}"] - exact).norm()) for side in ("theirs", "mine")}
+    assert 0 < error["mine"] < 1.3 * error["theirs"]

@@ -15,7 +15,7 @@ TRL_STAMP := .venv-trl/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-all lint format bench trl constraints clean
+.PHONY: help setup demo test test-fast test-all gpu lint format bench trl constraints clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,11 @@ lint: $(STAMP) ## Format, lint, types, import contracts
 format: $(STAMP) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+gpu: $(STAMP) $(TRL_STAMP) ## Where there is a CUDA device: the tests of tests/gpu, then a step's time with 1.5B and 7B parameters
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no CUDA device here" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m benchmarks.step_time --dtype bfloat16
 
 trl: $(TRL_STAMP) ## Create .venv-trl with the trainer that benchmarks/step_time.py compares with
 

@@ -1,6 +1,9 @@
 """Seconds and memory of a training step: SDFT here, SDFT in TRL, SFT here, and the least that the arithmetic takes.
 
-    make trl; .venv/bin/python benchmarks/step_time.py [SHAPE...] [--rounds 3] [--steps 4] [--dtype float32] [--json FILE]
+    make trl; .venv/bin/python -m benchmarks.step_time [SHAPE...] [--rounds 3] [--steps 4] [--dtype float32] [--json FILE]
+
+On a CPU the default shapes are those of a 135M model, on a GPU those of 1.5B and 7B parameters with random weights (give
+--dtype bfloat16 there).
 
 Every measurement is a process of its own, and the sides take turns (A B C A B C ...); a process's first step is left out.
 Both trainers get the same model, prompts, teacher prompts, LoRA layers, batch, learning rate and precision, an EMA teacher and
@@ -35,6 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.settings import Settings
 from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.model import choose_device
 from sdft_engine.prepare_base_model import prepare_base_model
 from sdft_engine.products import frozen_linear
 
@@ -59,6 +63,8 @@ class Shape:
     prompt: int
     completion: int
     vocabulary: int | None = None
+    size: str | None = None
+    """Of SIZES: random weights of these dimensions instead of the default model's."""
     fastest: float = 2.0
     """How many times TRL's speed is aimed at."""
     half_the_memory: bool = True
@@ -69,6 +75,30 @@ SHAPES = (
     Shape("long", 4, 1000, 128, fastest=1.5),
     Shape("large", 32, 200, 64),
     Shape("wide", 8, 40, 128, vocabulary=150_000),
+)
+SIZES: dict[str, dict[str, int]] = {
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 152_064,
+    },
+}
+GPU_SHAPES = (
+    Shape("1.5b", 32, 200, 256, size="1.5B", fastest=4.0),
+    Shape("7b", 16, 200, 256, size="7B", fastest=4.0),
 )
 FLOOR_TARGET = 1.3
 PHASES = ("rollout", "teacher", "student")
@@ -84,7 +114,8 @@ class Machine:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(shape.name for shape in SHAPES)} (default: all)")
+    names = [shape.name for shape in (*SHAPES, *GPU_SHAPES)]
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(names)}; default: those of this machine, see above")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side and shape")
     parser.add_argument("--steps", type=int, default=4, help="steps of a process; the first is left out")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -93,8 +124,9 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, help="JSONL of chat demonstrations whose user messages fill the prompts (default: common words)")
     parser.add_argument("--json", type=Path, help="write every measurement there")
     options = parser.parse_args()
-    chosen = [shape for shape in SHAPES if shape.name in (options.shapes or [s.name for s in SHAPES])]
-    if unknown := sorted(set(options.shapes) - {shape.name for shape in SHAPES}):
+    default = GPU_SHAPES if torch.cuda.is_available() else SHAPES
+    chosen = [shape for shape in (*SHAPES, *GPU_SHAPES) if shape.name in options.shapes] or list(default)
+    if unknown := sorted(set(options.shapes) - set(names)):
         parser.error(f"no such shape: {', '.join(unknown)}")
     if options.rounds < 1 or options.steps < 2:
         parser.error("at least one round of two steps is needed")
@@ -124,16 +156,15 @@ def main() -> int:
 
 
 def machine_line(machine: Machine, dtype: str) -> str:
-    return (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {dtype}: "
-        f"large products {machine.flops / GB:.0f} GFLOP/s, reading {machine.bandwidth / GB:.1f} GB/s"
-    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{device}, torch {torch.__version__}, {dtype}: large products {machine.flops / GB:.0f} GFLOP/s, reading {machine.bandwidth / GB:.1f} GB/s"
 
 
 def measure_machine(dtype: torch.dtype, seconds: float = 1.0) -> Machine:
-    size = 1536 if dtype == torch.float32 else 768
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    big = torch.randn(1 << 26)
+    device = choose_device("auto")
+    size = 8192 if device.type == "cuda" else 1536 if dtype == torch.float32 else 768
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    big = torch.randn(1 << (30 if device.type == "cuda" else 26), device=device)
     fastest = min(_median_seconds(product, seconds) for product in (lambda: a @ b, lambda: frozen_linear(a, b)))
     return Machine(2 * size**3 / fastest, big.nbytes / _median_seconds(lambda: big.sum(), seconds))
 
@@ -144,26 +175,29 @@ def _median_seconds(work: Any, seconds: float) -> float:
     while len(times) < 3 or time.perf_counter() - start < seconds:
         before = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - before)
     return statistics.median(times)
 
 
 def model_of(shape: Shape, scratch: Path) -> Path:
-    """The default base model, or one of its dimensions with another vocabulary and random weights."""
+    """The default base model, or its family with another vocabulary or other dimensions and random weights."""
     settings = Settings()
     entry = next(each for each in settings.base_models if each.id == BASE_MODEL)
     base = prepare_base_model(entry.id, entry.source, entry.revision, entry.directory(settings.cache_dir))
-    if shape.vocabulary is None:
+    if shape.vocabulary is None and shape.size is None:
         return base
-    directory = scratch / f"vocabulary-{shape.vocabulary}"
+    directory = scratch / f"{shape.size or 'default'}-vocabulary-{shape.vocabulary}"
     directory.mkdir()
     for path in base.iterdir():
         if path.suffix != ".safetensors":
             (directory / path.name).write_bytes(path.read_bytes())
     config = AutoConfig.from_pretrained(base)
-    config.vocab_size = shape.vocabulary
+    for name, value in (SIZES[shape.size] if shape.size else {"vocab_size": shape.vocabulary}).items():
+        setattr(config, name, value)
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if shape.size else torch.float32)
     save_file(
         {name: value.contiguous() for name, value in network.state_dict().items() if name != "lm_head.weight"},
         directory / "model.safetensors",

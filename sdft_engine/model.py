@@ -54,6 +54,11 @@ class LanguageModel:
         GPU memory is dear."""
         return self.device.type == "cpu" and self.dtype == torch.float32
 
+    def wait(self) -> None:
+        """Until the device has done what it was told, so that what follows is timed apart."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
         """Apply one adapter to many passes without gradients, prepared once. It must not change inside the block."""

@@ -121,6 +121,7 @@ def sdft_gradient(
     statistics = TokenStatistics()
     start = time.perf_counter()
     teacher_NH = _teacher_hidden_states(model, rollouts, teacher_adapter, budget.teacher_tokens, prompt_cache)
+    model.wait()
     statistics.teacher_seconds = time.perf_counter() - start
     start = time.perf_counter()
     texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
@@ -158,6 +159,7 @@ def sdft_gradient(
         lengths = [len(rollouts[row].completion_ids) for row in rows]
         statistics.per_token |= {row: part.tolist() for row, part in zip(rows, torch.cat(divergences).split(lengths), strict=True)}
         statistics.rewards |= {row: float(part.sum()) for row, part in zip(rows, torch.cat(rewards).split(lengths), strict=True)}
+    model.wait()
     statistics.student_seconds = time.perf_counter() - start
     return statistics
 
@@ -180,6 +182,7 @@ def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: P
             return -(own_N * weights_N[part]).sum()
 
         statistics.loss += backward_through_head(model, chosen, chunk_loss)
+    model.wait()
     statistics.student_seconds = time.perf_counter() - start
     return statistics
 

@@ -90,7 +90,7 @@ def read_probes(path: Path) -> list[ProbeQuestion]:
 def parse_probes(lines: Iterable[bytes], name: str, prompt_tokens: Callable[[str], int] | None = None, context_length: int = 0) -> list[ProbeQuestion]:
     """The questions of a probe file that errors call `name`. With `prompt_tokens`, which counts a question's prompt, one that
     leaves no room for its answer in the context is an error too. Raises DatasetError as above."""
-    questions = []
+    questions: list[ProbeQuestion] = []
     for number, question in _parsed(lines, name):
         if prompt_tokens is not None and (needed := prompt_tokens(question.question) + MAX_ANSWER_TOKENS) > context_length:
             message = f"{name}: line {number}: it needs {needed:,} tokens with its answer, the context holds {context_length:,}"

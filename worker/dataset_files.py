@@ -26,7 +26,7 @@ def read_lines(storage: Storage, file: File | None, param: str) -> Iterator[byte
             raise FileNotFoundError
         chunks = storage.read(file.storage_key)
     except FileNotFoundError as error:
-        raise JobRejected(f"the {param.replace('_', ' ')} does not exist any more", code="file_not_found", param=param) from error
+        raise JobRejected(f"the {param.rpartition('.')[2].replace('_', ' ')} does not exist any more", code="file_not_found", param=param) from error
     return _lines_of(chunks)
 
 

@@ -22,6 +22,7 @@ from core.tables.projects import Project
 from sdft_engine.contract.config import TrainingConfig
 from sdft_engine.contract.dataset import DatasetProblem
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised, SdftHyperparameters
+from sdft_engine.contract.probes import PARAM as RETENTION_PARAM
 from sdft_engine.contract.run_directory import RunDirectory, write_atomically
 from worker.base_models import PreparedBaseModel, load_base_model
 from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, retention_file_id, teacher_view, wire_hyperparameters
@@ -60,7 +61,7 @@ def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> Pr
     if job.validation_file_id:
         _write_rows(run.validation_path, read_lines(resources.storage, validation_file, "validation_file"), validation_dropped, lease)
     if retention_file_id(job):
-        _write_rows(run.retention_path, read_lines(resources.storage, retention_file, "retention_file"), set(), lease)
+        _write_rows(run.retention_path, read_lines(resources.storage, retention_file, RETENTION_PARAM), set(), lease)
     if job.parent_model:
         _fetch_parent(resources, parent, run)
     resume_step = _fetch_checkpoint(resources, lease, run)

@@ -24,6 +24,7 @@ from sdft_engine.contract.hyperparameters import (
     resolve_supervised,
     total_steps_of,
 )
+from sdft_engine.contract.probes import PARAM as RETENTION_PARAM
 from worker.base_models import PreparedBaseModel, load_base_model
 from worker.dataset_files import (
     check_retention_questions,
@@ -98,7 +99,7 @@ def _validate(resources: Resources, lease: HeldLease) -> None:
             raise JobRejected("the validation file has no usable example", code="invalid_n_examples", param="validation_file")
 
     if retention_file_id(job):
-        check_retention_questions(read_lines(resources.storage, retention_file, "retention_file"), base_model)
+        check_retention_questions(read_lines(resources.storage, retention_file, RETENTION_PARAM), base_model)
 
     resolved = _resolve(wire, fitting.rows, base_model, teacher_view(job).reasoning)
     total_steps = total_steps_of(len(fitting.rows), resolved.batch_size, resolved.n_epochs)

@@ -162,7 +162,8 @@ def test_general_questions_that_cannot_be_asked_fail_the_job(workshop: Workshop,
 
 def test_general_questions_that_are_gone_fail_the_job(workshop: Workshop) -> None:
     error = failure(workshop, method=with_questions("file-gone"))
-    assert (error["code"], error["param"]) == ("file_not_found", "retention_file")
+    assert (error["code"], error["param"]) == ("file_not_found", "method.sdft.retention_file")
+    assert error["message"] == "the retention file does not exist any more"
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])

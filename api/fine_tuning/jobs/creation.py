@@ -16,9 +16,9 @@ from core.settings import Settings
 from core.tables.files import File
 from core.tables.jobs import Job
 from core.tables.models import Model
+from sdft_engine.contract.probes import PARAM as RETENTION_PARAM
 from sdft_engine.contract.quoting import quoted
 
-RETENTION_PARAM = "method.sdft.retention_file"
 RETENTION_PURPOSES = ("evals", "user_data")
 
 

@@ -78,6 +78,7 @@ def test_every_arm_has_a_name_of_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_short_run_of_the_real_model(tmp_path: Path) -> None:
     """Two steps of each kind of arm, three questions of each kind: that it works, not that it learns."""
     arms = ["base", "teacher", "oracle retrieval", "SDFT, anchored", "SFT, lr 0.001", "offline distillation", "CPT", "SFT, then restoration"]

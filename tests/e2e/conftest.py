@@ -70,6 +70,7 @@ def service(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "SDFT_LEASE_SECONDS": "6",
         "SDFT_HEARTBEAT_SECONDS": "1",
         "SDFT_POLL_SECONDS": "1",
+        "SDFT_DTYPE": "float32",  # so that what is served can be compared closely, whatever this CPU is fastest in
         "SDFT_RETENTION_PROBES": "off",  # most of a minute for each job
     }
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # of the tests, not of a user

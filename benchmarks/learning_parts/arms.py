@@ -82,7 +82,7 @@ def sft(name: str, **changed: Any) -> Arm:
             while session.state.step < session.total_steps:
                 seconds += take_steps(session, MATCH_EVERY_STEPS)
                 matched = f"{name}, matched"
-                if target is not None and matched not in rows and bench.learned(session.model).trained.right >= target:
+                if target and matched not in rows and bench.learned(session.model).trained.right >= target:
                     rows[matched] = _with(bench.scores(session.model), seconds, step=session.state.step)
             return rows | {name: _with(bench.scores(session.model), seconds)}
 

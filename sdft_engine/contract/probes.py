@@ -21,6 +21,8 @@ DEFAULT_PROBES_PATH = Path(__file__).parents[1] / "general_probes.jsonl"
 PARAM = "method.sdft.retention_file"
 MAX_QUESTIONS = 2000
 MAX_LINE_BYTES = 65_536
+MAX_FILE_BYTES = 16 * 1024**2
+"""More than any sensible file; lines are only looked at whole."""
 MAX_ANSWER_TOKENS = 32
 """An answer is judged by that many tokens of it."""
 

@@ -197,24 +197,29 @@ def test_families_that_compute_something_else_are_left_alone(config: type[Pretra
     assert fused_decoder_of(network.base_model) is None
 
 
-@torch.no_grad()
+def rounded(name: str, precision: torch.dtype) -> tuple[Any, LoraAdapters, FusedDecoder]:
+    """A family's model with weights that bfloat16 can hold, in `precision`; its adapter is in float32 at least."""
+    network = network_of(*FAMILIES[name]).bfloat16().to(precision)
+    if precision == torch.float64:
+        norms_in_float64(network)
+    adapters = LoraAdapters(network, network.get_output_embeddings())
+    adapters.add("a", LoraShape(4, 8), trainable=True)
+    generator = torch.Generator().manual_seed(1)
+    for factor in adapters.parameters("a").values():
+        factor.data = torch.randn(factor.shape, generator=generator).to(torch.promote_types(precision, torch.float32)) * 0.1
+    fused = fused_decoder_of(network.base_model)
+    assert fused is not None
+    return network, adapters, fused
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("length", [1, FEW_ROWS])
 def test_bfloat16_is_no_further_from_float64_than_transformers_own(name: str, length: int) -> None:
     """With an adapter in float32, of few rows and of many."""
     found: dict[str, Tensor] = {}
     for precision in (torch.float64, torch.bfloat16):
-        network = network_of(*FAMILIES[name]).bfloat16().to(precision)
-        if precision == torch.float64:
-            norms_in_float64(network)
-        adapters = LoraAdapters(network, network.get_output_embeddings())
-        adapters.add("a", LoraShape(4, 8), trainable=False)
-        generator = torch.Generator().manual_seed(1)
-        for factor in adapters.parameters("a").values():
-            factor.data = torch.randn(factor.shape, generator=generator).to(torch.promote_types(precision, torch.float32)) * 0.1
-        fused = fused_decoder_of(network.base_model)
-        assert fused is not None
-        with adapters.use("a"):
+        network, adapters, fused = rounded(name, precision)
+        with torch.no_grad(), adapters.use("a"):
             theirs = network.base_model(input_ids=ids(3, length), use_cache=False).last_hidden_state
             mine = fused(ids(3, length), None, None, None, "a")
             with fused.gathered("a"):
@@ -232,17 +237,9 @@ def test_bfloat16_is_no_further_from_float64_than_transformers_own(name: str, le
 def test_gradients_in_bfloat16_are_no_further_from_float64_than_transformers_own(name: str) -> None:
     gradients: dict[str, Tensor] = {}
     for precision in (torch.float64, torch.bfloat16):
-        network = network_of(*FAMILIES[name]).bfloat16().to(precision)
-        if precision == torch.float64:
-            norms_in_float64(network)
-        adapters = LoraAdapters(network, network.get_output_embeddings())
-        adapters.add("a", LoraShape(4, 8), trainable=True)
-        generator = torch.Generator().manual_seed(1)
-        for factor in (factors := adapters.parameters("a")).values():
-            factor.data = torch.randn(factor.shape, generator=generator).to(torch.promote_types(precision, torch.float32)) * 0.1
-        fused = fused_decoder_of(network.base_model)
-        assert fused is not None
-        weights = torch.randn(3, 30, SMALL["hidden_size"], generator=generator).to(precision)
+        network, adapters, fused = rounded(name, precision)
+        factors = adapters.parameters("a")
+        weights = torch.randn(3, 30, SMALL["hidden_size"], generator=torch.Generator().manual_seed(2)).to(precision)
         with adapters.use("a"):
             sides = {"theirs": network.base_model(input_ids=ids(3, 30), use_cache=False).last_hidden_state, "mine": fused(ids(3, 30), None, None, None, "a")}
         for side, states in sides.items():

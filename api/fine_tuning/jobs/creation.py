@@ -16,6 +16,7 @@ from core.settings import Settings
 from core.tables.files import File
 from core.tables.jobs import Job
 from core.tables.models import Model
+from sdft_engine.contract.probes import MAX_FILE_BYTES as MAX_RETENTION_BYTES
 from sdft_engine.contract.probes import PARAM as RETENTION_PARAM
 from sdft_engine.contract.quoting import quoted
 
@@ -34,7 +35,10 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
         if request.validation_file is not None:
             _check_file(session, project_id, request.validation_file, "validation_file", 1)
         if (retention_file := method.get("sdft", {}).get("retention_file")) is not None:
-            _file_of_purpose(session, project_id, retention_file, RETENTION_PARAM, RETENTION_PURPOSES)
+            questions = _file_of_purpose(session, project_id, retention_file, RETENTION_PARAM, RETENTION_PURPOSES)
+            if questions.size_bytes > MAX_RETENTION_BYTES:
+                message = f"{RETENTION_PARAM}: the file has {questions.size_bytes:,} bytes; at most {MAX_RETENTION_BYTES:,} are read"
+                raise BadRequest(message, code="invalid_value", param=RETENTION_PARAM)
         job = transitions.create(
             session,
             project_id=project_id,

@@ -102,6 +102,8 @@ GPU_SHAPES = (
 )
 FLOOR_TARGET = 1.3
 PHASES = ("rollout", "teacher", "student")
+THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
+"""How idle threads wait, on every side: as in the trainer process (see sdft_engine/train.py)."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def run_side(side: str, spec: dict[str, Any], scratch: Path) -> dict[str, Any]:
     spec_path = scratch / "spec.json"
     spec_path.write_text(json.dumps(spec | {"side": side}))
     python, program = (TRL_PYTHON, SIDES / "trl_trainer.py") if side == "trl" else (Path(sys.executable), SIDES / "own_trainer.py")
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT) if side != "trl" else ""}
+    environment = os.environ | THREADS | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT) if side != "trl" else ""}
     done = subprocess.run([str(python), str(program), str(spec_path)], capture_output=True, text=True, env=environment, cwd=scratch)
     if done.returncode:
         raise SystemExit(f"{side} failed on {spec['name']}:\n{done.stderr[-3000:]}")

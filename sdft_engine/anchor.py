@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from sdft_engine.batching import ScoredText, completion_hidden_states, passes
-from sdft_engine.divergences import forward_kl
+from sdft_engine.divergences import TokenLoss
 from sdft_engine.evaluation import greedy_answers
 from sdft_engine.generation import seed_of
 from sdft_engine.model import LanguageModel
 from sdft_engine.ranks import Ranks
 from sdft_engine.schedule import epoch_order
 from sdft_engine.step import PassBudget, backward_through_head
+from sdft_engine.token_terms import token_terms
 
 PROMPTS_PATH = Path(__file__).parent / "anchor_prompts.jsonl"
 MAX_ANSWER_TOKENS = 32
@@ -79,15 +80,16 @@ class Anchor:
             base_NH = torch.cat([self._base_hidden[row] for row in chosen])
             weights = [self.weight / ROWS_OF_STEP / len(text.completion_ids) for text in texts for _ in text.completion_ids]
             weights_N = torch.tensor(weights, device=self.model.device)
+            targets_N = torch.tensor([token for text in texts for token in text.completion_ids], device=self.model.device)
 
-            def chunk_loss(hidden_NH: Tensor, part: slice, base_NH: Tensor = base_NH, weights_N: Tensor = weights_N) -> Tensor:
+            def chunk_loss(hidden_NH: Tensor, part: slice, base_NH: Tensor = base_NH, weights_N: Tensor = weights_N, targets_N: Tensor = targets_N) -> Tensor:
                 nonlocal kl_sum, count
                 with torch.no_grad():
-                    base_logps_NV = self.model.logits(base_NH[part]).log_softmax(dim=-1)
-                kl_N = forward_kl(base_logps_NV, self.model.logits(hidden_NH).log_softmax(dim=-1))
-                kl_sum += float(kl_N.detach().sum())
-                count += len(kl_N)
-                return (kl_N * weights_N[part]).sum()
+                    base_logits_NV = self.model.logits(base_NH[part])
+                terms = token_terms(TokenLoss("forward"), base_logits_NV, self.model.logits(hidden_NH), targets_N[part], weights_N[part])
+                kl_sum += float(terms.divergence.sum())
+                count += len(terms.divergence)
+                return terms.loss
 
             backward_through_head(self.model, texts, chunk_loss)
         shares = ranks.collect((kl_sum, count, sum(self.texts[row].input_length for row in rows), time.perf_counter() - start))

@@ -17,7 +17,8 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from sdft_engine.fused_functions import FrozenLinear, add_correction, lora_projections, scaled_rms_norm, swiglu
+from sdft_engine.attention import causal_attention, causal_attention_is_faster
+from sdft_engine.fused_functions import FrozenLinear, Itself, RmsNorm, Source, SwiGlu, add_correction, lora_projections, scaled_rms_norm
 from sdft_engine.lora import Active, LoraLinear
 from sdft_engine.products import frozen_linear, pack, packed_is_faster, packed_linear, packs
 
@@ -25,9 +26,10 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Projections:
-    """Linear layers of the same input with their adapters: x (..., in) to one output each."""
+    """Linear layers of the same input with their adapters: x (..., in) to one output each. `source` makes x."""
 
-    def __init__(self, layers: list[LoraLinear]) -> None:
+    def __init__(self, source: Source, layers: list[LoraLinear]) -> None:
+        self.source = source
         self.layers = layers
         self.sizes = [layer.base.out_features for layer in layers]
         biases = [layer.base.bias for layer in layers]
@@ -40,10 +42,13 @@ class Projections:
         a, b = zip(*((layer.lora_A[adapter].detach(), layer.lora_B[adapter].detach() * layer.scaling[adapter]) for layer in self.layers), strict=True)
         self.gathered = torch.cat(a), torch.block_diag(*b)
 
-    def __call__(self, x: Tensor, active: Active) -> tuple[Tensor, ...]:
+    def __call__(self, active: Active, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """One output for each layer; `inputs` are what the source makes x of."""
         if torch.is_grad_enabled() and isinstance(active, str):
             frozen = [FrozenLinear(layer.base.weight, layer.base.bias, layer.scaling[active]) for layer in self.layers]
-            return lora_projections(x, frozen, [factor for layer in self.layers for factor in (layer.lora_A[active], layer.lora_B[active])])
+            factors = [factor for layer in self.layers for factor in (layer.lora_A[active], layer.lora_B[active])]
+            return lora_projections(self.source, inputs, frozen, factors)
+        x = self.source.value(*inputs)
         if self.packed is None or not packed_is_faster(x):
             outputs = [frozen_linear(x, layer.base.weight, layer.base.bias) for layer in self.layers]
         else:
@@ -60,12 +65,10 @@ class Projections:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    input_norm: Tensor
     qkv: Projections
     query_norm: Tensor | None
     key_norm: Tensor | None
     output: Projections
-    mlp_norm: Tensor
     gate_up: Projections
     down: Projections
 
@@ -82,7 +85,7 @@ class FusedDecoder:
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.key_heads: int = config.num_key_value_heads
         self.groups: int = config.num_attention_heads // config.num_key_value_heads
-        self.layers = [_fused(layer) for layer in decoder.layers]
+        self.layers = [_fused(layer, config.rms_norm_eps) for layer in decoder.layers]
         self.recomputes_layers = False
         """Whether passes with gradients and no cache keep only each layer's input and compute the rest again (gradient
         checkpointing)."""
@@ -108,7 +111,7 @@ class FusedDecoder:
         x_BTH = embedding(input_ids_BT, self.embeddings)
         cos_BTd, sin_BTd = self.rotary(x_BTH, positions_BT)
         rotation = cos_BTd[:, None], _signed(sin_BTd)[:, None]
-        mask = _attention_mask(mask_BS, new, past, x_BTH.device)
+        mask = None if mask_BS is None and causal_attention_is_faster(x_BTH) else _attention_mask(mask_BS, new, past, x_BTH.device)
         recomputed = self.recomputes_layers and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
             if recomputed:
@@ -121,15 +124,14 @@ class FusedDecoder:
         self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, active: Active
     ) -> Tensor:
         x_BTH = x_BTH + self._attention(layer, index, x_BTH, rotation, mask, cache, active)
-        gate_BTF, up_BTF = layer.gate_up(self._norm(x_BTH, layer.mlp_norm), active)
-        return x_BTH + layer.down(swiglu(gate_BTF, up_BTF), active)[0]
+        gate_BTF, up_BTF = layer.gate_up(active, x_BTH)
+        return x_BTH + layer.down(active, gate_BTF, up_BTF)[0]
 
     def _attention(
         self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, active: Active
     ) -> Tensor:
         rows, new, _ = x_BTH.shape
-        projected = layer.qkv(self._norm(x_BTH, layer.input_norm), active)
-        q, k, v = (each.view(rows, new, -1, self.head_size).transpose(1, 2) for each in projected)
+        q, k, v = (each.view(rows, new, -1, self.head_size).transpose(1, 2) for each in layer.qkv(active, x_BTH))
         if layer.query_norm is not None and layer.key_norm is not None:
             q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
         q, k = _rotate(q, rotation), _rotate(k, rotation)
@@ -139,12 +141,12 @@ class FusedDecoder:
             q = q.reshape(rows, self.key_heads, self.groups, self.head_size)
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
             out_BTH = out.reshape(rows, 1, -1)
+        elif mask is None and causal_attention_is_faster(x_BTH):
+            out_BTH = causal_attention(q, k, v)
         else:
-            out = scaled_dot_product_attention(
-                q, k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1), attn_mask=mask, is_causal=mask is None
-            )
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.groups > 1)
             out_BTH = out.transpose(1, 2).reshape(rows, new, -1)
-        return layer.output(out_BTH, active)[0]
+        return layer.output(active, out_BTH)[0]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return scaled_rms_norm(x, weight, self.epsilon)
@@ -160,17 +162,15 @@ def fused_decoder_of(decoder: Any) -> FusedDecoder | None:
     return FusedDecoder(decoder)
 
 
-def _fused(layer: Any) -> FusedLayer:
+def _fused(layer: Any, epsilon: float) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return FusedLayer(
-        input_norm=layer.input_layernorm.weight,
-        qkv=Projections([attention.q_proj, attention.k_proj, attention.v_proj]),
+        qkv=Projections(RmsNorm(layer.input_layernorm.weight, epsilon), [attention.q_proj, attention.k_proj, attention.v_proj]),
         query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-        output=Projections([attention.o_proj]),
-        mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=Projections([mlp.gate_proj, mlp.up_proj]),
-        down=Projections([mlp.down_proj]),
+        output=Projections(Itself(), [attention.o_proj]),
+        gate_up=Projections(RmsNorm(layer.post_attention_layernorm.weight, epsilon), [mlp.gate_proj, mlp.up_proj]),
+        down=Projections(SwiGlu(), [mlp.down_proj]),
     )
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from sdft_engine.batching import ScoredText, completion_hidden_states, passes
-from sdft_engine.divergences import TokenLoss, entropy, token_divergence, top_k_chooser, top_k_mass
+from sdft_engine.divergences import TokenLoss, entropy
 from sdft_engine.importance import ImportanceCorrection, importance_weights
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
 from sdft_engine.prompt_cache import PromptCache
+from sdft_engine.token_terms import TokenTerms, token_terms
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: 8M floats, 32 MiB."""
@@ -142,14 +143,13 @@ def sdft_gradient(
             out: tuple[list[Tensor], list[Tensor]] = (divergences, rewards),
         ) -> Tensor:
             with torch.no_grad():
-                teacher_logps_NV = (model.logits(teacher[part]) / objective.temperature).log_softmax(dim=-1)
-            student_logps_NV = (model.logits(hidden_NH) / objective.temperature).log_softmax(dim=-1)
-            divergence_N = token_divergence(objective.token_loss, teacher_logps_NV, student_logps_NV, targets[part])
+                teacher_logits_NV = model.logits(teacher[part])
+            terms = token_terms(objective.token_loss, teacher_logits_NV, model.logits(hidden_NH), targets[part], weights_N[part], objective.temperature)
             counted_N = weights_N[part] > 0
-            _observe(statistics, objective.token_loss, divergence_N.detach(), teacher_logps_NV, student_logps_NV.detach(), counted_N)
-            out[0].append(divergence_N.detach())
-            out[1].append(_sampled_rewards(teacher_logps_NV, student_logps_NV.detach(), targets[part]) * counted_N)
-            return (divergence_N * weights_N[part]).sum()
+            _observe(statistics, terms, counted_N)
+            out[0].append(terms.divergence)
+            out[1].append(terms.reward * counted_N)
+            return terms.loss
 
         def weigh(hidden_NH: Tensor, rows: list[int] = rows, weights_N: Tensor = weights_N) -> None:
             weights_N *= _importance(model, hidden_NH, [rollouts[row] for row in rows], weights_N > 0, objective, statistics)
@@ -272,28 +272,15 @@ def _importance(
     return torch.cat(weights)
 
 
-def _observe(
-    statistics: TokenStatistics,
-    token_loss: TokenLoss,
-    divergence_N: Tensor,
-    teacher_logps_NV: Tensor,
-    student_logps_NV: Tensor,
-    counted: Tensor,
-) -> None:
-    statistics.loss_tokens += int(counted.sum())
-    if not counted.any():
+def _observe(statistics: TokenStatistics, terms: TokenTerms, counted_N: Tensor) -> None:
+    statistics.loss_tokens += int(counted_N.sum())
+    if not counted_N.any():
         return
-    statistics.entropy_sum += float(entropy(student_logps_NV)[counted].sum())
-    statistics.correct_tokens += int((student_logps_NV.argmax(dim=-1) == teacher_logps_NV.argmax(dim=-1))[counted].sum())
-    if token_loss.estimator == "top_k":
-        chooser_NV = top_k_chooser(token_loss, teacher_logps_NV, student_logps_NV)[counted]
-        statistics.top_k_mass_sum += float(top_k_mass(chooser_NV, token_loss.top_k).sum())
-    statistics.divergence_max = max(statistics.divergence_max, float(divergence_N[counted].max()))
-
-
-def _sampled_rewards(teacher_logps_NV: Tensor, student_logps_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """log P(y) - log Q(y) of the sampled tokens, (N,)."""
-    return (teacher_logps_NV.gather(1, targets_N[:, None]) - student_logps_NV.gather(1, targets_N[:, None]))[:, 0]
+    statistics.entropy_sum += float(terms.entropy[counted_N].sum())
+    statistics.correct_tokens += int(terms.agrees[counted_N].sum())
+    statistics.divergence_max = max(statistics.divergence_max, float(terms.divergence[counted_N].max()))
+    if terms.kept_mass is not None:
+        statistics.top_k_mass_sum += float(terms.kept_mass[counted_N].sum())
 
 
 def _chunks(count: int, vocabulary: int) -> list[slice]:

@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from sdft_engine import attention, fused_decoder
 from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
 from sdft_engine.growing_cache import GrowingCache
 from sdft_engine.lora import LoraAdapters, LoraShape, RowGroup
@@ -154,8 +155,12 @@ def test_many_rows_equal_transformers_too(family: tuple[Any, LoraAdapters, Fused
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("prefix", [0, 5])
-def test_gradients_equal_those_of_transformers_in_float64(name: str, prefix: int) -> None:
-    """With a beginning that all rows share (see batching.py), computed once and with gradients, and without one."""
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_gradients_equal_those_of_transformers_in_float64(name: str, prefix: int, in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a beginning that all rows share (see batching.py), computed once and with gradients, and without one; by torch's
+    attention and by this project's own."""
+    monkeypatch.setattr(fused_decoder, "causal_attention_is_faster", lambda x_BTH: in_blocks)
+    monkeypatch.setattr(attention, "BLOCK", 4)
     network = network_of(*FAMILIES[name]).double()
     norms_in_float64(network)
     adapters = LoraAdapters(network, network.get_output_embeddings())

@@ -1,14 +1,12 @@
 """sdft_engine.fused_functions: values and gradients against autograd and finite differences, in float64."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import silu
 
-from sdft_engine.fused_functions import FrozenLinear, lora_projections, scaled_rms_norm, swiglu
+from sdft_engine.fused_functions import FrozenLinear, Itself, RmsNorm, Source, SwiGlu, lora_projections, scaled_rms_norm
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -26,7 +24,7 @@ def projections() -> tuple[list[FrozenLinear], list[Tensor]]:
 def test_projections_add_each_layers_own_correction() -> None:
     layers, factors = projections()
     x = noise(2, 5, 4)
-    for layer, a, b, found in zip(layers, factors[0::2], factors[1::2], lora_projections(x, layers, factors), strict=True):
+    for layer, a, b, found in zip(layers, factors[0::2], factors[1::2], lora_projections(Itself(), [x], layers, factors), strict=True):
         expected = x @ layer.weight.T + layer.scaling * (x @ a.T @ b.T) + (0 if layer.bias is None else layer.bias)
         torch.testing.assert_close(found, expected)
 
@@ -35,20 +33,42 @@ def test_projections_add_each_layers_own_correction() -> None:
 def test_gradients_of_projections(input_needs_gradient: bool) -> None:
     layers, factors = projections()
     x = noise(2, 5, 4, gradient=input_needs_gradient)
-    assert gradcheck(lambda x, *factors: lora_projections(x, layers, factors), (x, *factors))
+    assert gradcheck(lambda x, *factors: lora_projections(Itself(), [x], layers, factors), (x, *factors))
 
 
 def test_projections_of_which_one_output_is_used() -> None:
     layers, factors = projections()
-    lora_projections(noise(5, 4), layers, factors)[1].sum().backward()
+    lora_projections(Itself(), [noise(5, 4)], layers, factors)[1].sum().backward()
     assert not factors[0].grad.any()  # type: ignore[union-attr]
     assert factors[2].grad.any()  # type: ignore[union-attr]
 
 
-def test_swiglu() -> None:
-    gate, up = noise(3, 7), noise(3, 7)
-    torch.testing.assert_close(swiglu(gate, up), silu(gate) * up)
-    assert gradcheck(swiglu, (gate, up))
+def test_gradients_of_projections_of_a_norm_and_of_a_gated_product() -> None:
+    layers, factors = projections()
+    x, gate, up = noise(2, 5, 4), noise(2, 5, 4), noise(2, 5, 4)
+    norm = RmsNorm(noise(4, gradient=False), 1e-5)
+    torch.testing.assert_close(norm.value(x), torch.rms_norm(x, (4,), norm.weight, 1e-5))
+    torch.testing.assert_close(SwiGlu().value(gate, up), silu(gate) * up)
+    sources: list[tuple[Source, list[Tensor]]] = [(norm, [x]), (SwiGlu(), [gate, up])]
+    for source, inputs in sources:
+        count = len(inputs)
+        value = source.value(*inputs).detach()
+        for found, expected in zip(lora_projections(source, inputs, layers, factors), lora_projections(Itself(), [value], layers, factors), strict=True):
+            torch.testing.assert_close(found, expected)
+
+        def made(*tensors: Tensor, source: Source = source, count: int = count) -> tuple[Tensor, ...]:
+            return lora_projections(source, tensors[:count], layers, tensors[count:])
+
+        assert gradcheck(made, (*inputs, *factors))
+
+
+def test_what_is_kept_for_gradients_is_the_inputs_and_not_what_is_made_of_them() -> None:
+    layers, factors = projections()
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)), lambda _: None):
+        lora_projections(SwiGlu(), [noise(5, 4), noise(5, 4)], layers, factors)
+        lora_projections(RmsNorm(noise(4, gradient=False), 1e-5), [noise(5, 4)], layers, factors)
+    assert kept == [(5, 4), (5, 4), (5, 4), (4, 4), (6, 2), (3, 2), (5, 4), (5, 4), (4, 4), (6, 2), (3, 2)]
 
 
 def test_rms_norm() -> None:
@@ -59,10 +79,8 @@ def test_rms_norm() -> None:
     assert scaled_rms_norm(torch.zeros(2, 7), torch.ones(7), 1e-5).isfinite().all()
 
 
-@pytest.mark.parametrize("function", [lambda: swiglu(noise(3, 7), noise(3, 7)), lambda: scaled_rms_norm(noise(3, 7), noise(7, gradient=False), 1e-5)])
-def test_without_gradients_the_values_are_the_same(function: Any) -> None:
-    GENERATOR.manual_seed(4)
-    expected = function()
-    GENERATOR.manual_seed(4)
+def test_a_norm_without_gradients_has_the_same_value() -> None:
+    x, weight = noise(3, 7), noise(7, gradient=False)
+    expected = scaled_rms_norm(x, weight, 1e-5).detach()
     with torch.no_grad():
-        torch.testing.assert_close(function(), expected)
+        torch.testing.assert_close(scaled_rms_norm(x, weight, 1e-5), expected)

@@ -153,10 +153,11 @@ def test_a_configuration_that_can_not_be_read_is_a_typed_failure(tmp_path: Path,
     assert line == f"failed (invalid_configuration): {result.error['message']}"
 
 
-def test_idle_threads_of_a_trainer_do_not_spin_whoever_starts_it() -> None:
+@pytest.mark.parametrize(("name", "ours"), [("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "2000")])
+def test_idle_threads_of_a_trainer_soon_sleep_whoever_starts_it(name: str, ours: str) -> None:
     """Set before torch starts its threads; what an operator has set stays."""
-    program = "import sys, sdft_engine.train; assert 'torch' not in sys.modules; import os; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, expected in ((None, "passive"), ("active", "active")):
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | ({"OMP_WAIT_POLICY": given} if given else {})
+    program = f"import sys, sdft_engine.train; assert 'torch' not in sys.modules; import os; print(os.environ['{name}'])"
+    for given, expected in ((None, ours), ("7", "7")):
+        environment = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
         shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
         assert shown.strip() == expected

@@ -10,9 +10,13 @@ results.json already is not run again, so an interrupted run goes on where it wa
 two cores; --short takes a few steps and questions of each, a minute or two, and shows only that all of it works.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the trainer process, see sdft_engine/train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from sdft_engine.attention import causal_attention, causal_attention_is_faster
-from sdft_engine.fused_functions import FrozenLinear, Itself, RmsNorm, Source, SwiGlu, add_correction, lora_projections, scaled_rms_norm
+from sdft_engine.fused_functions import FrozenLinear, Itself, RmsNorm, Source, SwiGlu, add_correction, lora_projections, rotated, scaled_rms_norm
 from sdft_engine.lora import Active, LoraLinear
 from sdft_engine.products import frozen_linear, pack, packed_is_faster, packed_linear, packs
 
@@ -110,7 +110,8 @@ class FusedDecoder:
         positions_BT = torch.arange(past, past + new, device=input_ids_BT.device)[None] if position_ids_BT is None else position_ids_BT
         x_BTH = embedding(input_ids_BT, self.embeddings)
         cos_BTd, sin_BTd = self.rotary(x_BTH, positions_BT)
-        rotation = cos_BTd[:, None], _signed(sin_BTd)[:, None]
+        half = self.head_size // 2  # rotary_emb gives every angle twice
+        rotation = cos_BTd[:, None, :, :half], sin_BTd[:, None, :, :half]
         mask = None if mask_BS is None and causal_attention_is_faster(x_BTH) else _attention_mask(mask_BS, new, past, x_BTH.device)
         recomputed = self.recomputes_layers and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
@@ -134,7 +135,7 @@ class FusedDecoder:
         q, k, v = (each.view(rows, new, -1, self.head_size).transpose(1, 2) for each in layer.qkv(active, x_BTH))
         if layer.query_norm is not None and layer.key_norm is not None:
             q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
+        q, k = rotated(q, *rotation), rotated(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, index)
         if new == 1:  # the queries that share a key head stand in for a sequence of queries: nothing is repeated
@@ -186,14 +187,3 @@ def _attention_mask(mask_BS: Tensor | None, new: int, past: int, device: torch.d
     padding_rows = allowed & mask_BS.bool()[:, None, None, :]
     own = torch.eye(new, past + new, dtype=torch.bool, device=device).roll(past, dims=1)
     return padding_rows | own  # a padded query looks at itself: a row without any key would be NaN
-
-
-def _signed(sin_BTd: Tensor) -> Tensor:
-    """sin with its first half negated, so that rotating halves is one `roll`."""
-    half = sin_BTd.shape[-1] // 2
-    return torch.cat([-sin_BTd[..., :half], sin_BTd[..., half:]], dim=-1)
-
-
-def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    cos, signed_sin = rotation
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin

@@ -107,6 +107,23 @@ def scaled_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return normed
 
 
+def rotated(x_BhTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) in halves: (a, b) to (a cos - b sin, b cos + a sin) for the halves a and b of
+    each head's d numbers. `cos`, `sin`: of the d / 2 angles, broadcast to the halves."""
+    if not torch.is_grad_enabled() or not x_BhTd.requires_grad:
+        return _rotate(x_BhTd, cos, sin)
+    out: Tensor = _Rotation.apply(x_BhTd, cos, sin)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    (a, b), (new_a, new_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=new_b).addcmul_(a, sin)
+    return out
+
+
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
     precision = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
@@ -173,3 +190,15 @@ class _Norm(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _, pull = ctx.norm.again(*ctx.saved_tensors)
         return *pull(gradient), None
+
+
+class _Rotation(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradients[0], cos, -sin), None, None

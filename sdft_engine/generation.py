@@ -26,6 +26,8 @@ from sdft_engine.growing_cache import new_cache
 from sdft_engine.lora import RowGroup
 from sdft_engine.model import LanguageModel
 
+MASS_BLOCK = 512
+"""Probabilities that are added up together to find a token."""
 MAX_PROMPT_TOKENS = 4096
 """Padded prompt tokens that one pass reads: what it holds of every layer at a time."""
 
@@ -249,7 +251,10 @@ def seed_of(*parts: int | str) -> int:
 
 def sample(logits_BV: Tensor, sequences: Rows[Sequence]) -> list[int]:
     """Choose one token per row by that row's parameters, recording log-probabilities where asked."""
-    chosen = _choose(torch.stack([_adjusted(row_V, s) for row_V, s in zip(logits_BV, sequences, strict=True)]), sequences)
+    adjusted_BV = logits_BV
+    if any(s.params.logit_bias or s.params.frequency_penalty or s.params.presence_penalty for s in sequences):
+        adjusted_BV = torch.stack([_adjusted(row_V, s) for row_V, s in zip(logits_BV, sequences, strict=True)])
+    chosen = _choose(adjusted_BV, sequences)
     for row, sequence in enumerate(sequences):
         if sequence.params.logprobs is not None:
             _record(logits_BV[row], sequence.params.logprobs, sequence)
@@ -288,20 +293,48 @@ def _choose(logits_BV: Tensor, sequences: Rows[Sequence]) -> list[int]:
         chosen[row] = token
     if not drawn:
         return chosen
-    temperatures = torch.tensor([[sequences[row].params.temperature] for row in drawn], device=logits_BV.device)
-    probabilities_BV = (logits_BV[drawn] / temperatures).softmax(dim=-1)
+    drawn_BV = logits_BV if len(drawn) == len(sequences) else logits_BV[drawn]
+    temperatures = [sequences[row].params.temperature for row in drawn]
+    if set(temperatures) != {1.0}:
+        drawn_BV = drawn_BV / torch.tensor(temperatures, device=logits_BV.device)[:, None]
+    probabilities_BV = drawn_BV.softmax(dim=-1)
     for place, row in enumerate(drawn):
         if sequences[row].params.top_p < 1:
             probabilities_BV[place] = _nucleus(probabilities_BV[place], sequences[row].params.top_p)
-    cumulative_BV = probabilities_BV.cumsum(dim=-1, dtype=torch.float64)
     uniform_B1 = torch.stack([torch.rand(1, dtype=torch.float64, generator=sequences[row].generator) for row in drawn]).to(logits_BV.device)
-    total_B1 = cumulative_BV[:, -1:]
-    point_B1 = torch.minimum(uniform_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))  # never beyond the last token that has mass
-    last = logits_BV.shape[-1] - 1  # where the search ends if the logits are not finite; the loss will say so
-    tokens = torch.searchsorted(cumulative_BV, point_B1, right=True)[:, 0].clamp(max=last).tolist()
-    for row, token in zip(drawn, tokens, strict=True):
+    for row, token in zip(drawn, quantile(probabilities_BV, uniform_B1).tolist(), strict=True):
         chosen[row] = token
     return chosen
+
+
+def quantile(probabilities_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+    """The token (B,) in whose share of the cumulative distribution each uniform number of [0, 1) falls; never one without mass.
+
+    Masses (not necessarily adding up to one) are added up by blocks of the vocabulary, then within the one block that is meant:
+    a cumulative sum over the whole of a large vocabulary takes longer than everything else about a token.
+    """
+    vocabulary = probabilities_BV.shape[1]
+    whole = vocabulary - vocabulary % MASS_BLOCK
+    sums_BK = probabilities_BV[:, :whole].unflatten(1, (-1, MASS_BLOCK)).sum(dim=-1)
+    if whole < vocabulary:
+        sums_BK = torch.cat([sums_BK, probabilities_BV[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+    block_B1, rest_B1 = _in_which(sums_BK, uniform_B1)
+    columns_BW = block_B1 * MASS_BLOCK + torch.arange(MASS_BLOCK, device=block_B1.device)
+    beyond_BW = columns_BW >= vocabulary
+    masses_BW = probabilities_BV.gather(1, columns_BW.masked_fill(beyond_BW, 0)).masked_fill(beyond_BW, 0.0)
+    place_B1, _ = _in_which(masses_BW, rest_B1)
+    return (block_B1 * MASS_BLOCK + place_B1)[:, 0].clamp(max=vocabulary - 1)  # where the logits are not finite; the loss will say so
+
+
+def _in_which(masses_BN: Tensor, share_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry (B, 1) in which a share of the whole mass ends, and what share of that entry it takes."""
+    cumulative_BN = masses_BN.cumsum(dim=-1, dtype=torch.float64)
+    total_B1 = cumulative_BN[:, -1:]
+    point_B1 = torch.minimum(share_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))  # never beyond the last entry that has mass
+    index_B1 = torch.searchsorted(cumulative_BN, point_B1, right=True).clamp(max=masses_BN.shape[1] - 1)
+    own_B1 = masses_BN.gather(1, index_B1).double()
+    before_B1 = cumulative_BN.gather(1, index_B1) - own_B1
+    return index_B1, ((point_B1 - before_B1) / own_B1).clamp(0.0, 1.0)
 
 
 def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:

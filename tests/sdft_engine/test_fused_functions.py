@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import silu
 
-from sdft_engine.fused_functions import FrozenLinear, Itself, RmsNorm, Source, SwiGlu, lora_projections, scaled_rms_norm
+from sdft_engine.fused_functions import FrozenLinear, Itself, RmsNorm, Source, SwiGlu, lora_projections, rotated, scaled_rms_norm
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -84,3 +84,16 @@ def test_a_norm_without_gradients_has_the_same_value() -> None:
     expected = scaled_rms_norm(x, weight, 1e-5).detach()
     with torch.no_grad():
         torch.testing.assert_close(scaled_rms_norm(x, weight, 1e-5), expected)
+
+
+def test_rotation() -> None:
+    """Heads next to each other in memory, as a decoder has them."""
+    x = noise(2, 5, 3, 8, gradient=False).transpose(1, 2).requires_grad_()
+    angles = noise(2, 1, 5, 4, gradient=False)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.split(4, dim=-1)
+    found = rotated(x, cos, sin)
+    torch.testing.assert_close(found, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
+    assert gradcheck(lambda x: rotated(x, cos, sin), (x,))
+    with torch.no_grad():
+        assert torch.equal(rotated(x, cos, sin), found)

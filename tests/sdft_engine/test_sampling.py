@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_engine.generation import SamplingParams, Sequence, sample, seed_of
+from sdft_engine.generation import SamplingParams, Sequence, quantile, sample, seed_of
 
 PROBABILITIES = [0.45, 0.25, 0.15, 0.1, 0.05]
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.0  # the constant must not matter
@@ -137,3 +137,37 @@ def test_seeds_are_functions_of_all_their_parts() -> None:
     seeds = [seed_of(*each) for each in parts]
     assert len(set(seeds)) == len(parts)
     assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 512, 513, 1024, 1300])
+def test_the_quantile_is_that_of_the_cumulative_distribution(vocabulary: int) -> None:
+    """In blocks as in one sum, at points just inside both ends of every token's share; tokens without mass are never met."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    masses = torch.rand(vocabulary, generator=generator, dtype=torch.float64) ** 4 + 1e-6
+    masses[torch.rand(vocabulary, generator=generator) < 0.3] = 0.0
+    masses[-1] = 0.0
+    cumulative = masses.cumsum(0) / masses.sum()
+    tokens = masses.nonzero()[:, 0]
+    shares = masses[tokens] / masses.sum()
+    for inside in (0.001, 0.5, 0.999):
+        points = cumulative[tokens] - shares + inside * shares
+        assert quantile(masses.expand(len(tokens), -1), points[:, None]).tolist() == tokens.tolist()
+    ends = torch.tensor([[0.0], [1.0 - 2**-53]], dtype=torch.float64)
+    assert quantile(masses.expand(2, -1), ends).tolist() == [int(tokens[0]), int(tokens[-1])]
+    assert quantile(masses.float().expand(2, -1), ends).tolist() == [int(tokens[0]), int(tokens[-1])]
+
+
+def test_frequencies_match_the_softmax_over_many_blocks() -> None:
+    """A vocabulary of nine blocks, the last of them short, with one likely token in each."""
+    logits = torch.full((512 * 8 + 7,), -30.0)
+    likely = [40, 512, 1535, 1536, 3000]
+    logits[likely] = LOGITS
+    counts = draw(logits)
+    assert set(counts) == set(likely)
+    assert chi_square(Counter({place: counts[token] for place, token in enumerate(likely)}), PROBABILITIES) < CHI_SQUARE_999[4]
+
+
+def test_logits_that_are_not_finite_still_give_tokens() -> None:
+    """What is wrong shows in the loss, which ends the job with a reason."""
+    logits = torch.full((2, 700), float("nan"))
+    assert all(0 <= token < 700 for token in sample(logits, [sequence(), sequence(temperature=0.5)]))

@@ -1,6 +1,6 @@
 """Seconds and memory of a training step: SDFT here, SDFT in TRL, SFT here, and the least that the arithmetic takes.
 
-    make trl; .venv/bin/python -m benchmarks.step_time [SHAPE...] [--rounds 3] [--steps 4] [--dtype float32] [--json FILE]
+    make trl; .venv/bin/python -m benchmarks.step_time [SHAPE...] [--rounds 3] [--steps 4] [--dtype float32] [--out step-times]
 
 On a CPU the default shapes are those of a 135M model, on a GPU those of 1.5B and 7B parameters with random weights (give
 --dtype bfloat16 there).
@@ -13,6 +13,9 @@ most that the process held, loading included.
 The floor counts, for every row by itself, the multiplications of rollout, teacher, and student forward and backward at the
 speed of a large matrix product, by the fastest kernel that torch has; a decoding step counts as reading all weights at the measured bandwidth where that
 takes longer. A trainer that computes a common beginning of its rows once can be faster than this floor.
+
+A shape that is done is written to step_time.json and step_time.md in --out at once, and replaces what they held of the same
+shape and precision; the others stay. On two cores three rounds of all shapes take about an hour.
 """
 
 import argparse
@@ -102,6 +105,10 @@ GPU_SHAPES = (
 )
 FLOOR_TARGET = 1.3
 PHASES = ("rollout", "teacher", "student")
+COLUMNS = (*(f"{name} s" for name in ("step", *PHASES, "rest")), "tokens/s", "peak GB")
+SIDE_NAMES = {"sdft": "SDFT", "trl": "SDFT in TRL", "sft": "SFT"}
+Result = dict[str, Any]
+"""What one shape's processes measured, as it stands in step_time.json."""
 THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
 """How idle threads wait, on every side: as in the trainer process (see sdft_engine/train.py)."""
 
@@ -124,7 +131,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--sides", default="sdft,trl,sft", help="which of sdft, trl, sft to run")
     parser.add_argument("--texts", type=Path, help="JSONL of chat demonstrations whose user messages fill the prompts (default: common words)")
-    parser.add_argument("--json", type=Path, help="write every measurement there")
+    parser.add_argument("--out", type=Path, default=Path("step-times"), help="directory of the results (default: ./step-times)")
     options = parser.parse_args()
     default = GPU_SHAPES if torch.cuda.is_available() else SHAPES
     chosen = [shape for shape in (*SHAPES, *GPU_SHAPES) if shape.name in options.shapes] or list(default)
@@ -138,7 +145,7 @@ def main() -> int:
     console = Console(width=max(100, Console().width))
     machine = measure_machine(getattr(torch, options.dtype))
     console.print(machine_line(machine, options.dtype))
-    results: list[dict[str, Any]] = []
+    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="sdft-step-time-") as scratch:
         for shape in chosen:
             model_dir = model_of(shape, Path(scratch))
@@ -150,11 +157,33 @@ def main() -> int:
                     console.print(f"{shape.name}: round {round_number + 1} of {options.rounds}, {side} ...", style="dim")
                     runs[side].append(run_side(side, spec, Path(scratch)))
             check_equal_work(runs)
-            results.append({"shape": asdict(shape), "floor": floor_of(shape, model_dir, runs, machine, options.rank, options.dtype), "runs": runs})
-            print_shape(shape, results[-1], console)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": asdict(machine), "dtype": options.dtype, "results": results}, indent=1))
+            result = {"shape": asdict(shape), "floor": floor_of(shape, model_dir, runs, machine, options.rank, options.dtype), "runs": runs}
+            result |= {"machine": machine_line(machine, options.dtype), "steps": options.steps, "dtype": options.dtype}
+            print_shape(result, console)
+            write(result, options.out)
     return 0
+
+
+def write(result: Result, out: Path) -> None:
+    """Put one shape's result among those that are there."""
+    path = out / "step_time.json"
+    results: dict[str, Result] = json.loads(path.read_text()) if path.exists() else {}
+    results[f"{result['shape']['name']}, {result['dtype']}"] = result
+    path.write_text(json.dumps(results, indent=1))
+    (out / "step_time.md").write_text(page(list(results.values())))
+
+
+def page(results: list[Result]) -> str:
+    """step_time.md."""
+    lines = ["# Step times", "", "Written by `python -m benchmarks.step_time --out docs`; every measurement is in `step_time.json`."]
+    lines += ["", "Medians over processes of their own that took turns; their first step is left out."]
+    for result in results:
+        rounds = len(next(iter(result["runs"].values())))
+        lines += ["", f"## {title(result)}", "", "| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in rows_of(result)]
+        lines += ["", *(f"- {line}" for line in verdicts(Shape(**result["shape"]), result["runs"], result["floor"]))]
+        lines += ["", f"{rounds} processes a side, {result['steps']} steps each. {result['machine']}."]
+    return "\n".join([*lines, ""])
 
 
 def machine_line(machine: Machine, dtype: str) -> str:
@@ -301,22 +330,33 @@ def median_of(runs: list[dict[str, Any]], name: str) -> float:
     return statistics.median(value for run in runs for value in run[name])
 
 
-def print_shape(shape: Shape, result: dict[str, Any], console: Console) -> None:
-    runs, floor = result["runs"], result["floor"]
-    title = f"{shape.name}: {shape.batch} x ({shape.prompt} + {shape.completion}) tokens" + (f", vocabulary {shape.vocabulary:,}" if shape.vocabulary else "")
-    table = Table("", *(f"{name} s" for name in ("step", *PHASES, "rest")), "tokens/s", "peak GB", title=title)
+def title(result: Result) -> str:
+    shape = Shape(**result["shape"])
+    vocabulary = f", vocabulary {shape.vocabulary:,}" if shape.vocabulary else ""
+    return f"{shape.name}: {shape.batch} x ({shape.prompt} + {shape.completion}) tokens{vocabulary}, {result['dtype']}"
+
+
+def rows_of(result: Result) -> list[list[str]]:
+    """A name and the COLUMNS for every side, and the floor."""
+    shape, runs, floor = Shape(**result["shape"]), result["runs"], result["floor"]
+    rows = []
     for side, of_side in runs.items():
         step = median_of(of_side, "step_seconds")
         phases = [median_of(of_side, f"{phase}_seconds") if of_side[0].get(f"{phase}_seconds") else 0.0 for phase in PHASES]
         memory = statistics.median(run["peak_bytes"] for run in of_side) / GB
         cells = [f"{value:.2f}" if value else "-" for value in (step, *phases, step - sum(phases))]
-        table.add_row(
-            {"sdft": "SDFT", "trl": "SDFT in TRL", "sft": "SFT"}[side], *cells, f"{shape.batch * (shape.prompt + shape.completion) / step:.0f}", f"{memory:.2f}"
-        )
-    table.add_row("floor", *(f"{floor[name]:.2f}" for name in ("step", *PHASES)), "", "", "")
+        rows.append([SIDE_NAMES[side], *cells, f"{shape.batch * (shape.prompt + shape.completion) / step:.0f}", f"{memory:.2f}"])
+    rows.append(["floor", *(f"{floor[name]:.2f}" for name in ("step", *PHASES)), "", "", ""])
+    return rows
+
+
+def print_shape(result: Result, console: Console) -> None:
+    table = Table("", *COLUMNS, title=title(result))
+    for cells in rows_of(result):
+        table.add_row(*cells)
     console.print(table)
-    for line in verdicts(shape, runs, floor):
-        console.print(line)
+    for line in verdicts(Shape(**result["shape"]), result["runs"], result["floor"]):
+        console.print(f"  {line}")
 
 
 def verdicts(shape: Shape, runs: dict[str, list[dict[str, Any]]], floor: dict[str, float]) -> list[str]:
@@ -331,14 +371,14 @@ def verdicts(shape: Shape, runs: dict[str, list[dict[str, Any]]], floor: dict[st
         return statistics.median(run["step_seconds"])
 
     over = median_of(runs["sdft"], "step_seconds") / floor["step"]
-    lines = [f"  {over:.2f} times the floor (aim: at most {FLOOR_TARGET}): {'reached' if over <= FLOOR_TARGET else 'missed'}"]
+    lines = [f"{over:.2f} times the floor (aim: at most {FLOOR_TARGET}): {'reached' if over <= FLOOR_TARGET else 'missed'}"]
     if "trl" in runs:
         speed, memory = paired("trl", seconds), paired("trl", lambda run: run["peak_bytes"])
-        lines.append(f"  {speed:.2f} times TRL's speed (aim: at least {shape.fastest}): {'reached' if speed >= shape.fastest else 'missed'}")
+        lines.append(f"{speed:.2f} times TRL's speed (aim: at least {shape.fastest}): {'reached' if speed >= shape.fastest else 'missed'}")
         aim = f" (aim: at most 0.5): {'reached' if memory >= 2 else 'missed'}" if shape.half_the_memory else ""
-        lines.append(f"  {1 / memory:.2f} of TRL's peak memory{aim}")
+        lines.append(f"{1 / memory:.2f} of TRL's peak memory{aim}")
     if "sft" in runs:
-        lines.append(f"  {1 / paired('sft', seconds):.1f} times the time of an SFT step on the same rows (aim: at most 3)")
+        lines.append(f"{1 / paired('sft', seconds):.1f} times the time of an SFT step on the same rows (aim: at most 3)")
     return lines
 
 

@@ -1,11 +1,12 @@
 """The step benchmark's own arithmetic: equal texts for every side, and no comparison of unequal work."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.step_time import Shape, check_equal_work, texts_of, verdicts
+from benchmarks.step_time import Shape, check_equal_work, texts_of, verdicts, write
 from sdft_engine.contract.prompts import ChatFormat
 
 
@@ -34,3 +35,27 @@ def test_ratios_are_of_paired_processes() -> None:
     assert "3.00 times TRL's speed (aim: at least 2.0): reached" in lines[1]
     assert "0.40 of TRL's peak memory (aim: at most 0.5): reached" in lines[2]
     assert "2.0 times the time of an SFT step" in lines[3]
+
+
+def test_a_shape_replaces_its_own_earlier_result_and_leaves_the_others(tmp_path: Path) -> None:
+    def result(name: str, seconds: float, dtype: str = "float32") -> dict[str, Any]:
+        floor = {"step": 1.0, "rollout": 0.5, "teacher": 0.2, "student": 0.3}
+        return {
+            "shape": asdict(Shape(name, 2, 3, 4)),
+            "floor": floor,
+            "runs": {"sft": [run(seconds, 10**9)]},
+            "machine": "two cores",
+            "steps": 4,
+            "dtype": dtype,
+        }
+
+    write(result("short", 8.0), tmp_path)
+    write(result("long", 2.0), tmp_path)
+    write(result("short", 4.0), tmp_path)
+    write(result("short", 3.0, "bfloat16"), tmp_path)
+    page = (tmp_path / "step_time.md").read_text()
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings == [f"## {shape}: 2 x (3 + 4) tokens, {dtype}" for shape, dtype in (("short", "float32"), ("long", "float32"), ("short", "bfloat16"))]
+    rows = [line for line in page.splitlines() if line.startswith("| SFT |")]
+    assert rows == [f"| SFT | {seconds:.2f} | - | - | - | {seconds:.2f} | {14 / seconds:.0f} | 1.00 |" for seconds in (4.0, 2.0, 3.0)]
+    assert "| floor | 1.00 | 0.50 | 0.20 | 0.30 |" in page

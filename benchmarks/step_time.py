@@ -158,6 +158,8 @@ def main() -> int:
                     runs[side].append(run_side(side, spec, Path(scratch)))
             check_equal_work(runs)
             result = {"shape": asdict(shape), "floor": floor_of(shape, model_dir, runs, machine, options.rank, options.dtype), "runs": runs}
+            if "sdft" in sides:
+                result["profile"] = run_side("sdft", spec | {"steps": 2, "profile": True}, Path(scratch))["profile"]
             result |= {"machine": machine_line(machine, options.dtype), "steps": options.steps, "dtype": options.dtype}
             print_shape(result, console)
             write(result, options.out)
@@ -182,6 +184,7 @@ def page(results: list[Result]) -> str:
         lines += ["", f"## {title(result)}", "", "| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
         lines += [f"| {' | '.join(cells)} |" for cells in rows_of(result)]
         lines += ["", *(f"- {line}" for line in verdicts(Shape(**result["shape"]), result["runs"], result["floor"]))]
+        lines += ["", told_profile(result)] if "profile" in result else []
         lines += ["", f"{rounds} processes a side, {result['steps']} steps each. {result['machine']}."]
     return "\n".join([*lines, ""])
 
@@ -336,6 +339,11 @@ def title(result: Result) -> str:
     return f"{shape.name}: {shape.batch} x ({shape.prompt} + {shape.completion}) tokens{vocabulary}, {result['dtype']}"
 
 
+def told_profile(result: Result) -> str:
+    shares = sorted(result["profile"].items(), key=lambda item: -item[1])
+    return f"Where SDFT's time goes (torch's profiler, one step): {', '.join(f'{kind} {share:.0%}' for kind, share in shares)}."
+
+
 def rows_of(result: Result) -> list[list[str]]:
     """A name and the COLUMNS for every side, and the floor."""
     shape, runs, floor = Shape(**result["shape"]), result["runs"], result["floor"]
@@ -357,6 +365,8 @@ def print_shape(result: Result, console: Console) -> None:
     console.print(table)
     for line in verdicts(Shape(**result["shape"]), result["runs"], result["floor"]):
         console.print(f"  {line}")
+    if "profile" in result:
+        console.print(told_profile(result))
 
 
 def verdicts(shape: Shape, runs: dict[str, list[dict[str, Any]]], floor: dict[str, float]) -> list[str]:

@@ -7,17 +7,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile
+
 from sdft_engine.contract.config import TrainingConfig
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised
 from sdft_engine.contract.run_directory import RunDirectory
-from sdft_engine.session import open_session, settle
+from sdft_engine.session import Session, open_session, settle
 from sdft_engine.trainer import training_step
+
+KINDS = {
+    "matrix products": ("mkldnn::", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"),
+    "LoRA corrections": ("aten::addmm_",),
+    "fused attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    "softmax": ("aten::_softmax", "aten::_log_softmax"),
+    "sums, elementwise, copies": ("aten::",),
+}
+"""Beginnings of the names of torch's operations; the longest that fits decides. What fits none is Python's or autograd's own time."""
 
 
 def main() -> None:
     spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     common = {
-        "n_epochs": spec["steps"],
+        "n_epochs": spec["steps"] + bool(spec.get("profile")),
         "batch_size": spec["batch"],
         "learning_rate": 1e-4,
         "lora_rank": spec["rank"],
@@ -60,6 +71,7 @@ def main() -> None:
         settle(session, lambda: None)
         session.model.chat_format = dataclasses.replace(session.model.chat_format, eos_token_ids=frozenset())  # every answer to its full length
         metrics = [training_step(session, step) for step in range(1, spec["steps"] + 1)]
+        shares = profiled(session, spec["steps"] + 1) if spec.get("profile") else None
     measured: dict[str, Any] = {
         name: [value for each in metrics[1:] if (value := getattr(each, name)) is not None]
         for name in ("step_seconds", "rollout_seconds", "teacher_seconds", "student_seconds")
@@ -69,7 +81,22 @@ def main() -> None:
         "teacher_prompt": sum(map(len, session.teacher_prompts)),
         "completion": sum(int(each.completion_tokens_mean or 0) for each in metrics) * spec["batch"],
     }
+    measured |= {"profile": shares} if shares else {}
     print(json.dumps(measured | {"peak_bytes": metrics[-1].peak_memory_bytes, "tokens": tokens, "loss": [each.train_loss for each in metrics]}))
+
+
+def profiled(session: Session, step: int) -> dict[str, float]:
+    """Shares of one step's time by kind of operation, each operation without those that it calls."""
+    cuda = session.model.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        training_step(session, step)
+        session.model.wait()
+    seconds = dict.fromkeys((*KINDS, "everything else"), 0.0)
+    beginnings = sorted(((beginning, kind) for kind, each in KINDS.items() for beginning in each), key=lambda pair: -len(pair[0]))
+    for event in profiler.key_averages():
+        kind = next((kind for beginning, kind in beginnings if event.key.startswith(beginning)), "everything else")
+        seconds[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return {kind: value / sum(seconds.values()) for kind, value in seconds.items()}
 
 
 if __name__ == "__main__":

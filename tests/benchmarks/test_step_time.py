@@ -49,7 +49,8 @@ def test_a_shape_replaces_its_own_earlier_result_and_leaves_the_others(tmp_path:
             "dtype": dtype,
         }
 
-    write(result("short", 8.0), tmp_path)
+    write(result("short", 8.0) | {"profile": {"products": 0.9}}, tmp_path)
+    assert "one step): products 90%." in (tmp_path / "step_time.md").read_text()
     write(result("long", 2.0), tmp_path)
     write(result("short", 4.0), tmp_path)
     write(result("short", 3.0, "bfloat16"), tmp_path)

@@ -9,8 +9,8 @@ that torchrun ends the others.
 
 import os
 
-# Before torch starts its threads: idle ones must sleep. But between two operations of a step they are waited for some 50 us at most,
-# because waking them costs as much, thousands of times a step (measured: a fifth of it).
+# Before torch starts its threads: idle ones must sleep, or they take the cores from other processes. But first they wait some 50 us
+# at most for the step's next operation: waking them takes as long, thousands of times a step.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.collapse [--rates 1e-3 3e-3 1e-2] [--teachers frozen ema live] [--steps 60] [--seed 1]
 
-The demo's data and settings, but for the teacher and the learning rate. Prints, for every run, what the guard watches in its
+The data and settings of learning.py, but for the teacher and the learning rate. Prints, for every run, what the guard watches in its
 first and in its last ten steps, where the guard ended it, and how many of the trained and of the general questions the model
 answers then. A run that the guard ends for nothing, and one that it lets become useless, would both show here. About two
 minutes a run on two cores.

@@ -6,7 +6,7 @@ Every arm trains LoRA adapters of one shape on the same 24 demonstrations of a 1
 paraphrases and 200 general questions are asked greedily, and the KL from the base is measured on the base's own answers to
 the general questions. "SFT ..., matched" is SFT stopped at the first checkpoint that knows as many trained questions as the
 same seed's SDFT. Prints a row as soon as it is there; writes results.json, results.md and results.svg to --out. What is in
-results.json already is not run again, so an interrupted run goes on where it was. All arms and seeds take about two hours on
+results.json already is not run again, so an interrupted run goes on where it was. All arms and seeds take two to three hours on
 two cores; --short takes a few steps and questions of each, a minute or two, and shows only that all of it works.
 """
 

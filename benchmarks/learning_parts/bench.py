@@ -38,12 +38,13 @@ SHARED = {
     "checkpoint_every_steps": 10**6,
 }
 SDFT = SHARED | {
-    "n_epochs": 33,
+    "n_epochs": 40,
+    "learning_rate": 5e-4,
     "max_completion_tokens": 20,
     "divergence": "forward",
     "estimator": "full",
     "teacher": "ema",
-    "ema_rate": 0.02,
+    "ema_rate": 0.05,
     "teacher_start": "parent",
     "temperature": TEMPERATURE,
     "skip_first_tokens": 3,

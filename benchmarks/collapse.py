@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.learning_parts.bench import SDFT, Bench
 from sdft_engine.collapse_guard import WINDOW
-from sdft_engine.contract.errors import Collapsed
+from sdft_engine.contract.errors import EngineError
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.trainer import training_step, watch_for_collapse
 
@@ -54,11 +54,11 @@ def run(bench: Bench, teacher: str, rate: float, steps: int, seed: int) -> list[
     ended = "no"
     with bench.session("sdft", SDFT | changed, seed) as session:
         while session.state.step < min(steps, session.total_steps):
-            measured.append(training_step(session, session.state.step + 1))
             try:
+                measured.append(training_step(session, session.state.step + 1))
                 watch_for_collapse(session, measured[-1])
-            except Collapsed as collapsed:
-                ended = f"step {measured[-1].step}: {str(collapsed).split(': ', 1)[1].split(';')[0]}"
+            except EngineError as error:  # the guard's, or a loss that is not finite any more
+                ended = f"step {session.state.step}: {error.code}"
                 break
         scores = bench.scores(session.model)
     cells = [f"{window(measured[:WINDOW], name):.2f}, {window(measured[-WINDOW:], name):.2f}" for name in SHOWN.values()]

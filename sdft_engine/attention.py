@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from sdft_engine.products import frozen_linear, onednn_is_faster, outer_sum, times_frozen
 
@@ -51,6 +52,7 @@ class _CausalAttention(Function):
         return out_BTHd
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         q, k, v, out_BTHd = ctx.saved_tensors
         of_out_BHTd = gradients[0].transpose(1, 2)

@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -32,16 +33,22 @@ from sdft_engine.teacher import Teacher
 
 @dataclass
 class TrainingState:
-    """`temperature` and `mask_clipped_completions` are set once they are settled (sdft only). `early` and `recent` are what the
+    """`dtype`, the base's precision, is set when training starts; `temperature` and `mask_clipped_completions` once they are settled
+    (sdft only). `barren_steps`: how many in a row taught nothing, see trainer.py. `early` and `recent` are what the
     collapse guard compares. `last_answers`: every row's last rollout by its number, where they serve as drafts of the next."""
 
     step: int = 0
     trained_tokens: int = 0
+    barren_steps: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
     temperature: float | None = None
     mask_clipped_completions: bool | None = None
     early: list[dict[str, float]] = field(default_factory=list)
     recent: list[dict[str, float]] = field(default_factory=list)
-    last_answers: dict[str, list[int]] = field(default_factory=dict)
+    last_answers: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.last_answers = {int(row): answer for row, answer in self.last_answers.items()}  # JSON knows names only
 
 
 def save_checkpoint(
@@ -64,11 +71,16 @@ def save_checkpoint(
         (temporary / ATTESTATION_NAME).write_text(attestation.model_dump_json())
 
 
+def dtype_of(directory: Path) -> Literal["float32", "bfloat16"] | None:
+    """The precision in which the run of a checkpoint is computed, before anything else of it is read. Raises CheckpointDamaged."""
+    return _read_state(directory).dtype
+
+
 def load_checkpoint(directory: Path, model: LanguageModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Restore student, teacher and optimizer. Raises CheckpointDamaged naming the file that is wrong."""
     verify(directory)
+    state = _read_state(directory)
     try:
-        state = TrainingState(**json.loads((directory / "training_state.json").read_text()))
         _, values = read_adapter(directory)
         model.adapters.assign(STUDENT, values)
         if teacher is not None:
@@ -77,6 +89,13 @@ def load_checkpoint(directory: Path, model: LanguageModel, teacher: Teacher | No
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, ConfigurationError) as error:
         raise CheckpointDamaged(f"checkpoint {directory.name} can't be read: {error}") from error
     return state
+
+
+def _read_state(directory: Path) -> TrainingState:
+    try:
+        return TrainingState(**json.loads((directory / "training_state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointDamaged(f"checkpoint {directory.name} can't be read: {error}") from error
 
 
 def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

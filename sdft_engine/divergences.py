@@ -1,7 +1,7 @@
 """Per-token divergences between teacher P and student Q: pure functions on tensors.
 
 Inputs are log-probabilities (N, V), N positions; outputs are (N,), in nats. Gradients flow to the student only: callers
-pass teacher log-probabilities that need none. Equations: METHOD names follow arXiv 2601.19897, section 3 and appendix.
+pass teacher log-probabilities that need none. Equations and names follow arXiv 2601.19897, section 3 and appendix.
 
 Three choices make a token's loss (`token_divergence`):
 
@@ -29,6 +29,10 @@ class TokenLoss:
     top_k: int = 128
     entry_clip: float | None = None
     token_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.estimator == "sampled" and (self.divergence != "reverse" or self.entry_clip is not None):
+            raise ValueError("the sampled token alone estimates the reverse divergence only, and has no entries to clip")
 
 
 def token_divergence(loss: TokenLoss, teacher_logps_NV: Tensor, student_logps_NV: Tensor, sampled_ids_N: Tensor) -> Tensor:

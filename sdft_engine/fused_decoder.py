@@ -35,12 +35,12 @@ class Projections:
         biases = [layer.base.bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat(biases)
         self.packed = pack(torch.cat([layer.base.weight for layer in layers])) if packs(layers[0].base.weight) else None
-        self.gathered: tuple[Tensor, Tensor] | None = None
+        self.gathered: tuple[str, Tensor, Tensor] | None = None
 
     def gather(self, adapter: str) -> None:
         """Put an adapter's factors together, (all ranks, in) and, scaled, (all outputs, all ranks), for products with few rows."""
         a, b = zip(*((layer.lora_A[adapter].detach(), layer.lora_B[adapter].detach() * layer.scaling[adapter]) for layer in self.layers), strict=True)
-        self.gathered = torch.cat(a), torch.block_diag(*b)
+        self.gathered = adapter, torch.cat(a), torch.block_diag(*b)
 
     def __call__(self, active: Active, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One output for each layer; `inputs` are what the source makes x of."""
@@ -53,8 +53,8 @@ class Projections:
             outputs = [frozen_linear(x, layer.base.weight, layer.base.bias) for layer in self.layers]
         else:
             y = packed_linear(x, self.packed, self.bias)
-            if self.gathered is not None:
-                a, b = self.gathered
+            if self.gathered is not None and self.gathered[0] == active:
+                _, a, b = self.gathered
                 add_correction(y.view(-1, y.shape[-1]), frozen_linear(x.reshape(-1, x.shape[-1]).to(a.dtype), a), b, 1.0)
                 return y.split(self.sizes, dim=-1)
             outputs = list(y.split(self.sizes, dim=-1))
@@ -71,6 +71,18 @@ class FusedLayer:
     output: Projections
     gate_up: Projections
     down: Projections
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What all layers of one pass share. `mask` and `in_blocks`: see `_attention_mask`; in blocks, causal_attention does without."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    in_blocks: bool
+    cache: DynamicCache | None
+    active: Active
 
 
 class FusedDecoder:
@@ -92,7 +104,7 @@ class FusedDecoder:
 
     @contextmanager
     def gathered(self, adapter: str) -> Iterator[None]:
-        """Inside the block every pass uses this adapter, whose factors are put together once. They must not change in it."""
+        """Inside the block passes with this adapter find its factors put together. They must not change in it."""
         projections = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
         try:
             for projection in projections:
@@ -111,43 +123,46 @@ class FusedDecoder:
         x_BTH = embedding(input_ids_BT, self.embeddings)
         cos_BTd, sin_BTd = self.rotary(x_BTH, positions_BT)
         half = self.head_size // 2  # rotary_emb gives every angle twice
-        rotation = cos_BTd[:, None, :, :half], sin_BTd[:, None, :, :half]
-        mask = None if mask_BS is None and causal_attention_is_faster(x_BTH) else _attention_mask(mask_BS, new, past, x_BTH.device)
+        in_blocks = mask_BS is None and new > 1 and causal_attention_is_faster(x_BTH)
+        this = _Pass(
+            cos_BTd[:, None, :, :half],
+            sin_BTd[:, None, :, :half],
+            None if in_blocks else _attention_mask(mask_BS, new, past, x_BTH.device),
+            in_blocks,
+            cache,
+            active,
+        )
         recomputed = self.recomputes_layers and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
             if recomputed:
-                x_BTH = checkpoint(self._layer, layer, index, x_BTH, rotation, mask, None, active, use_reentrant=False, preserve_rng_state=False)
+                x_BTH = checkpoint(self._layer, layer, index, x_BTH, this, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTH = self._layer(layer, index, x_BTH, rotation, mask, cache, active)
+                x_BTH = self._layer(layer, index, x_BTH, this)
         return self._norm(x_BTH, self.final_norm)
 
-    def _layer(
-        self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, active: Active
-    ) -> Tensor:
-        x_BTH = x_BTH + self._attention(layer, index, x_BTH, rotation, mask, cache, active)
-        gate_BTF, up_BTF = layer.gate_up(active, x_BTH)
-        return x_BTH + layer.down(active, gate_BTF, up_BTF)[0]
+    def _layer(self, layer: FusedLayer, index: int, x_BTH: Tensor, this: _Pass) -> Tensor:
+        x_BTH = x_BTH + self._attention(layer, index, x_BTH, this)
+        gate_BTF, up_BTF = layer.gate_up(this.active, x_BTH)
+        return x_BTH + layer.down(this.active, gate_BTF, up_BTF)[0]
 
-    def _attention(
-        self, layer: FusedLayer, index: int, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None, active: Active
-    ) -> Tensor:
+    def _attention(self, layer: FusedLayer, index: int, x_BTH: Tensor, this: _Pass) -> Tensor:
         rows, new, _ = x_BTH.shape
-        q, k, v = (each.view(rows, new, -1, self.head_size).transpose(1, 2) for each in layer.qkv(active, x_BTH))
+        q, k, v = (each.view(rows, new, -1, self.head_size).transpose(1, 2) for each in layer.qkv(this.active, x_BTH))
         if layer.query_norm is not None and layer.key_norm is not None:
             q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
-        q, k = rotated(q, *rotation), rotated(k, *rotation)
-        if cache is not None:
-            k, v = cache.update(k, v, index)
-        if new == 1:  # the queries that share a key head stand in for a sequence of queries: nothing is repeated
-            q = q.reshape(rows, self.key_heads, self.groups, self.head_size)
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            out_BTH = out.reshape(rows, 1, -1)
-        elif mask is None and causal_attention_is_faster(x_BTH):
+        q, k = rotated(q, this.cos, this.sin), rotated(k, this.cos, this.sin)
+        if this.cache is not None:
+            k, v = this.cache.update(k, v, index)
+        if this.in_blocks:
             out_BTH = causal_attention(q, k, v)
+        elif new == 1:  # the queries that share a key head stand in for a sequence of queries: nothing is repeated
+            q = q.reshape(rows, self.key_heads, self.groups, self.head_size)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=this.mask)
+            out_BTH = out.reshape(rows, 1, -1)
         else:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.groups > 1)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=this.mask, is_causal=this.mask is None, enable_gqa=self.groups > 1)
             out_BTH = out.transpose(1, 2).reshape(rows, new, -1)
-        return layer.output(active, out_BTH)[0]
+        return layer.output(this.active, out_BTH)[0]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return scaled_rms_norm(x, weight, self.epsilon)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from sdft_engine.products import frozen_linear, outer_sum, times_frozen
@@ -155,6 +156,7 @@ class _LoraProjections(Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         inputs, (hidden_NR, a, *b) = saved[: ctx.count], saved[ctx.count :]
@@ -187,6 +189,7 @@ class _Norm(Function):
         return norm.value(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _, pull = ctx.norm.again(*ctx.saved_tensors)
         return *pull(gradient), None
@@ -199,6 +202,7 @@ class _Rotation(Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _rotate(gradients[0], cos, -sin), None, None

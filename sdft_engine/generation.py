@@ -29,6 +29,8 @@ from sdft_engine.model import LanguageModel
 MASS_BLOCK = 512
 """Probabilities that are added up together to find a token."""
 MAX_PROMPT_TOKENS = 4096
+MAX_CACHED_TOKENS = 1 << 16
+"""Positions of all rows: 3.7 GB of a 7B model with grouped heads in bfloat16."""
 """Padded prompt tokens that one pass reads: what it holds of every layer at a time."""
 
 
@@ -92,7 +94,8 @@ class DecodingBatch:
         if not sequences:
             return
         prompts, cache = [s.prompt_ids for s in sequences], new_cache()
-        shared = shared_prefix_length(prompts) if len({s.adapter for s in sequences}) == 1 else 0
+        one_adapter = len({s.adapter for s in sequences}) == 1
+        shared = shared_prefix_length(prompts) if one_adapter and not self.model.has_windows else 0  # shorter prompts leave a gap after it
         if shared:
             with self._adapters_of(sequences):
                 cache = prefix_cache(self.model, prompts[0][:shared], len(prompts))
@@ -211,19 +214,31 @@ class DecodingBatch:
             layer.values = layer.values[index, :, first:].contiguous()
 
 
-def decode_all(model: LanguageModel, sequences: Rows[Sequence], max_batch: int = 64, max_prompt_tokens: int = MAX_PROMPT_TOKENS) -> None:
+def decode_all(
+    model: LanguageModel,
+    sequences: Rows[Sequence],
+    max_batch: int = 64,
+    max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+    max_cached_tokens: int = MAX_CACHED_TOKENS,
+) -> None:
     """Decode every sequence to its end, at most `max_batch` at a time, of which one pass reads at most `max_prompt_tokens`
-    of padded prompts (or one prompt, however long)."""
+    of padded prompts (or one prompt, however long), and whose keys and values take at most `max_cached_tokens` positions when all
+    of them get as long as they may (or one sequence's, however long)."""
     batch = DecodingBatch(model)
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt_ids))
     while waiting or batch.active:
-        while waiting and len(batch.active) < max_batch:
+        room = min(max_batch, max(1, max_cached_tokens // max(map(_longest, [*waiting, *batch.active]))))
+        while waiting and len(batch.active) < room:
             newcomers = 1
-            while newcomers < min(len(waiting), max_batch - len(batch.active)) and (newcomers + 1) * len(waiting[newcomers].prompt_ids) <= max_prompt_tokens:
+            while newcomers < min(len(waiting), room - len(batch.active)) and (newcomers + 1) * len(waiting[newcomers].prompt_ids) <= max_prompt_tokens:
                 newcomers += 1
             batch.add(waiting[:newcomers])
             waiting = waiting[newcomers:]
         batch.step()
+
+
+def _longest(sequence: Sequence) -> int:
+    return len(sequence.prompt_ids) + sequence.params.max_new_tokens
 
 
 @torch.inference_mode()

@@ -54,6 +54,14 @@ class LanguageModel:
         GPU memory is dear."""
         return self.device.type == "cpu" and self.dtype == torch.float32
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layer looks back over a window only. transformers counts it in columns of the batch, so that columns which
+        a row leaves unused between its tokens would push earlier ones out."""
+        config = self.decoder.config
+        types = getattr(config, "layer_types", None)
+        return set(types) != {"full_attention"} if types else getattr(config, "sliding_window", None) is not None
+
     def wait(self) -> None:
         """Until the device has done what it was told, so that what follows is timed apart."""
         if self.device.type == "cuda":

@@ -21,7 +21,7 @@ def sample_rollouts(
     temperature: float,
     seed: int,
     step: int,
-    drafts: Mapping[str, list[int]] | None = None,
+    drafts: Mapping[int, list[int]] | None = None,
 ) -> list[Rollout]:
     """One completion per row, ending at any end-of-sequence id. The noise depends on (seed, step, row) alone. `drafts`, by the
     row's number: guesses at what it will say, which make this faster."""
@@ -30,7 +30,7 @@ def sample_rollouts(
             student_prompts[row],
             SamplingParams(max_completion_tokens, temperature, seed=seed_of(seed, step, row), stop_token_ids=model.chat_format.eos_token_ids),
             adapter=STUDENT,
-            draft=(drafts or {}).get(str(row), []),
+            draft=(drafts or {}).get(row, []),
         )
         for row in rows
     ]

@@ -12,7 +12,7 @@ import torch
 from sdft_engine.anchor import Anchor
 from sdft_engine.attestation import Attestor
 from sdft_engine.batching import ScoredText
-from sdft_engine.checkpoint import TrainingState, load_checkpoint
+from sdft_engine.checkpoint import TrainingState, dtype_of, load_checkpoint
 from sdft_engine.contract.config import TrainingConfig, read_config
 from sdft_engine.contract.dataset import DatasetLimits, Demonstration, read_dataset, summarise_problems
 from sdft_engine.contract.errors import ContextExceeded, DatasetError
@@ -64,7 +64,6 @@ class Session:
     retention_probe: RetentionProbe | None = None
     retention: Retention | None = None
     """The last measurement."""
-    barren_steps: int = 0
 
     def report(self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None) -> None:
         """An event of the run, written once however many processes train."""
@@ -90,11 +89,16 @@ def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollo
 
 
 def remember_answers(session: Session, rollouts: list[Rollout]) -> None:
-    """Keep these rows' answers as the drafts of their next ones, unless there will be none or all would be too much to keep."""
+    """Keep these rows' answers as the drafts of their next ones, unless there will be none, nobody reads drafts, or all would be
+    too much to keep."""
     settings = session.config.sdft
     assert isinstance(settings, ResolvedSdft)
-    if session.config.hyperparameters.n_epochs > 1 and len(session.texts) * settings.max_completion_tokens <= MOST_REMEMBERED_TOKENS:
-        session.state.last_answers |= {str(rollout.row): rollout.completion_ids for rollout in rollouts}
+    if (
+        session.model.fused is not None
+        and session.config.hyperparameters.n_epochs > 1
+        and len(session.texts) * settings.max_completion_tokens <= MOST_REMEMBERED_TOKENS
+    ):
+        session.state.last_answers |= {rollout.row: rollout.completion_ids for rollout in rollouts}
 
 
 def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
@@ -107,7 +111,10 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     if config.threads:
         torch.set_num_threads(config.threads)
     demonstrations = _read(run.train_path, "training_file")
-    dtype = ranks.agree(dtype_name(choose_dtype(config.dtype, choose_device(config.device))))
+    checkpoints = run.complete_checkpoints()
+    resume_dir = checkpoints[-1][1] if checkpoints else run.resume_dir if run.resume_dir.exists() else None
+    begun_in = dtype_of(resume_dir) if resume_dir is not None else None
+    dtype = ranks.agree(_dtype(config, begun_in))
     model = load_base_model(config.base_model_dir, device=config.device, dtype=dtype)
     if config.gradient_checkpointing:
         model.recompute_layers()
@@ -130,14 +137,12 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         optimizer=optimizer,
         attestor=Attestor(model, demonstrations),
         ranks=ranks,
-        state=TrainingState(),
+        state=TrainingState(dtype=dtype),
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
         budget=PassBudget(config.tokens_per_pass, 2 * config.tokens_per_pass),
         retention_probe=_retention_probe(run, config, model),
     )
     refuse_too_long_rows(session)
-    if settings.anchor_weight:
-        session.anchor = Anchor(model, settings.anchor_weight, config.seed, session.budget)
     if teacher is not None and teacher.kind == "frozen" and settings.n_epochs > 1:  # else no prompt is read twice
         session.prompt_cache = PromptCache(session.teacher_prompts)
     if shape_kept is not None:
@@ -146,10 +151,11 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
             level="warn",
             data={"resolved": {"lora_rank": shape_kept.rank, "lora_alpha": shape_kept.alpha}},
         )
-    checkpoints = run.complete_checkpoints()
-    resume_dir = checkpoints[-1][1] if checkpoints else run.resume_dir if run.resume_dir.exists() else None
     if resume_dir is not None:
         session.state = load_checkpoint(resume_dir, model, teacher, optimizer)
+        session.state.dtype = dtype
+        if begun_in not in (None, dtype):
+            session.report(f"Training goes on in {dtype}, because {begun_in} is slow here: not quite the numbers that it began with", level="warn")
         session.report(f"Training resumed at step {session.state.step}", data={"step": session.state.step})
     else:
         processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
@@ -158,9 +164,15 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
 
 
 def settle(session: Session, stop_requested: Callable[[], StopReason | None]) -> StopReason | None:
-    """Settle what is "auto", unless a checkpoint held it. Each measurement may take as long as a step, so `stop_requested` is
-    asked before it. Returns the stop that was found; the run has then not begun, and settles everything anew when it is resumed."""
+    """Let the base write the anchor's answers, and settle what is "auto", unless a checkpoint held it. Each of these may take as
+    long as a step, so `stop_requested` is asked before it. Returns the stop that was found; nothing of this is lost by it, because
+    it is all done anew when the run is resumed."""
     settings, state, ranks = session.config.sdft, session.state, session.ranks
+    weight = session.config.hyperparameters.anchor_weight
+    if weight:
+        if stop := stop_requested():
+            return stop
+        session.anchor = Anchor(session.model, weight, session.config.seed, session.budget)
     if session.teacher is None or settings is None or state.temperature is not None:
         return None
     if settings.temperature == "auto" and (stop := stop_requested()):
@@ -258,6 +270,16 @@ def _advice_on_cut_answers(clipped: int, masked: bool, longest: int) -> str:
     )
     known = f" (the longest demonstration has {longest} tokens)" if longest else ""
     return f"{means}. Raise max_completion_tokens if good answers need to be longer{known}"
+
+
+def _dtype(config: TrainingConfig, begun_in: Literal["float32", "bfloat16"] | None) -> Literal["float32", "bfloat16"]:
+    """As configured or, automatically, the faster one; a run that is resumed keeps what it began in, unless that were bfloat16 on
+    a CPU to which it is slow (hundreds of times, on some)."""
+    device = choose_device(config.device)
+    measured = dtype_name(choose_dtype(config.dtype, device))
+    if config.dtype != "auto" or begun_in is None or (begun_in == "bfloat16" and device.type == "cpu"):
+        return measured
+    return begun_in
 
 
 def _retention_probe(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> RetentionProbe | None:

@@ -130,6 +130,7 @@ def sdft_gradient(
     for rows in passes(texts, budget.student_tokens):
         targets = _tensor([token for row in rows for token in rollouts[row].completion_ids], model.device)
         weights_N = _tensor([weight for row in rows for weight in weights[row]], model.device)
+        mask_N = weights_N > 0  # before importance weights, which may be so small that they are zero
         teacher_rows_NH = torch.cat([teacher_NH[row] for row in rows])
         divergences: list[Tensor] = []
         rewards: list[Tensor] = []
@@ -139,20 +140,20 @@ def sdft_gradient(
             part: slice,
             targets: Tensor = targets,
             weights_N: Tensor = weights_N,
+            mask_N: Tensor = mask_N,
             teacher: Tensor = teacher_rows_NH,
             out: tuple[list[Tensor], list[Tensor]] = (divergences, rewards),
         ) -> Tensor:
             with torch.no_grad():
                 teacher_logits_NV = model.logits(teacher[part])
             terms = token_terms(objective.token_loss, teacher_logits_NV, model.logits(hidden_NH), targets[part], weights_N[part], objective.temperature)
-            counted_N = weights_N[part] > 0
-            _observe(statistics, terms, counted_N)
+            _observe(statistics, terms, mask_N[part])
             out[0].append(terms.divergence)
-            out[1].append(terms.reward * counted_N)
+            out[1].append(terms.reward * mask_N[part])
             return terms.loss
 
-        def weigh(hidden_NH: Tensor, rows: list[int] = rows, weights_N: Tensor = weights_N) -> None:
-            weights_N *= _importance(model, hidden_NH, [rollouts[row] for row in rows], weights_N > 0, objective, statistics)
+        def weigh(hidden_NH: Tensor, rows: list[int] = rows, weights_N: Tensor = weights_N, mask_N: Tensor = mask_N) -> None:
+            weights_N *= _importance(model, hidden_NH, [rollouts[row] for row in rows], mask_N, objective, statistics)
 
         corrected = any(rollouts[row].sampler_logps is not None for row in rows)
         statistics.loss += backward_through_head(model, [texts[row] for row in rows], chunk_loss, weigh if corrected else None)

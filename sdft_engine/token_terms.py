@@ -8,6 +8,7 @@ of the teacher's, Q of the student's, d = z_teacher - z_student and c = log sum 
     KL(P || Q) = sum_v P(v) d(v) - c                   d/dz_student = Q - P
     KL(Q || P) = c - sum_v Q(v) d(v)                   d/dz_student = Q (c - d - KL(Q || P))
 
+log sum exp z is max z - log max softmax(z): both maxima are cheap, and where they are large their differences are still exact.
 Everything else goes through the functions of divergences.py and torch's own differentiation.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from sdft_engine.divergences import TokenLoss, entropy, token_divergence, top_k_chooser, top_k_mass
 
@@ -31,7 +33,7 @@ class TokenTerms:
     loss        the weighted sum of the divergences, differentiable in the student's logits
     divergence  of the chosen kind, in nats, clipped where a clip is set
     entropy     of the student, in nats
-    agrees      whether the student's likeliest token is the teacher's
+    agrees      whether the teacher's likeliest token is one of the student's likeliest
     reward      log P(y) - log Q(y) of the sampled token y
     kept_mass   probability of the entries that the estimator `top_k` keeps; None: another estimator
     """
@@ -59,7 +61,7 @@ def token_terms(
         loss=(divergence_N * weights_N).sum(),
         divergence=divergence_N.detach(),
         entropy=entropy(own_NV),
-        agrees=own_NV.argmax(dim=-1) == teacher_logps_NV.argmax(dim=-1),
+        agrees=_chosen(own_NV, teacher_logps_NV.argmax(dim=-1)) == own_NV.amax(dim=-1),
         reward=_chosen(teacher_logps_NV, sampled_ids_N) - _chosen(own_NV, sampled_ids_N),
         kept_mass=top_k_mass(chooser_NV, loss.top_k) if loss.estimator == "top_k" else None,
     )
@@ -84,17 +86,17 @@ class _FullDivergence(Function):
                 teacher_BV, student_BV = teacher_BV / temperature, student_BV / temperature
             p_BV, q_BV = teacher_BV.softmax(dim=-1), torch.softmax(student_BV, dim=-1, out=gradient_NV[part])
             best_B, log_highest_B = student_BV.amax(dim=-1), q_BV.amax(dim=-1).log_()
-            gap_B = teacher_BV.amax(dim=-1) - best_B + (log_highest_B - p_BV.amax(dim=-1).log_())
+            c_B = teacher_BV.amax(dim=-1) - best_B + (log_highest_B - p_BV.amax(dim=-1).log_())
             agrees_N[part] = _chosen(student_BV, teacher_BV.argmax(dim=-1)) == best_B
             entropy_N[part] = best_B - log_highest_B - torch.linalg.vecdot(q_BV, student_BV)
             difference_BV = teacher_BV - student_BV
-            reward_N[part] = _chosen(difference_BV, sampled_ids_N[part]) - gap_B
+            reward_N[part] = _chosen(difference_BV, sampled_ids_N[part]) - c_B
             if loss.divergence == "forward":
-                kl_B = torch.linalg.vecdot(p_BV, difference_BV) - gap_B
+                kl_B = torch.linalg.vecdot(p_BV, difference_BV) - c_B
                 q_BV.sub_(p_BV)
             else:
-                kl_B = gap_B - torch.linalg.vecdot(q_BV, difference_BV)
-                q_BV.mul_(difference_BV.neg_().add_((gap_B - kl_B)[:, None]))
+                kl_B = c_B - torch.linalg.vecdot(q_BV, difference_BV)
+                q_BV.mul_(difference_BV.neg_().add_((c_B - kl_B)[:, None]))
             weight_B = weights_N[part] / temperature
             if loss.token_clip is not None:
                 weight_B = torch.where(kl_B > loss.token_clip, 0.0, weight_B)
@@ -106,6 +108,7 @@ class _FullDivergence(Function):
         return (divergence_N * weights_N).sum(), divergence_N, entropy_N, agrees_N, reward_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NV,) = ctx.saved_tensors
         return gradient_NV if bool(gradients[0] == 1) else gradient_NV * gradients[0], None, None, None, None, None

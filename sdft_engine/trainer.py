@@ -72,6 +72,8 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
         if metrics.step % session.config.hyperparameters.checkpoint_every_steps == 0:
             write_checkpoint(session, metrics)
             checkpointed = metrics.step
+    if session.retention is None:  # the last step was another attempt's, which died before it could say so
+        measure_retention(session)
     if ranks.is_first:
         write_final(run.final_dir, session.model, session.config.base_model, session.attestor.attest())
     return _result(session, "succeeded", None)
@@ -212,11 +214,11 @@ def watch_for_collapse(session: Session, metrics: StepMetrics) -> None:
 
 def watch_barren_steps(session: Session, statistics: TokenStatistics) -> None:
     """Say so when every rollout was cut off and masked; end a run that never gets a loss token."""
-    session.barren_steps = 0 if statistics.loss_tokens else session.barren_steps + 1
+    session.state.barren_steps = 0 if statistics.loss_tokens else session.state.barren_steps + 1
     remedy = "every rollout was cut off at max_completion_tokens and masked; raise max_completion_tokens, or set mask_clipped_completions to false"
-    if session.barren_steps == 1:
+    if session.state.barren_steps == 1:
         session.report(f"Step {session.state.step + 1} taught nothing: {remedy}", level="warn")
-    if session.barren_steps >= BARREN_STEPS:
+    if session.state.barren_steps >= BARREN_STEPS:
         raise NumericalError(f"{BARREN_STEPS} steps in a row taught nothing: {remedy}", param="method.sdft.hyperparameters.max_completion_tokens")
 
 

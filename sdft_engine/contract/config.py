@@ -1,7 +1,7 @@
 """The resolved configuration of one training run, as it stands in `config.json`. Torch-free."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,8 +11,8 @@ from sdft_engine.contract.teacher_prompts import TeacherView
 
 
 class TrainingConfig(BaseModel):
-    """Everything a trainer needs to know besides the data. Nothing in it is "auto" but dtype, device and temperature,
-    which depend on the machine and the model and are settled, and reported, by the trainer."""
+    """Everything a trainer needs to know besides the data. Nothing in it is "auto" but dtype, device, temperature and
+    the masking of cut-off answers, which depend on the machine and the model and are settled, and reported, by the trainer."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,13 +27,13 @@ class TrainingConfig(BaseModel):
     reasoning: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
     gradient_checkpointing: bool = False
     """Keep each layer's input only, and compute the rest again for the gradient."""
     tokens_per_pass: int = Field(2048, ge=1)
     """Padded tokens of a pass with gradients (at least one row is read); without gradients twice as many. The gradients of a
     batch's passes are added up."""
-    rollout_sample_every_steps: int = 10
+    rollout_sample_every_steps: int = Field(10, ge=1)
     retention: Literal["off", "end", "checkpoints"] = "off"
     """When the general questions are asked: never, after the last step, or at every checkpoint too."""
 

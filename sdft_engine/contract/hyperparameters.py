@@ -32,6 +32,9 @@ BatchSize = Annotated[int, Field(ge=1, le=256)]
 LearningRate = Annotated[float, Field(ge=1e-7, le=1e-2)]
 Multiplier = Annotated[float, Field(ge=0.01, le=100)]
 Interval = Annotated[int, Field(ge=1, le=10_000)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SupervisedHyperparameters(BaseModel):
@@ -57,7 +60,25 @@ class SupervisedHyperparameters(BaseModel):
         return value
 
 
-class SdftHyperparameters(SupervisedHyperparameters):
+class _LossRules(BaseModel):
+    """What fits together, in both forms."""
+
+    @field_validator("estimator", check_fields=False)
+    @classmethod
+    def _samples_only_the_reverse_divergence(cls, value: str, info: ValidationInfo) -> str:
+        if value == "sampled" and info.data.get("divergence", "reverse") != "reverse":
+            raise ValueError('"sampled" estimates the reverse divergence only: set divergence to "reverse", or estimator to "full" or "top_k"')
+        return value
+
+    @field_validator("entry_clip", check_fields=False)
+    @classmethod
+    def _clips_entries_that_are_computed(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("estimator") == "sampled":
+            raise ValueError('the estimator "sampled" looks at one entry of the vocabulary only: use token_clip')
+        return value
+
+
+class SdftHyperparameters(SupervisedHyperparameters, _LossRules):
     """`method.sdft.hyperparameters`."""
 
     max_completion_tokens: Annotated[int, Field(ge=1, le=32_768)] | Auto = "auto"
@@ -78,52 +99,39 @@ class SdftHyperparameters(SupervisedHyperparameters):
     max_grad_norm: float = Field(1.0, gt=0)
     over_length: Literal["reject", "drop"] = "reject"
 
-    @field_validator("estimator")
-    @classmethod
-    def _samples_only_the_reverse_divergence(cls, value: str, info: ValidationInfo) -> str:
-        if value == "sampled" and info.data.get("divergence", "reverse") != "reverse":
-            raise ValueError('"sampled" estimates the reverse divergence only: set divergence to "reverse", or estimator to "full" or "top_k"')
-        return value
-
-    @field_validator("entry_clip")
-    @classmethod
-    def _clips_entries_that_are_computed(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and info.data.get("estimator") == "sampled":
-            raise ValueError('the estimator "sampled" looks at one entry of the vocabulary only: use token_clip')
-        return value
-
 
 class ResolvedSupervised(BaseModel):
-    """Numbers only. Two values of an sdft run may still be "auto", because they depend on what the model does: the trainer
+    """Numbers only, whatever makes sense: how much of it a user may ask for is the wire form's to say. Two values of an sdft run
+    may still be "auto", because they depend on what the model does: the trainer
     settles `temperature` by measuring the teacher and `mask_clipped_completions` by the student's first rollouts."""
 
     model_config = ConfigDict(extra="forbid")
 
-    n_epochs: int
-    batch_size: int
-    learning_rate: float
-    lora_rank: int
-    lora_alpha: int
-    warmup_ratio: float
-    checkpoint_every_steps: int
-    anchor_weight: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    n_epochs: Count
+    batch_size: Count
+    learning_rate: Positive
+    lora_rank: Count
+    lora_alpha: Count
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)]
+    checkpoint_every_steps: Count
+    anchor_weight: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
 
 
-class ResolvedSdft(ResolvedSupervised):
-    max_completion_tokens: int
+class ResolvedSdft(ResolvedSupervised, _LossRules):
+    max_completion_tokens: Count
     divergence: Literal["forward", "reverse", "jsd"]
-    jsd_beta: float = 0.5
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
     estimator: Literal["full", "top_k", "sampled"]
-    top_k: int = 128
-    entry_clip: float | None = None
-    token_clip: float | None = None
+    top_k: Count = 128
+    entry_clip: Positive | None = None
+    token_clip: Positive | None = None
     teacher: Literal["ema", "frozen", "live"]
-    ema_rate: float
+    ema_rate: float = Field(gt=0, lt=1)
     teacher_start: Literal["parent", "base"]
-    temperature: float | Auto
-    skip_first_tokens: int
+    temperature: Positive | Auto
+    skip_first_tokens: Annotated[int, Field(ge=0)]
     skip_after_think: bool = False
     mask_clipped_completions: bool | Auto
     over_length: Literal["reject", "drop"]

@@ -30,7 +30,7 @@ class StepMetrics(BaseModel):
     student_entropy: float | None = None
     """Mean over the loss tokens of the student's entropy, at the sampling temperature."""
     implicit_reward: float | None = None
-    """Mean over rollouts of the sum over loss tokens of log pi(y|x,c) - log pi(y|x) (METHOD: the reward SDFT maximises)."""
+    """Mean over rollouts of the sum over loss tokens of log pi(y|x,c) - log pi(y|x) (the reward that SDFT maximises)."""
     kl_from_base: float | None = None
     """Mean over the rollouts' tokens of KL(student || base), without a temperature; in steps whose rollouts are written down."""
     teacher_opening_ratio: float | None = None

@@ -309,3 +309,9 @@ def test_every_choice_is_finite_for_certain_distributions(kind: Any, estimator: 
     assert values[0] > 0
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+def test_the_sampled_token_alone_is_no_estimate_of_another_divergence() -> None:
+    for options in ({"divergence": "forward"}, {"divergence": "jsd"}, {"divergence": "reverse", "entry_clip": 0.1}):
+        with pytest.raises(ValueError, match="estimates the reverse divergence only"):
+            TokenLoss(estimator="sampled", **options)  # type: ignore[arg-type]

@@ -82,10 +82,12 @@ def test_logits_equal_those_of_the_family(family: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("adapter", [None, "a"])
-def test_batched_decoding_equals_one_whole_forward_a_token(family: LanguageModel, adapter: str | None) -> None:
+@pytest.mark.parametrize("prefix", [[], [5, 9, 7, 3] * 12], ids=["", "after what all prompts begin with"])
+def test_batched_decoding_equals_one_whole_forward_a_token(family: LanguageModel, adapter: str | None, prefix: list[int]) -> None:
+    """Also where prompts of other lengths follow a common beginning that is longer than the windows."""
     if adapter:
         add_adapter(family, adapter, seed=1)
-    sequences = [Sequence(prompt, SamplingParams(12, temperature=0.0), adapter) for prompt in PROMPTS]
+    sequences = [Sequence(prefix + prompt, SamplingParams(12, temperature=0.0), adapter) for prompt in PROMPTS]
     decode_all(family, sequences, max_batch=2)
     for sequence in sequences:
         ids = list(sequence.prompt_ids)

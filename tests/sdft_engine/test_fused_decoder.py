@@ -136,8 +136,10 @@ def test_gathered_factors_are_those_of_the_moment_and_end_with_their_block(famil
     before = fused(tokens, None, None, None, "a")
     for factor in adapters.parameters("a").values():
         factor.mul_(1.5)
+    bare = fused(tokens, None, None, None, None)
     with fused.gathered("a"):
         after = fused(tokens, None, None, None, "a")
+        torch.testing.assert_close(fused(tokens, None, None, None, None), bare)  # others are not touched by it
     torch.testing.assert_close(after, fused(tokens, None, None, None, "a"), rtol=1e-4, atol=1e-4)
     assert (after - before).abs().max() > 0.01
     assert (fused(tokens, None, None, None, None) - after).abs().max() > 0.01

@@ -108,6 +108,19 @@ def test_a_pass_reads_no_more_padded_prompt_tokens_than_allowed(model: LanguageM
     assert [sequence.token_ids for sequence in sequences] == [alone(model, greedy(prompt, 3)) for prompt in PROMPTS]
 
 
+def test_the_cache_is_never_larger_than_allowed(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as fit when all get as long as they may; a row that alone is longer has the batch to itself."""
+    longest = max(len(prompt) for prompt in PROMPTS) + 5
+    for allowed, most_rows in ((2 * longest + 1, 2), (longest - 3, 1)):
+        widths: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "logits", watched(model.logits, lambda hidden, widths=widths: widths.append(len(hidden))))
+            sequences = [greedy(prompt, 5) for prompt in PROMPTS]
+            decode_all(model, sequences, max_cached_tokens=allowed)
+        assert max(widths) == most_rows
+        assert [sequence.token_ids for sequence in sequences] == [alone(model, greedy(prompt, 5)) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("adapter", [None, "a"])
 def test_what_the_prompts_share_is_computed_once(model: LanguageModel, adapter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if adapter:

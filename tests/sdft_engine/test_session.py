@@ -227,3 +227,15 @@ def test_a_resumed_run_that_is_stopped_at_once_is_where_it_was(tmp_path: Path, t
     result = train(run, lambda: "cancel")
     assert (result.outcome, result.stop, result.final_step) == ("stopped", "cancel", 3)
     assert len(settled(run, "temperature")) == len(settled(run, "mask_clipped_completions")) == 1
+
+
+def test_a_stop_comes_before_the_anchor_is_made(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred answers of the base take their time: who is asked to stop meanwhile does not begin them."""
+    made: list[str] = []
+    monkeypatch.setattr(session_module, "Anchor", lambda *arguments: made.append("anchor"))
+    for method in ("sdft", "supervised"):
+        session = open_session(make_run(tmp_path / method, tiny_model_dir, method, anchor_weight=1.0))  # type: ignore[arg-type]
+        assert settle(session, lambda: "pause") == "pause"
+        assert made == []
+        assert settle(session, lambda: None) is None
+        assert made.pop() == "anchor"

@@ -160,6 +160,15 @@ def test_rollouts_of_another_sampler_are_weighted(trained: LanguageModel, plain:
     assert_gradients(trained, student)
 
 
+def test_tokens_of_a_hopeless_prefix_count_though_their_weight_is_zero(trained: LanguageModel) -> None:
+    """A product of ratios that float32 can't hold: no gradient after it, but as many loss tokens and ratios as ever."""
+    each, mask = ROLLOUTS[3], ROLLOUTS[3].loss_mask(0, True)
+    other = dataclasses.replace(each, sampler_logps=[150.0] + [-1.0] * (len(each.completion_ids) - 1))
+    statistics = sdft_gradient(trained, [other], [mask], TEACHER, Objective(importance="prefix"), TINY)
+    assert statistics.loss_tokens == len(each.completion_ids)
+    assert statistics.loss == pytest.approx(statistics.per_token[0][0] / len(each.completion_ids), rel=1e-4)
+
+
 @pytest.mark.parametrize(("skip", "mask_clipped"), [(0, False), (0, True), (2, True), (32, False)])
 def test_masked_tokens_give_neither_loss_nor_gradient(trained: LanguageModel, plain: PlainModel, skip: int, mask_clipped: bool, chunks: str) -> None:
     student = in_float64(trained.adapters.parameters(STUDENT), requires_grad=True)

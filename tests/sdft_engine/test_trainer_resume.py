@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdft_engine import session, trainer
 from sdft_engine.contract.errors import CheckpointDamaged
@@ -141,3 +142,36 @@ def test_answers_are_remembered_where_they_will_be_drafts(
     if remembered:
         last = {str(record["row"]): len(record["tokens"]) for step in (1, 2) for record in records(run.rollouts_dir / f"step_{step:06d}.jsonl")}
         assert {row: len(ids) for row, ids in state["last_answers"].items()} == last
+
+
+def test_what_was_kept_is_measured_by_the_attempt_that_ends_the_run(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Also where the one that took the last step died before it could say so."""
+    first = make_run(tmp_path / "first", tiny_model_dir, config={"retention": "end"})
+    expected = train(first)
+    assert expected.retention is not None
+    run = make_run(tmp_path / "elsewhere", tiny_model_dir, config={"retention": "end"})
+    shutil.copytree(first.checkpoint_dir(8), run.resume_dir)
+    result = train(run)
+    assert steps_done(run) == 0
+    assert result.retention == expected.retention
+
+
+@pytest.mark.parametrize(
+    ("began_in", "is_faster", "goes_on_in", "warns"),
+    [("float32", "bfloat16", "float32", False), ("float32", "float32", "float32", False), ("bfloat16", "float32", "float32", True)],
+)
+def test_a_resumed_run_keeps_its_precision(
+    tmp_path: Path, tiny_model_dir: Path, began_in: str, is_faster: str, goes_on_in: str, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is faster where it goes on; but a CPU that is slow with bfloat16 may be hundreds of times so."""
+    first = make_run(tmp_path / "first", tiny_model_dir, config={"dtype": began_in})
+    train(first, stop_after(first, 5, "requeue"))
+    assert json.loads((first.checkpoint_dir(5) / "training_state.json").read_text())["dtype"] == began_in
+    run = make_run(tmp_path / "elsewhere", tiny_model_dir, config={"dtype": "auto"})
+    shutil.copytree(first.checkpoint_dir(5), run.resume_dir)
+    monkeypatch.setattr(session, "choose_dtype", lambda dtype, device: getattr(torch, is_faster))
+    opened = session.open_session(run)
+    assert opened.model.dtype == getattr(torch, goes_on_in)
+    assert opened.state.dtype == goes_on_in
+    assert [message for message in messages_of(run, "warn") if "goes on in float32, because bfloat16 is slow here" in message] == messages_of(run, "warn")
+    assert bool(messages_of(run, "warn")) is warns

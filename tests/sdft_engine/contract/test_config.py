@@ -43,6 +43,14 @@ def test_each_method_has_its_own_section(tmp_path: Path) -> None:
         ({"surprise": 1}, "surprise"),
         ({"sdft": {"n_epochs": 1}}, "sdft.batch_size"),
         ({"sdft": SDFT.model_dump() | {"n_epoch": 1}}, "sdft.n_epoch"),
+        ({"sdft": SDFT.model_dump() | {"batch_size": 0}}, "sdft.batch_size"),
+        ({"sdft": SDFT.model_dump() | {"temperature": 0}}, "sdft.temperature"),
+        ({"sdft": SDFT.model_dump() | {"jsd_beta": 1}}, "sdft.jsd_beta"),
+        ({"sdft": SDFT.model_dump() | {"top_k": 0}}, "sdft.top_k"),
+        ({"sdft": SDFT.model_dump() | {"estimator": "sampled"}}, "sdft.estimator"),
+        ({"sdft": SDFT.model_dump() | {"divergence": "reverse", "estimator": "sampled", "entry_clip": 1}}, "sdft.entry_clip"),
+        ({"rollout_sample_every_steps": 0}, "rollout_sample_every_steps"),
+        ({"threads": 0}, "threads"),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path: Path, changes: dict[str, Any], names: str) -> None:

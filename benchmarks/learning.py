@@ -6,8 +6,9 @@ Every arm trains LoRA adapters of one shape on the same 24 demonstrations of a 1
 paraphrases and 200 general questions are asked greedily, and the KL from the base is measured on the base's own answers to
 the general questions. "SFT ..., matched" is SFT stopped at the first checkpoint that knows as many trained questions as the
 same seed's SDFT. Prints a row as soon as it is there; writes results.json, results.md and results.svg to --out. What is in
-results.json already is not run again, so an interrupted run goes on where it was. All arms and seeds take two to three hours on
-two cores; --short takes a few steps and questions of each, a minute or two, and shows only that all of it works.
+results.json already is not run again, so an interrupted run goes on where it was; results of other settings are refused. All
+arms and seeds take two to three hours on two cores; --short takes a few steps and questions of each, a minute or two, and shows
+only that all of it works.
 """
 
 import os
@@ -16,16 +17,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the trainer process
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.learning_parts import arms as learning_arms
 from benchmarks.learning_parts.arms import ARMS, Arm
-from benchmarks.learning_parts.bench import SDFT, SUPERVISED, Bench, Scores
+from benchmarks.learning_parts.bench import DATA_DIR, MAX_ANSWER_TOKENS, SDFT, SUPERVISED, VIEW, Bench, Scores
 from benchmarks.learning_parts.report import HEADER, Rows, from_json, plot, table, to_json, verdicts
 
 SHORT_QUESTIONS = 3
@@ -46,17 +49,29 @@ def main() -> int:
             settings.update(SHORT)
         options.seeds = options.seeds[:1]
     options.out.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(options.short)
+    path = options.out / "results.json"
+    if path.exists() and json.loads(path.read_text())["settings"] != settings:
+        parser.error(f"{path} holds results of other settings: remove it, or name another directory (--out)")
     chosen = [arm for arm in ARMS if options.arms is None or arm.name in (BASE, *options.arms)]  # what is kept is counted against the base
-    rows = run_arms(Bench(SHORT_QUESTIONS if options.short else None), chosen, options.seeds, options.out / "results.json")
+    rows = run_arms(Bench(SHORT_QUESTIONS if options.short else None), chosen, options.seeds, path, settings)
     print("\n".join(["", table(rows), "", *verdicts(rows)]))
     plot(rows, options.out / "results.svg")
-    (options.out / "results.md").write_text(page(rows, short=options.short))
+    (options.out / "results.md").write_text(page(rows, json.loads(path.read_text())["machines"], short=options.short))
     return 0
 
 
-def run_arms(bench: Bench, arms: Iterable[Arm], seeds: list[int], path: Path) -> Rows:
+def settings_of(short: bool) -> dict[str, Any]:
+    """Of which all rows of a results.json are: the arms' hyperparameters, how the teacher is shown what it knows, and the data."""
+    data = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(DATA_DIR.glob("*.jsonl")))).hexdigest()
+    named = {"sdft": SDFT, "supervised": SUPERVISED, "restoration": learning_arms.RESTORATION, "anchor": learning_arms.ANCHOR}
+    return named | {"template": VIEW.template, "answer_tokens": MAX_ANSWER_TOKENS, "short": short, "data": data}
+
+
+def run_arms(bench: Bench, arms: Iterable[Arm], seeds: list[int], path: Path, settings: dict[str, Any]) -> Rows:
     """Every arm of a seed, then the next seed's. What `path` holds already is kept; every new row is written there at once."""
     rows = from_json(path) if path.exists() else {}
+    machines = set(json.loads(path.read_text())["machines"]) if path.exists() else set()
     for seed in seeds:
         for arm in arms:
             own_seed = seed if arm.seeded else FIRST_SEED
@@ -66,7 +81,8 @@ def run_arms(bench: Bench, arms: Iterable[Arm], seeds: list[int], path: Path) ->
             for name, scores in arm.run(bench, own_seed, so_far).items():
                 rows.setdefault(name, {})[own_seed] = scores
                 print(f"seed {own_seed}: {told(name, scores)}", flush=True)
-            path.write_text(json.dumps({"machine": machine(), "rows": to_json(rows)}, indent=1))
+            machines.add(machine())
+            path.write_text(json.dumps({"settings": settings, "machines": sorted(machines), "rows": to_json(rows)}, indent=1))
     order = [name for arm in ARMS for name in (arm.name, f"{arm.name}, matched")]
     return {name: rows[name] for name in order if name in rows}
 
@@ -82,7 +98,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, torch {torch.__version__}, float32"
 
 
-def page(rows: Rows, *, short: bool) -> str:
+def page(rows: Rows, machines: list[str], *, short: bool) -> str:
     """results.md."""
     trained, paraphrases, of_base, kept, kl = HEADER[2:7]
     title = "# Results" + (": a short run, which shows only that the program works" if short else "")
@@ -107,7 +123,7 @@ def page(rows: Rows, *, short: bool) -> str:
     ]
     if teacher is not None:
         sentences += ["", f"The teacher's own samples, scored by the base without the demonstration, are {teacher:.2f} nats a token away from it."]
-    return "\n".join([title, "", *sentences, "", f"Measured on {machine()}.", ""])
+    return "\n".join([title, "", *sentences, "", f"Measured on {'; '.join(machines)}.", ""])
 
 
 if __name__ == "__main__":

@@ -12,22 +12,22 @@ from sdft_engine.model import LanguageModel
 
 
 class RetentionProbe:
-    """Asks the questions; the base is asked once, when it is first needed."""
+    """Asks the questions; the base is asked once, when it is first needed, unless its answers (token ids) are given."""
 
-    def __init__(self, model: LanguageModel, questions: list[ProbeQuestion]) -> None:
+    def __init__(self, model: LanguageModel, questions: list[ProbeQuestion], base_answers: list[list[int]] | None = None) -> None:
         self.model = model
         self.questions = questions
         self.prompts = [model.chat_format.prompt_ids([{"role": "user", "content": each.question}]) for each in questions]
-        self._base_answers: list[list[int]] | None = None
+        self.base_answers = base_answers
 
     def measure(self, step: int, adapter: str = STUDENT, max_padded_tokens: int = 4096) -> Retention:
         """Accuracy and divergence of an adapter after `step` steps. One pass holds at most `max_padded_tokens` tokens."""
-        if self._base_answers is None:
-            self._base_answers = greedy_answers(self.model, self.prompts, None, MAX_ANSWER_TOKENS)
+        if self.base_answers is None:
+            self.base_answers = greedy_answers(self.model, self.prompts, None, MAX_ANSWER_TOKENS)
         own_answers = greedy_answers(self.model, self.prompts, adapter, MAX_ANSWER_TOKENS)
-        pairs = zip(self.questions, self._judge(self._base_answers), self._judge(own_answers), strict=True)
+        pairs = zip(self.questions, self._judge(self.base_answers), self._judge(own_answers), strict=True)
         judged = [Judged(question.probe, base, model) for question, base, model in pairs]
-        texts = [ScoredText(prompt, answer) for prompt, answer in zip(self.prompts, self._base_answers, strict=True)]
+        texts = [ScoredText(prompt, answer) for prompt, answer in zip(self.prompts, self.base_answers, strict=True)]
         kl_from_base = mean_token_kl(self.model, texts, None, texts, adapter, max_padded_tokens)
         return Retention(step=step, kl_from_base=kl_from_base, probes=scores_of(judged))
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.learning_parts.bench import MAX_ANSWER_TOKENS, SDFT, SUPERVISED, TEMPERATURE, VIEW, Bench, Question, Scores, alone, take_steps
+from benchmarks.learning_parts.bench import MAX_ANSWER_TOKENS, SDFT, SUPERVISED, TEMPERATURE, VIEW, Bench, Count, Question, Scores, alone, take_steps
 from sdft_engine.anchor import PROMPTS_PATH, read_prompts
 from sdft_engine.batching import ScoredText
+from sdft_engine.contract.probes import is_right
 from sdft_engine.contract.teacher_prompts import answer_text, teacher_messages
 from sdft_engine.evaluation import check_in_context
 from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
@@ -43,12 +44,15 @@ def teacher(bench: Bench, seed: int, so_far: Results) -> Results:
     def shown(question: Question) -> list[dict[str, Any]]:
         return teacher_messages(replace(bench.demonstration_of(question), prompt=alone(question)), VIEW)
 
-    scores = Scores(bench.right(model, None, bench.trained, shown), bench.right(model, None, bench.paraphrases, shown))
     prompts = [model.chat_format.prompt_ids(alone(question)) for question in bench.trained]
     shown_prompts = [model.chat_format.prompt_ids(shown(question)) for question in bench.trained]
-    check = check_in_context(model, prompts, shown_prompts, lambda row, answer: False, max_new_tokens=MAX_ANSWER_TOKENS, temperature=TEMPERATURE)
-    scores.extra["kl_of_own_samples"] = check.teacher_kl
-    return {"teacher": scores}
+
+    def right(row: int, answer: str) -> bool:
+        return is_right(answer, bench.trained[row].answers)
+
+    check = check_in_context(model, prompts, shown_prompts, right, max_new_tokens=MAX_ANSWER_TOKENS, temperature=TEMPERATURE)
+    trained = Count(check.lift.teacher_right, check.lift.n)
+    return {"teacher": Scores(trained, bench.right(model, None, bench.paraphrases, shown), extra={"kl_of_own_samples": check.teacher_kl})}
 
 
 def oracle_retrieval(bench: Bench, seed: int, so_far: Results) -> Results:

@@ -94,6 +94,8 @@ class Bench:
         self.trained = read_questions("trained.jsonl")[:limit]
         self.paraphrases = read_questions("paraphrases.jsonl")[:limit]
         general = read_probes(DATA_DIR / "retention.jsonl")
+        self.base_answers: list[list[int]] | None = None
+        """To the general questions: every row is compared with the same ones."""
         self.general: list[ProbeQuestion] = general if limit is None else general[:: max(1, len(general) // limit)]
 
     @contextmanager
@@ -134,7 +136,9 @@ class Bench:
 
     def scores(self, model: LanguageModel, adapter: str | None = STUDENT) -> Scores:
         scores = self.learned(model, adapter)
-        retention = RetentionProbe(model, self.general).measure(0, adapter)
+        probe = RetentionProbe(model, self.general, self.base_answers)
+        retention = probe.measure(0, adapter)
+        self.base_answers = probe.base_answers
         scores.general = Count(retention.right, retention.n)
         scores.retained = Count(retention.kept, retention.base_right)
         scores.kl_from_base = retention.kl_from_base

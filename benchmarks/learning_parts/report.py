@@ -48,11 +48,10 @@ def general_of_base(rows: Rows) -> int:
 
 
 def verdicts(rows: Rows) -> list[str]:
-    """What was aimed at, row by row of SDFT: paraphrases, what is kept of the base, and the distance from it against that of SFT
-    which knows as many trained questions."""
+    """What was aimed at, row by row of SDFT: paraphrases, general questions, and the distance from the base against that of the SFT
+    that moves least from it of those that know as many trained questions, over the seeds in which both are there."""
     base = general_of_base(rows)
-    matched = {name: _pooled_kl(by_seed) for name, by_seed in rows.items() if name.endswith(", matched") and "anchored" not in name}
-    closest = min(matched.values(), default=None)
+    matched = [by_seed for name, by_seed in rows.items() if name.endswith(", matched") and "anchored" not in name]
     lines = []
     for name, by_seed in rows.items():
         if not name.startswith(SDFT_ROWS):
@@ -63,8 +62,9 @@ def verdicts(rows: Rows) -> list[str]:
             _aim(f"paraphrases {paraphrases:.0%}", f"at least {LEAST_PARAPHRASES:.0%}", paraphrases >= LEAST_PARAPHRASES),
             _aim(f"general questions {retention:.0%} of the base's", f"at least {LEAST_RETENTION:.0%}", retention >= LEAST_RETENTION),
         ]
-        if closest is not None:
-            ratio = _pooled_kl(by_seed) / closest
+        ratios = [ratio for of_sft in matched if (ratio := _kl_ratio(by_seed, of_sft)) is not None]
+        if ratios:
+            ratio = max(ratios)
             parts.append(_aim(f"KL from base {ratio:.2f} of matched SFT's", f"at most {MOST_KL_OF_MATCHED}", ratio <= MOST_KL_OF_MATCHED))
         lines.append(f"{name}: {'; '.join(parts)}")
     return lines
@@ -118,9 +118,11 @@ def _pooled(counts: list[Count]) -> float:
     return sum(count.right for count in counts) / sum(count.n for count in counts)
 
 
-def _pooled_kl(by_seed: dict[int, Scores]) -> float:
-    values = [scores.kl_from_base for scores in by_seed.values() if scores.kl_from_base is not None]
-    return sum(values) / len(values)
+def _kl_ratio(mine: dict[int, Scores], theirs: dict[int, Scores]) -> float | None:
+    """Of the mean KLs over the seeds that both have; None without one."""
+    pairs = [(mine[seed].kl_from_base, theirs[seed].kl_from_base) for seed in mine.keys() & theirs.keys()]
+    own, other = (sum(pair[side] or 0.0 for pair in pairs) for side in (0, 1))
+    return own / other if other else None
 
 
 def _share(counts: list[Count]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.learning import run_arms
+from benchmarks import learning
+from benchmarks.learning import run_arms, settings_of
 from benchmarks.learning_parts.arms import ARMS, Arm
 from benchmarks.learning_parts.bench import Count, Scores
 from benchmarks.learning_parts.report import Rows, from_json, plot, table, to_json, verdicts
@@ -43,7 +44,7 @@ def test_verdicts_compare_with_the_aims_and_with_matched_sft() -> None:
         "SDFT: paraphrases 92% (aim: at least 90%, reached); general questions 95% of the base's (aim: at least 95%, reached); "
         "KL from base 0.25 of matched SFT's (aim: at most 0.5, reached)",
         "SDFT, reverse: paraphrases 0% (aim: at least 90%, missed); general questions 98% of the base's (aim: at least 95%, reached); "
-        "KL from base 0.06 of matched SFT's (aim: at most 0.5, reached)",
+        "KL from base 0.05 of matched SFT's (aim: at most 0.5, reached)",
     ]
 
 
@@ -67,10 +68,21 @@ def test_what_is_there_already_is_not_run_again(tmp_path: Path) -> None:
 
     bench: Any = None
     arms = [arm("base", seeded=False), arm("SDFT")]
-    run_arms(bench, arms, [1], tmp_path / "results.json")
-    rows = run_arms(bench, [*arms, arm("CPT")], [1, 2], tmp_path / "results.json")
+    run_arms(bench, arms, [1], tmp_path / "results.json", {"of": "a test"})
+    rows = run_arms(bench, [*arms, arm("CPT")], [1, 2], tmp_path / "results.json", {"of": "a test"})
     assert ran == [("base", 1, []), ("SDFT", 1, ["base"]), ("CPT", 1, ["SDFT", "base"]), ("SDFT", 2, []), ("CPT", 2, ["SDFT"])]
     assert {name: sorted(by_seed) for name, by_seed in rows.items()} == {"base": [1], "SDFT": [1, 2], "CPT": [1, 2]}
+
+
+def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    before = json.dumps({"settings": settings_of(short=False) | {"answer_tokens": 7}, "machines": [], "rows": {}})
+    path.write_text(before)
+    monkeypatch.setattr(sys, "argv", ["learning", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        learning.main()
+    assert "holds results of other settings" in capsys.readouterr().err
+    assert path.read_text() == before
 
 
 def test_every_arm_has_a_name_of_its_own() -> None:

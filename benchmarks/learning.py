@@ -13,8 +13,9 @@ only that all of it works.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the trainer process, see sdft_engine/train.py
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from sdft_engine.contract.thread_pool import TRAINING_THREADS
+
+os.environ.update(TRAINING_THREADS | os.environ)  # before torch is imported
 
 import argparse
 import hashlib

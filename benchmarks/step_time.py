@@ -41,6 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.settings import Settings
 from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.contract.thread_pool import TRAINING_THREADS
 from sdft_engine.model import choose_device
 from sdft_engine.prepare_base_model import prepare_base_model
 from sdft_engine.products import frozen_linear
@@ -109,8 +110,6 @@ COLUMNS = (*(f"{name} s" for name in ("step", *PHASES, "rest")), "tokens/s", "pe
 SIDE_NAMES = {"sdft": "SDFT", "trl": "SDFT in TRL", "sft": "SFT"}
 Result = dict[str, Any]
 """What one shape's processes measured, as it stands in step_time.json."""
-THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
-"""How idle threads wait, on every side, where the environment doesn't say: as in the trainer process (sdft_engine/train.py)."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ def run_side(side: str, spec: dict[str, Any], scratch: Path) -> dict[str, Any]:
     spec_path = scratch / "spec.json"
     spec_path.write_text(json.dumps(spec | {"side": side}))
     python, program = (TRL_PYTHON, SIDES / "trl_trainer.py") if side == "trl" else (Path(sys.executable), SIDES / "own_trainer.py")
-    environment = THREADS | os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT) if side != "trl" else ""}
+    environment = TRAINING_THREADS | os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT) if side != "trl" else ""}
     done = subprocess.run([str(python), str(program), str(spec_path)], capture_output=True, text=True, env=environment, cwd=scratch)
     if done.returncode:
         raise SystemExit(f"{side} failed on {spec['name']}:\n{done.stderr[-3000:]}")

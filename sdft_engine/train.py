@@ -9,10 +9,9 @@ that torchrun ends the others.
 
 import os
 
-# Before torch starts its threads: idle ones must sleep, or they take the cores from other processes. But first they wait some 50 us
-# at most for the step's next operation: waking them takes as long, thousands of times a step.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from sdft_engine.contract.thread_pool import TRAINING_THREADS
+
+os.environ.update(TRAINING_THREADS | os.environ)  # before torch is imported
 
 import argparse
 import ctypes

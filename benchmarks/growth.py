@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.step_time import GB, PHASES, Shape, machine_line, measure_machine, median_of, model_of, run_side, texts_of
+from benchmarks.step_time import run_side
+from benchmarks.step_time_parts.floor import GB, machine_line, measure_machine
+from benchmarks.step_time_parts.report import PHASES, median_of
+from benchmarks.step_time_parts.shapes import Shape, model_of, texts_of
 
 CENTRE = Shape("centre", batch=8, prompt=40, completion=32)
 RANK = 16

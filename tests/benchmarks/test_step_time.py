@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.step_time import Shape, check_equal_work, texts_of, verdicts, write
+from benchmarks.step_time import check_equal_work
+from benchmarks.step_time_parts.report import verdicts, write
+from benchmarks.step_time_parts.shapes import Shape, texts_of
 from sdft_engine.contract.prompts import ChatFormat
 
 
@@ -38,7 +40,7 @@ def test_ratios_are_of_paired_processes() -> None:
 
 
 def test_a_shape_replaces_its_own_earlier_result_and_leaves_the_others(tmp_path: Path) -> None:
-    def result(name: str, seconds: float, dtype: str = "float32") -> dict[str, Any]:
+    def result(name: str, seconds: float, dtype: str = "float32", rank: int = 16) -> dict[str, Any]:
         floor = {"step": 1.0, "rollout": 0.5, "teacher": 0.2, "student": 0.3}
         return {
             "shape": asdict(Shape(name, 2, 3, 4)),
@@ -47,6 +49,7 @@ def test_a_shape_replaces_its_own_earlier_result_and_leaves_the_others(tmp_path:
             "machine": "two cores",
             "steps": 4,
             "dtype": dtype,
+            "rank": rank,
         }
 
     write(result("short", 8.0) | {"profile": {"products": 0.9}}, tmp_path)
@@ -54,9 +57,11 @@ def test_a_shape_replaces_its_own_earlier_result_and_leaves_the_others(tmp_path:
     write(result("long", 2.0), tmp_path)
     write(result("short", 4.0), tmp_path)
     write(result("short", 3.0, "bfloat16"), tmp_path)
+    write(result("short", 5.0, rank=64), tmp_path)
     page = (tmp_path / "step_time.md").read_text()
     headings = [line for line in page.splitlines() if line.startswith("## ")]
-    assert headings == [f"## {shape}: 2 x (3 + 4) tokens, {dtype}" for shape, dtype in (("short", "float32"), ("long", "float32"), ("short", "bfloat16"))]
+    shapes = (("short", "float32", 16), ("long", "float32", 16), ("short", "bfloat16", 16), ("short", "float32", 64))
+    assert headings == [f"## {shape}: 2 x (3 + 4) tokens, {dtype}, rank {rank}" for shape, dtype, rank in shapes]
     rows = [line for line in page.splitlines() if line.startswith("| SFT |")]
-    assert rows == [f"| SFT | {seconds:.2f} | - | - | - | {seconds:.2f} | {14 / seconds:.0f} | 1.00 |" for seconds in (4.0, 2.0, 3.0)]
+    assert rows == [f"| SFT | {seconds:.2f} | - | - | - | {seconds:.2f} | {14 / seconds:.0f} | 1.00 |" for seconds in (4.0, 2.0, 3.0, 5.0)]
     assert "| floor | 1.00 | 0.50 | 0.20 | 0.30 |" in page

@@ -12,7 +12,7 @@ from inference.errors import BadRequest, ContextExceeded
 from inference.schemas import SamplingRequest
 from inference.submission import Submission
 from sdft_engine.contract.prompts import ChatFormat
-from sdft_engine.generation import SamplingParams, Sequence
+from sdft_engine.sampling import Decoding, SamplingParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them overflows."""
@@ -53,12 +53,12 @@ class Server:
             return requested
         return context - length if default is None else min(default, context - length)
 
-    def sequences(self, request: SamplingRequest, prompt_ids: list[int], adapter: str | None, *, max_new_tokens: int, logprobs: int | None) -> list[Sequence]:
+    def sequences(self, request: SamplingRequest, prompt_ids: list[int], adapter: str | None, *, max_new_tokens: int, logprobs: int | None) -> list[Decoding]:
         """The `n` sequences that answer one prompt. With a seed, each has a seed of its own that follows from it."""
         stops = frozenset(request.stop_token_ids or ()) | (frozenset() if request.ignore_eos else self.chat_format.eos_token_ids)
         temperature = 1.0 if request.temperature is None else request.temperature
         return [
-            Sequence(
+            Decoding(
                 prompt_ids,
                 SamplingParams(
                     max_new_tokens=max_new_tokens,

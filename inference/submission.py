@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from inference.errors import RequestFailed
-from sdft_engine.generation import Sequence as DecodedSequence
+from sdft_engine.sampling import Decoding
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Token:
 class Submission:
     """The sequences of one request, and the tokens that come back. Made on the event loop that reads it."""
 
-    def __init__(self, sequences: Sequence[DecodedSequence]) -> None:
+    def __init__(self, sequences: Sequence[Decoding]) -> None:
         self.sequences = list(sequences)
         self.delivered = [0] * len(self.sequences)
         self.failed = False

@@ -22,10 +22,10 @@ from torch import Tensor
 from sdft_engine.batching import ScoredText, completion_hidden_states, passes
 from sdft_engine.divergences import TokenLoss
 from sdft_engine.evaluation import greedy_answers
-from sdft_engine.generation import seed_of
 from sdft_engine.model import LanguageModel
 from sdft_engine.ranks import Ranks
 from sdft_engine.schedule import epoch_order
+from sdft_engine.seeds import seed_of
 from sdft_engine.step import PassBudget, backward_through_head
 from sdft_engine.token_terms import token_terms
 

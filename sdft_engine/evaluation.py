@@ -12,9 +12,10 @@ import torch
 
 from sdft_engine.batching import ScoredText, completion_hidden_states, passes
 from sdft_engine.divergences import forward_kl
-from sdft_engine.generation import SamplingParams, decode_all, seed_of
-from sdft_engine.generation import Sequence as Decoding
+from sdft_engine.generation import decode_all
 from sdft_engine.model import LanguageModel
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 
 CHUNK_POSITIONS = 128
 

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from pathlib import Path
 
-from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 from sdft_engine.step import Rollout, TokenStatistics
 
 
@@ -26,7 +28,7 @@ def sample_rollouts(
     """One completion per row, ending at any end-of-sequence id. The noise depends on (seed, step, row) alone. `drafts`, by the
     row's number: guesses at what it will say, which make this faster."""
     sequences = [
-        Sequence(
+        Decoding(
             student_prompts[row],
             SamplingParams(max_completion_tokens, temperature, seed=seed_of(seed, step, row), stop_token_ids=model.chat_format.eos_token_ids),
             adapter=STUDENT,

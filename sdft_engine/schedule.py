@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sdft_engine.generation import seed_of
+from sdft_engine.seeds import seed_of
 
 
 def rows_of_step(step: int, batch_size: int, row_count: int, seed: int, n_epochs: int) -> list[int]:

@@ -22,7 +22,6 @@ from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory, StopReason
 from sdft_engine.contract.teacher_prompts import TeacherView
 from sdft_engine.evaluation import greedy_answers
-from sdft_engine.generation import seed_of
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_name, load_base_model
 from sdft_engine.prompt_cache import PromptCache
@@ -30,6 +29,7 @@ from sdft_engine.ranks import Ranks
 from sdft_engine.retention import RetentionProbe
 from sdft_engine.rollouts import sample_rollouts
 from sdft_engine.schedule import rows_of_step
+from sdft_engine.seeds import seed_of
 from sdft_engine.step import PassBudget, Rollout
 from sdft_engine.teacher import Teacher, automatic_temperature
 

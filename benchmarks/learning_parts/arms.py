@@ -12,8 +12,10 @@ from sdft_engine.batching import ScoredText
 from sdft_engine.contract.probes import is_right
 from sdft_engine.contract.teacher_prompts import answer_text, teacher_messages
 from sdft_engine.evaluation import check_in_context
-from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 
 Results = dict[str, Scores]
 """By the name of a row of the table."""
@@ -103,7 +105,7 @@ def offline_distillation(bench: Bench, seed: int, so_far: Results) -> Results:
             SamplingParams(MAX_ANSWER_TOKENS, TEMPERATURE, seed=seed_of(seed, "offline", place), stop_token_ids=chat_format.eos_token_ids)
             for place in range(len(prompts))
         ]
-        written = [Sequence(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        written = [Decoding(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         decode_all(session.model, written)
         rows = len(bench.demonstrations)
         own = list(session.texts)

@@ -12,10 +12,11 @@ import torch
 
 from sdft_engine.batching import ScoredText
 from sdft_engine.contract.run_directory import RunDirectory
-from sdft_engine.generation import SamplingParams, Sequence, decode_all
+from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, load_base_model
 from sdft_engine.prompt_cache import PromptCache
+from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.step import Objective, PassBudget, Rollout, sdft_gradient
 from sdft_engine.teacher import TEACHER
 from sdft_engine.trainer import train
@@ -61,7 +62,7 @@ def test_greedy_answers_are_those_of_the_cpu(tiny_model_dir: Path) -> None:
     for device in ("cuda", "cpu"):
         model = load_base_model(tiny_model_dir, device=device, dtype="float32")
         add_adapter(model, STUDENT, seed=1)
-        sequences = [Sequence(tokens(row, 5 + 3 * row), SamplingParams(20, temperature=0.0), STUDENT) for row in range(5)]
+        sequences = [Decoding(tokens(row, 5 + 3 * row), SamplingParams(20, temperature=0.0), STUDENT) for row in range(5)]
         with model.use(STUDENT):
             decode_all(model, sequences, max_batch=3)
         answers.append([sequence.token_ids for sequence in sequences])

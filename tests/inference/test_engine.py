@@ -11,8 +11,8 @@ import torch
 from inference.engine import FAILURES_BEFORE_UNHEALTHY, Engine
 from inference.errors import AdapterGone, Overloaded, RequestFailed
 from inference.submission import Submission
-from sdft_engine.generation import SamplingParams, Sequence
 from sdft_engine.model import LanguageModel, load_base_model
+from sdft_engine.sampling import Decoding, SamplingParams
 from tests.inference.serving import held
 
 
@@ -33,7 +33,7 @@ def running(model: LanguageModel, **options: float) -> Iterator[Engine]:
 
 def submission(count: int = 1, length: int = 5, adapter: str | None = None) -> Submission:
     params = SamplingParams(max_new_tokens=length, temperature=0)
-    return Submission([Sequence([70, 71, 72], params, adapter) for _ in range(count)])
+    return Submission([Decoding([70, 71, 72], params, adapter) for _ in range(count)])
 
 
 async def token_ids(engine: Engine, asked: Submission) -> list[list[int]]:

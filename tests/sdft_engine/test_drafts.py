@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from sdft_engine.drafts import MOST_TOKENS, ROWS_OF_A_PASS, TRIAL, DraftLuck, next_tokens
-from sdft_engine.generation import DecodingBatch, SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.generation import DecodingBatch, decode_all
 from sdft_engine.model import LanguageModel
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 from tests.sdft_engine.plain import tokens
 
 PROMPTS = [tokens(row, length) for row, length in enumerate((9, 4, 12, 7))]
@@ -46,9 +48,9 @@ def test_fewer_tokens_the_more_rows_there_are_and_none_after_bad_luck() -> None:
     assert luck.width(1) == MOST_TOKENS
 
 
-def answers(model: LanguageModel, drafts: list[list[int]] | None, **options: Any) -> list[Sequence]:
+def answers(model: LanguageModel, drafts: list[list[int]] | None, **options: Any) -> list[Decoding]:
     made = [
-        Sequence(
+        Decoding(
             prompt, SamplingParams(**({"max_new_tokens": 30, "seed": seed_of(3, row), "stop_token_ids": STOP} | options)), draft=drafts[row] if drafts else []
         )
         for row, prompt in enumerate(PROMPTS)
@@ -103,7 +105,7 @@ def test_sequences_with_and_without_drafts_join_and_leave(model: LanguageModel) 
     expected = [each.token_ids for each in answers(model, None)]
     batch = DecodingBatch(model)
     made = [
-        Sequence(prompt, SamplingParams(30, seed=seed_of(3, row), stop_token_ids=STOP), draft=expected[row] if row != 1 else [])
+        Decoding(prompt, SamplingParams(30, seed=seed_of(3, row), stop_token_ids=STOP), draft=expected[row] if row != 1 else [])
         for row, prompt in enumerate(PROMPTS)
     ]
     batch.add(made[:2])
@@ -118,6 +120,6 @@ def test_families_whose_attention_may_be_a_window_decode_one_by_one(model: Langu
     own = [each.token_ids for each in answers(model, None)]
     model.fused = None
     batch = DecodingBatch(model)
-    batch.add([Sequence(PROMPTS[0], SamplingParams(30, seed=seed_of(3, 0)), draft=own[0])])
+    batch.add([Decoding(PROMPTS[0], SamplingParams(30, seed=seed_of(3, 0)), draft=own[0])])
     batch.step()
     assert len(batch.active[0].token_ids) == 2

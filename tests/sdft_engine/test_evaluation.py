@@ -6,9 +6,11 @@ import pytest
 
 from sdft_engine.batching import ScoredText
 from sdft_engine.evaluation import TeacherLift, check_in_context, greedy_answers, mean_token_kl, pass_at_k
-from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.generation import decode_all
 from sdft_engine.lora import LoraShape
 from sdft_engine.model import LanguageModel
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64, tokens
 
 SHAPE = LoraShape(rank=3, alpha=6)
@@ -67,7 +69,7 @@ def test_the_check_compares_greedy_answers_and_distances_from_the_base(model: La
         total, count = 0.0, 0
         for row, (prompt, base_prompt) in enumerate(zip(sampled_after, prompts, strict=True)):
             params = SamplingParams(6, 0.8, seed=seed_of(5, "check", row), stop_token_ids=model.chat_format.eos_token_ids)
-            answer = Sequence(prompt, params, adapter)
+            answer = Decoding(prompt, params, adapter)
             decode_all(model, [answer])
             p = plain.completion_logps(prompt, answer.token_ids, factors if adapter else None, SHAPE.scaling)
             q = plain.completion_logps(base_prompt, answer.token_ids)

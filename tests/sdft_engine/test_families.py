@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from sdft_engine.batching import ScoredText, completion_hidden_states, shared_prefix_length
-from sdft_engine.generation import SamplingParams, Sequence, decode_all
+from sdft_engine.generation import decode_all
 from sdft_engine.lora import LoraAdapters
 from sdft_engine.model import LanguageModel
 from sdft_engine.prompt_cache import PromptCache
+from sdft_engine.sampling import Decoding, SamplingParams
 from tests.sdft_engine.plain import add_adapter
 
 VOCABULARY = 64
@@ -87,7 +88,7 @@ def test_batched_decoding_equals_one_whole_forward_a_token(family: LanguageModel
     """Also where prompts of other lengths follow a common beginning that is longer than the windows."""
     if adapter:
         add_adapter(family, adapter, seed=1)
-    sequences = [Sequence(prefix + prompt, SamplingParams(12, temperature=0.0), adapter) for prompt in PROMPTS]
+    sequences = [Decoding(prefix + prompt, SamplingParams(12, temperature=0.0), adapter) for prompt in PROMPTS]
     decode_all(family, sequences, max_batch=2)
     for sequence in sequences:
         ids = list(sequence.prompt_ids)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdft_engine.generation import DecodingBatch, SamplingParams, Sequence, decode_all, score, seed_of
+from sdft_engine.generation import DecodingBatch, decode_all, score
 from sdft_engine.lora import LoraShape
 from sdft_engine.model import LanguageModel
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64, tokens
 from tests.sdft_engine.recording import watched
 
@@ -19,15 +21,15 @@ PROMPTS = [tokens(seed, length) for seed, length in enumerate(LENGTHS)]
 NEW_TOKENS = 24
 
 
-def greedy(prompt: list[int], new_tokens: int = NEW_TOKENS, adapter: str | None = None, **options: Any) -> Sequence:
-    return Sequence(prompt, SamplingParams(new_tokens, temperature=0.0, **options), adapter)
+def greedy(prompt: list[int], new_tokens: int = NEW_TOKENS, adapter: str | None = None, **options: Any) -> Decoding:
+    return Decoding(prompt, SamplingParams(new_tokens, temperature=0.0, **options), adapter)
 
 
-def sampled(row: int, new_tokens: int = NEW_TOKENS, adapter: str | None = None, seed: int = 0) -> Sequence:
-    return Sequence(PROMPTS[row], SamplingParams(new_tokens, seed=seed_of(seed, row)), adapter)
+def sampled(row: int, new_tokens: int = NEW_TOKENS, adapter: str | None = None, seed: int = 0) -> Decoding:
+    return Decoding(PROMPTS[row], SamplingParams(new_tokens, seed=seed_of(seed, row)), adapter)
 
 
-def alone(model: LanguageModel, sequence: Sequence) -> list[int]:
+def alone(model: LanguageModel, sequence: Decoding) -> list[int]:
     decode_all(model, [sequence])
     return sequence.token_ids
 
@@ -45,7 +47,7 @@ def test_batched_greedy_equals_transformers_generate(model: LanguageModel, tiny_
 
 
 @pytest.mark.parametrize("make", [lambda row: greedy(PROMPTS[row]), sampled], ids=["greedy", "sampled"])
-def test_rows_that_join_and_leave_midway_keep_their_tokens(model: LanguageModel, make: Callable[[int], Sequence]) -> None:
+def test_rows_that_join_and_leave_midway_keep_their_tokens(model: LanguageModel, make: Callable[[int], Decoding]) -> None:
     expected = [alone(model, make(row)) for row in range(len(PROMPTS))]
     sequences = [make(row) for row in range(len(PROMPTS))]
     batch = DecodingBatch(model)
@@ -174,7 +176,7 @@ def test_seeds_reproduce_and_do_not_depend_on_neighbours(model: LanguageModel) -
     decode_all(model, backwards)
     assert [sequence.token_ids for sequence in reversed(backwards)] == expected
     assert all(alone(model, sampled(row, seed=1)) != tokens_ for row, tokens_ in enumerate(expected))
-    unseeded = [Sequence(PROMPTS[0], SamplingParams(NEW_TOKENS)) for _ in range(2)]
+    unseeded = [Decoding(PROMPTS[0], SamplingParams(NEW_TOKENS)) for _ in range(2)]
     decode_all(model, unseeded)
     assert unseeded[0].token_ids != unseeded[1].token_ids
 
@@ -207,8 +209,8 @@ def test_a_folded_adapter_decodes_as_the_unfolded_one(model: LanguageModel, monk
 def test_recorded_logprobs_are_those_of_a_plain_forward(model: LanguageModel, plain: PlainModel, adapter: str | None) -> None:
     factors = in_float64(add_adapter(model, "a", seed=1)) if adapter else None
     options: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 3, "logit_bias": {5: 1.0}, "presence_penalty": 0.5}  # none of them counts
-    sequences = [Sequence(prompt, SamplingParams(8, logprobs=count, **options), adapter) for count, prompt in enumerate(PROMPTS[:4])]
-    silent = Sequence(PROMPTS[4], SamplingParams(8, **options), adapter)
+    sequences = [Decoding(prompt, SamplingParams(8, logprobs=count, **options), adapter) for count, prompt in enumerate(PROMPTS[:4])]
+    silent = Decoding(PROMPTS[4], SamplingParams(8, **options), adapter)
     decode_all(model, [*sequences, silent])
     for count, sequence in enumerate(sequences):
         logps = plain.completion_logps(sequence.prompt_ids, sequence.token_ids, factors, 2.0)
@@ -234,7 +236,7 @@ def test_score_equals_a_plain_forward(model: LanguageModel, plain: PlainModel, a
 
 
 def test_score_agrees_with_what_decoding_recorded(model: LanguageModel) -> None:
-    sequence = Sequence(PROMPTS[1], SamplingParams(16, seed=1, logprobs=0))
+    sequence = Decoding(PROMPTS[1], SamplingParams(16, seed=1, logprobs=0))
     decode_all(model, [sequence])
     own, _ = score(model, sequence.prompt_ids + sequence.token_ids, None)
     assert sequence.logprobs == pytest.approx(own[len(sequence.prompt_ids) - 1 :], abs=1e-4)

@@ -8,7 +8,8 @@ import pytest
 from sdft_engine import session as session_module
 from sdft_engine import trainer
 from sdft_engine.contract.errors import DatasetError
-from sdft_engine.generation import SamplingParams, Sequence, decode_all
+from sdft_engine.generation import decode_all
+from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.session import PROBED_ANSWER_TOKENS, Session, open_session, settle
 from sdft_engine.step import Rollout
 from sdft_engine.teacher import TEACHER, automatic_temperature
@@ -56,7 +57,7 @@ def test_without_demonstrations_the_temperature_is_measured_on_the_teachers_own_
     assert adapter == TEACHER
     assert [text.prompt_ids for text in texts] == session.teacher_prompts
     answers = [
-        Sequence(prompt, SamplingParams(PROBED_ANSWER_TOKENS, temperature=0, stop_token_ids=model.chat_format.eos_token_ids), TEACHER)
+        Decoding(prompt, SamplingParams(PROBED_ANSWER_TOKENS, temperature=0, stop_token_ids=model.chat_format.eos_token_ids), TEACHER)
         for prompt in session.teacher_prompts
     ]
     decode_all(model, answers)

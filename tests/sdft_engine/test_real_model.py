@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import Attestation
-from sdft_engine.generation import SamplingParams, Sequence, decode_all
+from sdft_engine.generation import decode_all
 from sdft_engine.model import LanguageModel, load_base_model
+from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.trainer import train
 from tests.sdft_engine.runs import make_run, messages_of, records
 
@@ -29,7 +30,7 @@ def real_model(real_model_dir: Path) -> LanguageModel:
 
 def answer(model: LanguageModel, question: str) -> str:
     prompt = model.chat_format.prompt_ids([{"role": "user", "content": question}])
-    sequence = Sequence(prompt, SamplingParams(24, temperature=0.0, stop_token_ids=model.chat_format.eos_token_ids))
+    sequence = Decoding(prompt, SamplingParams(24, temperature=0.0, stop_token_ids=model.chat_format.eos_token_ids))
     decode_all(model, [sequence])
     return model.chat_format.decode(sequence.token_ids)
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
 from sdft_engine.rollouts import sample_rollouts, write_rollouts
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 from sdft_engine.step import Rollout, TokenStatistics
 from tests.sdft_engine.plain import add_adapter, randomise, tokens
 
@@ -51,7 +53,7 @@ def test_another_seed_step_or_temperature_gives_other_tokens(student: LanguageMo
 
 def test_the_students_prompt_is_answered_and_not_the_teachers(student: LanguageModel) -> None:
     stop = student.chat_format.eos_token_ids
-    expected = [Sequence(prompt, SamplingParams(12, 1.0, seed=seed_of(3, 1, row), stop_token_ids=stop), STUDENT) for row, prompt in enumerate(STUDENT_PROMPTS)]
+    expected = [Decoding(prompt, SamplingParams(12, 1.0, seed=seed_of(3, 1, row), stop_token_ids=stop), STUDENT) for row, prompt in enumerate(STUDENT_PROMPTS)]
     decode_all(student, expected)
     assert list(ids(roll_out(student, ALL)).values()) == [sequence.token_ids for sequence in expected]
 

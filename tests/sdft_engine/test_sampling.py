@@ -1,4 +1,4 @@
-"""sdft_engine.generation.sample: choosing a token from given logits, against arithmetic and against frequencies."""
+"""sdft_engine.sampling: choosing a token from given logits, against arithmetic and against frequencies."""
 
 import math
 from collections import Counter
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_engine.generation import SamplingParams, Sequence, quantile, sample, seed_of
+from sdft_engine.sampling import Decoding, SamplingParams, quantile, sample
+from sdft_engine.seeds import seed_of
 
 PROBABILITIES = [0.45, 0.25, 0.15, 0.1, 0.05]
 LOGITS = torch.tensor(PROBABILITIES).log() + 3.0  # the constant must not matter
@@ -18,8 +19,8 @@ CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 4: 18.47, 63: 103.44}
 """What the statistic exceeds once in a thousand experiments, by degrees of freedom. The seeds are fixed, so a pass stays one."""
 
 
-def sequence(history: list[int] | None = None, **options: Any) -> Sequence:
-    made = Sequence([1], SamplingParams(**({"max_new_tokens": 1 << 30, "seed": 7} | options)))
+def sequence(history: list[int] | None = None, **options: Any) -> Decoding:
+    made = Decoding([1], SamplingParams(**({"max_new_tokens": 1 << 30, "seed": 7} | options)))
     made.token_ids = history or []
     return made
 

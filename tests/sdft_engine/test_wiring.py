@@ -11,9 +11,11 @@ from sdft_engine import trainer
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.teacher_prompts import TeacherView
 from sdft_engine.divergences import TokenLoss, token_divergence
-from sdft_engine.generation import SamplingParams, Sequence, decode_all, seed_of
+from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import load_base_model
+from sdft_engine.sampling import Decoding, SamplingParams
+from sdft_engine.seeds import seed_of
 from sdft_engine.step import Rollout
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, in_float64
@@ -58,7 +60,7 @@ def test_the_first_step_is_what_the_settings_say(name: str, tmp_path: Path, tiny
             model.chat_format.teacher_prompt_ids(demonstration, TeacherView(template)),
         )
         params = SamplingParams(12, settings["temperature"], seed=seed_of(17, 1, rollout.row), stop_token_ids=model.chat_format.eos_token_ids)
-        answer = Sequence(student_prompt, params, STUDENT)
+        answer = Decoding(student_prompt, params, STUDENT)
         decode_all(model, [answer])
         assert rollout.completion_ids == answer.token_ids
         tau, teacher_factors = settings["temperature"], parent if settings["teacher_start"] == "parent" else None

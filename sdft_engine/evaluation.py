@@ -17,8 +17,6 @@ from sdft_engine.model import LanguageModel
 from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.seeds import seed_of
 
-CHUNK_POSITIONS = 128
-
 
 @dataclass(frozen=True)
 class TeacherLift:
@@ -108,8 +106,7 @@ def mean_token_kl(
             first_NH = completion_hidden_states(model, [first[row] for row in rows])
         with model.adapters.use(second_adapter):
             second_NH = completion_hidden_states(model, [second[row] for row in rows])
-        for start in range(0, len(first_NH), CHUNK_POSITIONS):
-            part = slice(start, start + CHUNK_POSITIONS)
+        for part in model.chunks(len(first_NH)):
             first_logps_NV, second_logps_NV = (model.logits(hidden_NH[part]).log_softmax(dim=-1) for hidden_NH in (first_NH, second_NH))
             total += float(forward_kl(first_logps_NV, second_logps_NV).sum())
     return total / sum(len(text.completion_ids) for text in first)

@@ -201,9 +201,9 @@ def score(model: LanguageModel, token_ids: list[int], adapter: str | None, top: 
     own: list[float] = []
     alternatives: list[dict[int, float]] = []
     targets = torch.tensor(token_ids[1:], device=model.device)
-    for start in range(0, len(hidden_TH), 256):
-        logps_NV = model.logits(hidden_TH[start : start + 256]).log_softmax(dim=-1)
-        own += logps_NV.gather(1, targets[start : start + 256, None])[:, 0].tolist()
+    for part in model.chunks(len(hidden_TH)):
+        logps_NV = model.logits(hidden_TH[part]).log_softmax(dim=-1)
+        own += logps_NV.gather(1, targets[part, None])[:, 0].tolist()
         if top:
             values, indices = logps_NV.topk(top, dim=-1)
             alternatives += [dict(zip(i, v, strict=True)) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]

@@ -18,6 +18,9 @@ from sdft_engine.fused_decoder import FusedDecoder, fused_decoder_of
 from sdft_engine.lora import LoraAdapters
 from sdft_engine.products import frozen_linear, pack, packed_is_faster, packed_linear, packs
 
+CHUNK_ELEMENTS = 1 << 23
+"""Logits held at a time: 8M floats, 32 MiB."""
+
 
 @dataclass
 class LanguageModel:
@@ -98,6 +101,11 @@ class LanguageModel:
         finally:
             for layer in layers:
                 layer.training = False
+
+    def chunks(self, count: int) -> list[slice]:
+        """Parts of so many positions whose logits are computed at a time."""
+        size = max(1, CHUNK_ELEMENTS // self.network.config.vocab_size)
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """float32 logits (N, V) of hidden states, with the model's own scale and soft cap where it has one."""

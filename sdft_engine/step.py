@@ -23,9 +23,6 @@ from sdft_engine.model import LanguageModel
 from sdft_engine.prompt_cache import PromptCache
 from sdft_engine.token_terms import TokenTerms, token_terms
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits held at a time: 8M floats, 32 MiB."""
-
 
 @dataclass(frozen=True)
 class Rollout:
@@ -197,7 +194,7 @@ def demonstration_loss(model: LanguageModel, texts: list[ScoredText], adapter: s
         with model.adapters.use(adapter):
             hidden_NH = completion_hidden_states(model, chosen)
         targets = _tensor([token for text in chosen for token in text.completion_ids], model.device)
-        for part in _chunks(len(hidden_NH), model.network.config.vocab_size):
+        for part in model.chunks(len(hidden_NH)):
             logps_NV = model.logits(hidden_NH[part]).log_softmax(dim=-1)
             loss -= float(logps_NV.gather(1, targets[part, None]).sum())
             correct += int((logps_NV.argmax(dim=-1) == targets[part]).sum())
@@ -240,7 +237,7 @@ def backward_through_head(
                 before(hidden_NH.detach())
         gradient_NH = torch.zeros_like(hidden_NH)
         total = 0.0
-        for part in _chunks(len(hidden_NH), model.network.config.vocab_size):
+        for part in model.chunks(len(hidden_NH)):
             leaf_NH = hidden_NH[part].detach().requires_grad_()
             loss = chunk_loss(leaf_NH, part)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -258,7 +255,7 @@ def _importance(
     own_N = torch.cat(
         [
             (model.logits(hidden_NH[part]) / objective.temperature).log_softmax(dim=-1).gather(1, targets[part, None])[:, 0]
-            for part in _chunks(len(hidden_NH), model.network.config.vocab_size)
+            for part in model.chunks(len(hidden_NH))
         ]
     )
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
@@ -282,11 +279,6 @@ def _observe(statistics: TokenStatistics, terms: TokenTerms, counted_N: Tensor) 
     statistics.divergence_max = max(statistics.divergence_max, float(terms.divergence[counted_N].max()))
     if terms.kept_mass is not None:
         statistics.top_k_mass_sum += float(terms.kept_mass[counted_N].sum())
-
-
-def _chunks(count: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _tensor(values: list[int] | list[float], device: torch.device) -> Tensor:

@@ -99,8 +99,8 @@ def automatic_temperature(model: LanguageModel, texts: list[ScoredText], adapter
         with model.adapters.use(adapter):
             hidden_NH = completion_hidden_states(model, chosen)
         targets_N = torch.tensor([token for text in chosen for token in text.completion_ids], device=model.device)
-        for start in range(0, len(hidden_NH), 256):
-            logits_NV, targets = model.logits(hidden_NH[start : start + 256]), targets_N[start : start + 256]
+        for part in model.chunks(len(hidden_NH)):
+            logits_NV, targets = model.logits(hidden_NH[part]), targets_N[part]
             greedy += float((logits_NV.argmax(dim=-1) == targets).sum())
             count += len(targets)
             for tau in TEMPERATURES:

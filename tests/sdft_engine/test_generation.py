@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sdft_engine import model as model_module
 from sdft_engine.generation import DecodingBatch, decode_all, score
 from sdft_engine.lora import LoraShape
 from sdft_engine.model import LanguageModel
@@ -223,9 +224,10 @@ def test_recorded_logprobs_are_those_of_a_plain_forward(model: LanguageModel, pl
 
 
 @pytest.mark.parametrize("adapter", [None, "a"])
-def test_score_equals_a_plain_forward(model: LanguageModel, plain: PlainModel, adapter: str | None) -> None:
+def test_score_equals_a_plain_forward(model: LanguageModel, plain: PlainModel, adapter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "CHUNK_ELEMENTS", 70 * model.network.config.vocab_size)
     factors = in_float64(add_adapter(model, "a", seed=1)) if adapter else None
-    ids = tokens(9, 300)  # more than one chunk of 256
+    ids = tokens(9, 300)  # more than one chunk of 70
     own, alternatives = score(model, ids, adapter, top=3)
     logps = plain.completion_logps(ids[:1], ids[1:], factors, 2.0)
     assert own == pytest.approx([float(logps[i, t]) for i, t in enumerate(ids[1:])], abs=2e-4)

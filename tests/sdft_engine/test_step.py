@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdft_engine import step as step_module
+from sdft_engine import model as model_module
 from sdft_engine.batching import ScoredText
 from sdft_engine.divergences import TokenLoss, forward_kl, token_divergence
 from sdft_engine.lora import STUDENT, LoraShape
@@ -52,7 +52,7 @@ def trained(model: LanguageModel) -> LanguageModel:
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Also with the head run on three positions at a time."""
     if request.param == "chunks":
-        monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 3 * VOCABULARY + 5)
+        monkeypatch.setattr(model_module, "CHUNK_ELEMENTS", 3 * VOCABULARY + 5)
     return str(request.param)
 
 
@@ -275,7 +275,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["sdft", "supervised", "validation"])
 def test_no_tensor_grows_with_rows_times_tokens_times_vocabulary(trained: LanguageModel, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 8 * VOCABULARY)
+    monkeypatch.setattr(model_module, "CHUNK_ELEMENTS", 8 * VOCABULARY)
     rollouts = [rollout(row, 10, 45) for row in range(8)]
     texts = [ScoredText(each.student_prompt_ids, each.completion_ids) for each in rollouts]
     positions: list[int] = []

@@ -184,6 +184,7 @@ def scripted(logits_by_token: dict[int, list[float]]) -> Any:
         adapters=SimpleNamespace(use=lambda name: torch.no_grad()),
         device=torch.device("cpu"),
         logits=lambda hidden_NH: torch.tensor([logits_by_token[int(token)] for token in hidden_NH[:, 0]]),
+        chunks=lambda count: [slice(start, start + 2) for start in range(0, count, 2)],
     )
 
 

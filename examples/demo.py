@@ -38,21 +38,22 @@ BASE_MODEL = "smollm2-135m-instruct"
 SDFT = {
     "teacher_template": "history_twice",
     "hyperparameters": {
-        "n_epochs": 33,
+        "n_epochs": 28,
         "batch_size": 8,
-        "learning_rate": 1e-3,
-        "teacher": "frozen",
+        "learning_rate": 7e-4,
+        "ema_rate": 0.05,
+        "anchor_weight": 1.0,
         "temperature": 0.5,
         "max_completion_tokens": 20,
         "mask_clipped_completions": False,
     },
 }
 """What a model this small needs: a teacher that stays right when it is sampled (the demonstration shown twice, a low
-temperature) and does not follow the student's slips (frozen), and rollouts hardly longer than the demonstrations, cut-off
-ones included."""
+temperature), something to hold on to where nothing is to be learned (the anchor), and rollouts hardly longer than the
+demonstrations, cut-off ones included."""
 
-SFT = {"hyperparameters": {"n_epochs": 33, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 6}}
-"""The same adapter shape, steps, batch size and learning rate; a checkpoint every six steps to stop at."""
+SFT = {"hyperparameters": {"n_epochs": 28, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every_steps": 6}}
+"""The same adapter shape, steps and batch size; a checkpoint every six steps to stop at."""
 
 LEAST_SCORED_TOKEN_ACCURACY = 0.9
 """An SFT checkpoint whose step had fewer of the demonstrations' tokens right is not asked the trained questions: a whole

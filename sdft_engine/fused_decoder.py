@@ -160,8 +160,10 @@ class FusedDecoder:
             out = scaled_dot_product_attention(q, k, v, attn_mask=this.mask)
             out_BTH = out.reshape(rows, 1, -1)
         else:
+            if torch.is_grad_enabled():  # on CPUs torch differentiates attention in bfloat16 at half the speed
+                q, k, v = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (q, k, v))
             out = scaled_dot_product_attention(q, k, v, attn_mask=this.mask, is_causal=this.mask is None, enable_gqa=self.groups > 1)
-            out_BTH = out.transpose(1, 2).reshape(rows, new, -1)
+            out_BTH = out.transpose(1, 2).reshape(rows, new, -1).to(x_BTH.dtype)
         return layer.output(this.active, out_BTH)[0]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import re
 
 from sdft_engine.contract.prompts import ChatFormat
-from sdft_engine.step import Rollout, TokenStatistics
+from sdft_engine.rollouts import Rollout
+from sdft_engine.token_statistics import TokenStatistics
 
 Measurements = dict[str, float | None]
 

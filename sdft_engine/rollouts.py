@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from pathlib import Path
 
 from sdft_engine.generation import decode_all
@@ -10,7 +11,31 @@ from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
 from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.seeds import seed_of
-from sdft_engine.step import Rollout, TokenStatistics
+from sdft_engine.token_statistics import TokenStatistics
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer and the two prompts it is scored after."""
+
+    row: int
+    student_prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    completion_ids: list[int]
+    finished: bool
+    """It ended by itself; False: cut off at max_completion_tokens."""
+    sampler_logps: list[float] | None = None
+    """Of every completion token by a sampler that is not the trainer, at the sampling temperature; None: the trainer sampled."""
+
+    def loss_mask(self, skip_first_tokens: int, mask_clipped: bool, answer_start: int = 0) -> list[bool]:
+        """Tokens that give loss: all but the first min(skip, length // 4), and none of a clipped rollout if those are masked.
+
+        `answer_start` is where the answer begins after the model's thoughts: its first tokens are left out by the same rule.
+        """
+        length = len(self.completion_ids)
+        spans = {(0, length), (answer_start, length - answer_start)}
+        skipped = {start + offset for start, count in spans for offset in range(min(skip_first_tokens, count // 4))}
+        return [offset not in skipped and (self.finished or not mask_clipped) for offset in range(length)]
 
 
 def sample_rollouts(

@@ -27,10 +27,10 @@ from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_
 from sdft_engine.prompt_cache import PromptCache
 from sdft_engine.ranks import Ranks
 from sdft_engine.retention import RetentionProbe
-from sdft_engine.rollouts import sample_rollouts
+from sdft_engine.rollouts import Rollout, sample_rollouts
 from sdft_engine.schedule import rows_of_step
 from sdft_engine.seeds import seed_of
-from sdft_engine.step import PassBudget, Rollout
+from sdft_engine.step import PassBudget
 from sdft_engine.teacher import Teacher, automatic_temperature
 
 ALONE = Ranks()

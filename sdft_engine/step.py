@@ -9,7 +9,7 @@ code; a sequence without loss tokens (a clipped rollout) counts as zero.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,69 +21,9 @@ from sdft_engine.importance import ImportanceCorrection, importance_weights
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
 from sdft_engine.prompt_cache import PromptCache
+from sdft_engine.rollouts import Rollout
+from sdft_engine.token_statistics import TokenStatistics
 from sdft_engine.token_terms import TokenTerms, token_terms
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled answer and the two prompts it is scored after."""
-
-    row: int
-    student_prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
-    completion_ids: list[int]
-    finished: bool
-    """It ended by itself; False: cut off at max_completion_tokens."""
-    sampler_logps: list[float] | None = None
-    """Of every completion token by a sampler that is not the trainer, at the sampling temperature; None: the trainer sampled."""
-
-    def loss_mask(self, skip_first_tokens: int, mask_clipped: bool, answer_start: int = 0) -> list[bool]:
-        """Tokens that give loss: all but the first min(skip, length // 4), and none of a clipped rollout if those are masked.
-
-        `answer_start` is where the answer begins after the model's thoughts: its first tokens are left out by the same rule.
-        """
-        length = len(self.completion_ids)
-        spans = {(0, length), (answer_start, length - answer_start)}
-        skipped = {start + offset for start, count in spans for offset in range(min(skip_first_tokens, count // 4))}
-        return [offset not in skipped and (self.finished or not mask_clipped) for offset in range(length)]
-
-
-@dataclass
-class TokenStatistics:
-    """Sums and extremes over the loss tokens of a step, filled chunk by chunk."""
-
-    loss: float = 0.0
-    loss_tokens: int = 0
-    correct_tokens: int = 0
-    entropy_sum: float = 0.0
-    divergence_max: float = 0.0
-    ratio_sum: float = 0.0
-    """Importance ratios; of the trainer's own rollouts none."""
-    top_k_mass_sum: float = 0.0
-    teacher_seconds: float = 0.0
-    student_seconds: float = 0.0
-    per_token: dict[int, list[float]] = field(default_factory=dict)
-    """Divergence of every completion token, by the rollout's position in the batch."""
-    rewards: dict[int, float] = field(default_factory=dict)
-    """Implicit reward of every rollout, likewise: over its loss tokens, the sum of log P(y_t) - log Q(y_t)."""
-
-
-def merged(shares: Sequence[TokenStatistics]) -> TokenStatistics:
-    """The statistics of a whole batch from those of its shares, dealt out one rollout at a time (see ranks.py). Phases take as
-    long as the slowest process."""
-    size = len(shares)
-    whole = TokenStatistics(
-        **{name: sum(getattr(share, name) for share in shares) for name in SUMS},
-        **{name: max(getattr(share, name) for share in shares) for name in LARGEST},
-    )
-    for rank, share in enumerate(shares):
-        whole.per_token |= {place * size + rank: values for place, values in share.per_token.items()}
-        whole.rewards |= {place * size + rank: value for place, value in share.rewards.items()}
-    return whole
-
-
-SUMS = ("loss", "loss_tokens", "correct_tokens", "entropy_sum", "ratio_sum", "top_k_mass_sum")
-LARGEST = ("divergence_max", "teacher_seconds", "student_seconds")
 
 
 @dataclass(frozen=True)

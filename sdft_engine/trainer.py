@@ -34,10 +34,11 @@ from sdft_engine.export import write_final
 from sdft_engine.lora import STUDENT
 from sdft_engine.measurements import Measurements, rollout_measurements, speeds
 from sdft_engine.ranks import Ranks
-from sdft_engine.rollouts import write_rollouts
+from sdft_engine.rollouts import Rollout, write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
 from sdft_engine.session import ALONE, Session, open_session, remember_answers, rollouts_of_step, settle
-from sdft_engine.step import Objective, Rollout, TokenStatistics, demonstration_loss, merged, sdft_gradient, supervised_gradient
+from sdft_engine.step import Objective, demonstration_loss, sdft_gradient, supervised_gradient
+from sdft_engine.token_statistics import TokenStatistics, merged
 
 BARREN_STEPS = 10
 """Steps without a single loss token after which a run is stopped: nothing would ever be learned."""

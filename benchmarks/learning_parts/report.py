@@ -16,7 +16,7 @@ LEAST_PARAPHRASES = 0.9
 LEAST_RETENTION = 0.95
 MOST_KL_OF_MATCHED = 0.5
 SDFT_ROWS = "SDFT"
-HEADER = ("", "seeds", "trained", "paraphrases", "general, of the base's", "kept", "KL from base", "seconds")
+HEADER = ("", "seeds", "trained", "paraphrases", "general, of the base's", "kept", "KL from base")
 
 
 def table(rows: Rows) -> str:
@@ -35,7 +35,6 @@ def table(rows: Rows) -> str:
             f"{sum(retention) / len(retention):.0%}{_spread(retention)}" if retention else "",
             _share([each.retained for each in scores if each.retained]),
             _mean([each.kl_from_base for each in scores if each.kl_from_base is not None], ".3f"),
-            _mean([each.extra["seconds"] for each in scores if "seconds" in each.extra], ".0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -16,8 +16,9 @@ from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, load_base_model
 from sdft_engine.prompt_cache import PromptCache
+from sdft_engine.rollouts import Rollout
 from sdft_engine.sampling import Decoding, SamplingParams
-from sdft_engine.step import Objective, PassBudget, Rollout, sdft_gradient
+from sdft_engine.step import Objective, PassBudget, sdft_gradient
 from sdft_engine.teacher import TEACHER
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64, tokens

@@ -9,8 +9,8 @@ from sdft_engine import trainer
 from sdft_engine.collapse_guard import WINDOW, CollapseGuard
 from sdft_engine.contract.errors import Collapsed
 from sdft_engine.contract.metrics import StepMetrics
+from sdft_engine.rollouts import Rollout
 from sdft_engine.session import Session
-from sdft_engine.step import Rollout
 from sdft_engine.trainer import train
 from tests.sdft_engine.runs import make_run, stop_after
 

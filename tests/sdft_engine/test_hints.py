@@ -9,9 +9,9 @@ from sdft_engine import session as session_module
 from sdft_engine import trainer
 from sdft_engine.contract.errors import DatasetError
 from sdft_engine.generation import decode_all
+from sdft_engine.rollouts import Rollout
 from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.session import PROBED_ANSWER_TOKENS, Session, open_session, settle
-from sdft_engine.step import Rollout
 from sdft_engine.teacher import TEACHER, automatic_temperature
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched

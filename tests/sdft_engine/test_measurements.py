@@ -6,7 +6,8 @@ import pytest
 
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.measurements import TEACHER_OPENING, rollout_measurements
-from sdft_engine.step import Rollout, TokenStatistics
+from sdft_engine.rollouts import Rollout
+from sdft_engine.token_statistics import TokenStatistics
 
 
 @pytest.mark.parametrize(

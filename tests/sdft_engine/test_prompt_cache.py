@@ -11,8 +11,9 @@ from sdft_engine.divergences import TokenLoss
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
 from sdft_engine.prompt_cache import PromptCache
+from sdft_engine.rollouts import Rollout
 from sdft_engine.session import open_session
-from sdft_engine.step import Objective, PassBudget, Rollout, sdft_gradient
+from sdft_engine.step import Objective, PassBudget, sdft_gradient
 from sdft_engine.teacher import TEACHER
 from tests.sdft_engine.plain import add_adapter, tokens
 from tests.sdft_engine.runs import make_run

@@ -11,7 +11,7 @@ import torch
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.lora import read_adapter
 from sdft_engine.ranks import Ranks
-from sdft_engine.step import TokenStatistics, merged
+from sdft_engine.token_statistics import TokenStatistics, merged
 from tests.sdft_engine.runs import TIMINGS, make_run, messages_of, records
 
 SCRIPT = "tests.fixtures.fixed_rollouts"

@@ -10,10 +10,10 @@ import torch
 from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
-from sdft_engine.rollouts import sample_rollouts, write_rollouts
+from sdft_engine.rollouts import Rollout, sample_rollouts, write_rollouts
 from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.seeds import seed_of
-from sdft_engine.step import Rollout, TokenStatistics
+from sdft_engine.token_statistics import TokenStatistics
 from tests.sdft_engine.plain import add_adapter, randomise, tokens
 
 STUDENT_PROMPTS = [tokens(seed, 3 + 7 * seed) for seed in range(5)]

@@ -14,8 +14,8 @@ from sdft_engine import session as session_module
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DatasetError
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.lora import STUDENT, LoraShape
+from sdft_engine.rollouts import Rollout
 from sdft_engine.session import open_session, settle
-from sdft_engine.step import Rollout
 from sdft_engine.teacher import TEACHER, TEMPERATURES, automatic_temperature
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched

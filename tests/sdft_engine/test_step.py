@@ -14,8 +14,10 @@ from sdft_engine.batching import ScoredText
 from sdft_engine.divergences import TokenLoss, forward_kl, token_divergence
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel
-from sdft_engine.step import Objective, PassBudget, Rollout, TokenStatistics, demonstration_loss, sdft_gradient, supervised_gradient
+from sdft_engine.rollouts import Rollout
+from sdft_engine.step import Objective, PassBudget, demonstration_loss, sdft_gradient, supervised_gradient
 from sdft_engine.teacher import TEACHER
+from sdft_engine.token_statistics import TokenStatistics
 from tests.sdft_engine.plain import Factors, PlainModel, add_adapter, in_float64, tokens
 from tests.sdft_engine.recording import watched
 

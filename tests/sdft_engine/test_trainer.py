@@ -14,8 +14,8 @@ from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.session import open_session
-from sdft_engine.step import TokenStatistics
 from sdft_engine.teacher import PRODUCT_STATE, TEACHER
+from sdft_engine.token_statistics import TokenStatistics
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, in_float64
 from tests.sdft_engine.recording import watched

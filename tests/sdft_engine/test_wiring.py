@@ -14,9 +14,9 @@ from sdft_engine.divergences import TokenLoss, token_divergence
 from sdft_engine.generation import decode_all
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import load_base_model
+from sdft_engine.rollouts import Rollout
 from sdft_engine.sampling import Decoding, SamplingParams
 from sdft_engine.seeds import seed_of
-from sdft_engine.step import Rollout
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, in_float64
 from tests.sdft_engine.recording import watched

@@ -6,7 +6,6 @@ sampling noise of a sequence is fixed by its seed, a guess is checked by choosin
 not depend on the guesses.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_TOKENS = 7
@@ -37,16 +36,29 @@ class DraftLuck:
         return max(0, min(MOST_TOKENS, ROWS_OF_A_PASS // rows - 1))
 
 
-def next_tokens(draft: Sequence[int], said: Sequence[int], count: int) -> list[int]:
+def next_tokens(draft: list[int], said: list[int], count: int) -> list[int]:
     """At most `count` tokens that follow in the draft: as long as it was right, the next ones; after a difference, those after
     the place where the last tokens said, as many as are found, stand in it. Nothing where it has no such place."""
     if count <= 0 or not draft:
         return []
-    if len(said) < len(draft) and list(draft[: len(said)]) == list(said):
-        return list(draft[len(said) : len(said) + count])
+    if len(said) < len(draft) and draft[: len(said)] == said:
+        return draft[len(said) : len(said) + count]
+    places = _places(draft, said[-1]) if said else []
     for length in range(min(LONGEST_CONTEXT, len(said)), 0, -1):
-        context = list(said[-length:])
-        for start in range(len(draft) - length):
-            if list(draft[start : start + length]) == context:
-                return list(draft[start + length : start + length + count])
+        for place in places:
+            start = place - length + 1
+            if start >= 0 and draft[start:place] == said[-length:-1]:
+                return draft[place + 1 : place + 1 + count]
     return []
+
+
+def _places(draft: list[int], token: int) -> list[int]:
+    """Where a token stands in it, the last place left out, after which nothing follows."""
+    found: list[int] = []
+    place = -1
+    while True:
+        try:
+            place = draft.index(token, place + 1, len(draft) - 1)
+        except ValueError:
+            return found
+        found.append(place)

@@ -1,8 +1,7 @@
 """On-policy rollouts: the student answers its prompts in its own words."""
 
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +39,9 @@ class Rollout:
 
 def sample_rollouts(
     model: LanguageModel,
-    rows: Rows[int],
-    student_prompts: Rows[list[int]],
-    teacher_prompts: Rows[list[int]],
+    rows: Sequence[int],
+    student_prompts: Sequence[list[int]],
+    teacher_prompts: Sequence[list[int]],
     *,
     max_completion_tokens: int,
     temperature: float,

@@ -75,29 +75,34 @@ class Anchor:
         rows = ranks.own(self.rows_of(step))
         kl_sum, count = 0.0, 0
         for places in passes([self.texts[row] for row in rows], budget.student_tokens):
-            chosen = [rows[place] for place in places]
-            texts = [self.texts[row] for row in chosen]
-            base_NH = torch.cat([self._base_hidden[row] for row in chosen])
-            weights = [self.weight / ROWS_OF_STEP / len(text.completion_ids) for text in texts for _ in text.completion_ids]
-            weights_N = torch.tensor(weights, device=self.model.device)
-            targets_N = torch.tensor([token for text in texts for token in text.completion_ids], device=self.model.device)
-
-            def chunk_loss(hidden_NH: Tensor, part: slice, base_NH: Tensor = base_NH, weights_N: Tensor = weights_N, targets_N: Tensor = targets_N) -> Tensor:
-                nonlocal kl_sum, count
-                with torch.no_grad():
-                    base_logits_NV = self.model.logits(base_NH[part])
-                terms = token_terms(TokenLoss("forward"), base_logits_NV, self.model.logits(hidden_NH), targets_N[part], weights_N[part])
-                kl_sum += float(terms.divergence.sum())
-                count += len(terms.divergence)
-                return terms.loss
-
-            backward_through_head(self.model, texts, chunk_loss)
+            divergence_N = self._pass([rows[place] for place in places])
+            kl_sum += float(divergence_N.sum())
+            count += len(divergence_N)
         shares = ranks.collect((kl_sum, count, sum(self.texts[row].input_length for row in rows), time.perf_counter() - start))
         return AnchorStatistics(
             kl=sum(share[0] for share in shares) / sum(share[1] for share in shares),
             tokens=sum(share[2] for share in shares),
             seconds=max(share[3] for share in shares),
         )
+
+    def _pass(self, rows: list[int]) -> Tensor:
+        """The gradient of some rows; returns their tokens' KL (N,)."""
+        texts = [self.texts[row] for row in rows]
+        base_NH = torch.cat([self._base_hidden[row] for row in rows])
+        targets_N = torch.tensor([token for text in texts for token in text.completion_ids], device=self.model.device)
+        weights = [self.weight / ROWS_OF_STEP / len(text.completion_ids) for text in texts for _ in text.completion_ids]
+        weights_N = torch.tensor(weights, device=self.model.device)
+        divergences: list[Tensor] = []
+
+        def chunk_loss(hidden_NH: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                base_logits_NV = self.model.logits(base_NH[part])
+            terms = token_terms(TokenLoss("forward"), base_logits_NV, self.model.logits(hidden_NH), targets_N[part], weights_N[part])
+            divergences.append(terms.divergence)
+            return terms.loss
+
+        backward_through_head(self.model, texts, chunk_loss)
+        return torch.cat(divergences)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -65,41 +65,41 @@ def sdft_gradient(
     texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts]
     weights = [[flag / sum(mask) / (batch_size or len(rollouts)) if flag else 0.0 for flag in mask] for mask in masks]
     for rows in passes(texts, budget.student_tokens):
-        targets = _tensor([token for row in rows for token in rollouts[row].completion_ids], model.device)
         weights_N = _tensor([weight for row in rows for weight in weights[row]], model.device)
-        mask_N = weights_N > 0  # before importance weights, which may be so small that they are zero
-        teacher_rows_NH = torch.cat([teacher_NH[row] for row in rows])
-        divergences: list[Tensor] = []
-        rewards: list[Tensor] = []
-
-        def chunk_loss(
-            hidden_NH: Tensor,
-            part: slice,
-            targets: Tensor = targets,
-            weights_N: Tensor = weights_N,
-            mask_N: Tensor = mask_N,
-            teacher: Tensor = teacher_rows_NH,
-            out: tuple[list[Tensor], list[Tensor]] = (divergences, rewards),
-        ) -> Tensor:
-            with torch.no_grad():
-                teacher_logits_NV = model.logits(teacher[part])
-            terms = token_terms(objective.token_loss, teacher_logits_NV, model.logits(hidden_NH), targets[part], weights_N[part], objective.temperature)
-            _observe(statistics, terms, mask_N[part])
-            out[0].append(terms.divergence)
-            out[1].append(terms.reward * mask_N[part])
-            return terms.loss
-
-        def weigh(hidden_NH: Tensor, rows: list[int] = rows, weights_N: Tensor = weights_N, mask_N: Tensor = mask_N) -> None:
-            weights_N *= _importance(model, hidden_NH, [rollouts[row] for row in rows], mask_N, objective, statistics)
-
-        corrected = any(rollouts[row].sampler_logps is not None for row in rows)
-        statistics.loss += backward_through_head(model, [texts[row] for row in rows], chunk_loss, weigh if corrected else None)
-        lengths = [len(rollouts[row].completion_ids) for row in rows]
-        statistics.per_token |= {row: part.tolist() for row, part in zip(rows, torch.cat(divergences).split(lengths), strict=True)}
-        statistics.rewards |= {row: float(part.sum()) for row, part in zip(rows, torch.cat(rewards).split(lengths), strict=True)}
+        _student_pass(model, {row: rollouts[row] for row in rows}, weights_N, torch.cat([teacher_NH[row] for row in rows]), objective, statistics)
     model.wait()
     statistics.student_seconds = time.perf_counter() - start
     return statistics
+
+
+def _student_pass(
+    model: LanguageModel, rollouts: dict[int, Rollout], weights_N: Tensor, teacher_NH: Tensor, objective: Objective, statistics: TokenStatistics
+) -> None:
+    """The gradient of some of the batch's rollouts, by their places in it. `weights_N`: of their tokens' losses, one rollout after
+    the other, 0 where there is none; `teacher_NH`: of the same tokens."""
+    targets = _tensor([token for rollout in rollouts.values() for token in rollout.completion_ids], model.device)
+    mask_N = weights_N > 0  # before importance weights, which may be so small that they are zero
+    divergences: list[Tensor] = []
+    rewards: list[Tensor] = []
+
+    def weigh(hidden_NH: Tensor) -> None:
+        weights_N.mul_(_importance(model, hidden_NH, list(rollouts.values()), mask_N, objective, statistics))
+
+    def chunk_loss(hidden_NH: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            teacher_logits_NV = model.logits(teacher_NH[part])
+        terms = token_terms(objective.token_loss, teacher_logits_NV, model.logits(hidden_NH), targets[part], weights_N[part], objective.temperature)
+        _observe(statistics, terms, mask_N[part])
+        divergences.append(terms.divergence)
+        rewards.append(terms.reward * mask_N[part])
+        return terms.loss
+
+    texts = [ScoredText(rollout.student_prompt_ids, rollout.completion_ids) for rollout in rollouts.values()]
+    corrected = any(rollout.sampler_logps is not None for rollout in rollouts.values())
+    statistics.loss += backward_through_head(model, texts, chunk_loss, weigh if corrected else None)
+    lengths = [len(text.completion_ids) for text in texts]
+    statistics.per_token |= {place: part.tolist() for place, part in zip(rollouts, torch.cat(divergences).split(lengths), strict=True)}
+    statistics.rewards |= {place: float(part.sum()) for place, part in zip(rollouts, torch.cat(rewards).split(lengths), strict=True)}
 
 
 def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: PassBudget, batch_size: int | None = None) -> TokenStatistics:
@@ -107,22 +107,25 @@ def supervised_gradient(model: LanguageModel, texts: list[ScoredText], budget: P
     statistics = TokenStatistics()
     start = time.perf_counter()
     for rows in passes(texts, budget.student_tokens):
-        chosen = [texts[row] for row in rows]
-        targets = _tensor([token for text in chosen for token in text.completion_ids], model.device)
-        weights_N = _tensor([1 / len(text.completion_ids) / (batch_size or len(texts)) for text in chosen for _ in text.completion_ids], model.device)
-
-        def chunk_loss(hidden_NH: Tensor, part: slice, targets: Tensor = targets, weights_N: Tensor = weights_N) -> Tensor:
-            logps_NV = model.logits(hidden_NH).log_softmax(dim=-1)
-            own_N = logps_NV.gather(1, targets[part, None])[:, 0]
-            statistics.loss_tokens += len(own_N)
-            statistics.correct_tokens += int((logps_NV.argmax(dim=-1) == targets[part]).sum())
-            statistics.entropy_sum += float(entropy(logps_NV.detach()).sum())
-            return -(own_N * weights_N[part]).sum()
-
-        statistics.loss += backward_through_head(model, chosen, chunk_loss)
+        _supervised_pass(model, [texts[row] for row in rows], batch_size or len(texts), statistics)
     model.wait()
     statistics.student_seconds = time.perf_counter() - start
     return statistics
+
+
+def _supervised_pass(model: LanguageModel, texts: list[ScoredText], batch_size: int, statistics: TokenStatistics) -> None:
+    targets = _tensor([token for text in texts for token in text.completion_ids], model.device)
+    weights_N = _tensor([1 / len(text.completion_ids) / batch_size for text in texts for _ in text.completion_ids], model.device)
+
+    def chunk_loss(hidden_NH: Tensor, part: slice) -> Tensor:
+        logps_NV = model.logits(hidden_NH).log_softmax(dim=-1)
+        own_N = logps_NV.gather(1, targets[part, None])[:, 0]
+        statistics.loss_tokens += len(own_N)
+        statistics.correct_tokens += int((logps_NV.argmax(dim=-1) == targets[part]).sum())
+        statistics.entropy_sum += float(entropy(logps_NV.detach()).sum())
+        return -(own_N * weights_N[part]).sum()
+
+    statistics.loss += backward_through_head(model, texts, chunk_loss)
 
 
 @torch.no_grad()

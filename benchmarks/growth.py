@@ -86,7 +86,15 @@ def row(axis: str, value: int, at: Point) -> str:
 
 def page(measured: dict[str, dict[int, Point]], machine: str) -> str:
     header = "| | | " + " | ".join(f"{name} s" for name in COLUMNS) + " | peak GB |"
-    lines = ["# Growth of a step", "", "Written by `python -m benchmarks.growth`.", "", header, "|---|---" + "|---" * (len(COLUMNS) + 1) + "|"]
+    centre = f"{CENTRE.batch} x ({CENTRE.prompt} + {CENTRE.completion}) tokens, rank {RANK} and a vocabulary of {DEFAULT_VOCABULARY:,}"
+    lines = [
+        "# Growth of a step",
+        "",
+        f"Written by `python -m benchmarks.growth`. One thing is changed at a time, from {centre}.",
+        "",
+        header,
+        "|---|---" + "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     lines += [row(axis, value, at) for axis, points in measured.items() for value, at in points.items()]
     return "\n".join([*lines, "", "![Growth](growth.svg)", "", machine, ""])
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.step_time import check_equal_work
-from benchmarks.step_time_parts.report import verdicts, write
+from benchmarks.step_time_parts.report import rest_of, verdicts, write
 from benchmarks.step_time_parts.shapes import Shape, texts_of
 from sdft_engine.contract.prompts import ChatFormat
 
@@ -32,11 +32,19 @@ def test_unequal_work_is_not_compared() -> None:
 
 def test_ratios_are_of_paired_processes() -> None:
     runs = {"sdft": [run(1, 4), run(10, 4), run(2, 4)], "trl": [run(3, 10), run(30, 10), run(2, 10)], "sft": [run(0.5, 1), run(5, 1), run(1, 1)]}
-    lines = verdicts(Shape("any", 1, 1, 1), runs, {"step": 1.0})
+    result = {"shape": asdict(Shape("any", 1, 1, 1)), "runs": runs, "floor": {"step": 1.0}, "dtype": "float32"}
+    lines = verdicts(result)
     assert "2.00 times the floor (aim: at most 1.3): missed" in lines[0]
     assert "3.00 times TRL's speed (aim: at least 2.0): reached" in lines[1]
     assert "0.40 of TRL's peak memory (aim: at most 0.5): reached" in lines[2]
     assert "2.0 times the time of an SFT step" in lines[3]
+    assert "3.00 times TRL's speed (aim: at least 4.0): missed" in verdicts(result | {"dtype": "bfloat16"})[1]
+
+
+def test_the_rest_is_what_each_steps_phases_leave() -> None:
+    phases = {"rollout_seconds": [2.0, 5.0, 3.0], "teacher_seconds": [1.0, 1.0, 2.0], "student_seconds": [4.0, 1.0, 1.0]}
+    assert rest_of([{"step_seconds": [7.1, 7.3, 6.2]} | phases]) == pytest.approx(0.2)
+    assert rest_of([{"step_seconds": [2.0], "rollout_seconds": [], "teacher_seconds": [], "student_seconds": [1.5]}]) == pytest.approx(0.5)
 
 
 def test_a_shape_replaces_its_own_earlier_result_and_leaves_the_others(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sdft_engine.checkpoint import TrainingState, dtype_of, load_checkpoint
 from sdft_engine.contract.config import TrainingConfig, read_config
 from sdft_engine.contract.dataset import DatasetLimits, Demonstration, read_dataset, summarise_problems
 from sdft_engine.contract.errors import ContextExceeded, DatasetError
-from sdft_engine.contract.hyperparameters import ResolvedSdft, total_steps_of
+from sdft_engine.contract.hyperparameters import total_steps_of
 from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, Retention, read_probes
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory, StopReason
@@ -65,6 +65,13 @@ class Session:
     retention: Retention | None = None
     """The last measurement."""
 
+    @property
+    def temperature(self) -> float:
+        """Of sampling and scoring, once it is settled."""
+        if self.state.temperature is None:
+            raise RuntimeError("the temperature is not settled yet")
+        return self.state.temperature
+
     def report(self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None) -> None:
         """An event of the run, written once however many processes train."""
         if self.ranks.is_first:
@@ -72,16 +79,13 @@ class Session:
 
 
 def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollout]:
-    settings = session.config.sdft
-    assert isinstance(settings, ResolvedSdft)
-    assert session.state.temperature is not None
     return sample_rollouts(
         session.model,
         rows,
         [text.prompt_ids for text in session.texts],
         session.teacher_prompts,
-        max_completion_tokens=settings.max_completion_tokens,
-        temperature=session.state.temperature,
+        max_completion_tokens=session.config.distillation.max_completion_tokens,
+        temperature=session.temperature,
         seed=session.config.seed,
         step=step,
         drafts=session.state.last_answers,
@@ -91,13 +95,8 @@ def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollo
 def remember_answers(session: Session, rollouts: list[Rollout]) -> None:
     """Keep these rows' answers as the drafts of their next ones, unless there will be none, nobody reads drafts, or all would be
     too much to keep."""
-    settings = session.config.sdft
-    assert isinstance(settings, ResolvedSdft)
-    if (
-        session.model.fused is not None
-        and session.config.hyperparameters.n_epochs > 1
-        and len(session.texts) * settings.max_completion_tokens <= MOST_REMEMBERED_TOKENS
-    ):
+    settings = session.config.distillation
+    if session.model.fused is not None and settings.n_epochs > 1 and len(session.texts) * settings.max_completion_tokens <= MOST_REMEMBERED_TOKENS:
         session.state.last_answers |= {rollout.row: rollout.completion_ids for rollout in rollouts}
 
 
@@ -120,7 +119,7 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         model.recompute_layers()
     chat_format, settings = model.chat_format, config.hyperparameters
     shape_kept = _add_student(run, config, model)
-    teacher = Teacher(model, config.sdft.teacher, config.sdft.ema_rate, config.sdft.teacher_start) if config.method == "sdft" and config.sdft else None
+    teacher = _teacher(config, model) if config.method == "sdft" else None
     optimizer = torch.optim.AdamW(model.adapters.parameters(STUDENT).values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     session = Session(
         run=run,
@@ -167,17 +166,18 @@ def settle(session: Session, stop_requested: Callable[[], StopReason | None]) ->
     """Let the base write the anchor's answers, and settle what is "auto", unless a checkpoint held it. Each of these may take as
     long as a step, so `stop_requested` is asked before it. Returns the stop that was found; nothing of this is lost by it, because
     it is all done anew when the run is resumed."""
-    settings, state, ranks = session.config.sdft, session.state, session.ranks
+    state, ranks = session.state, session.ranks
     weight = session.config.hyperparameters.anchor_weight
     if weight:
         if stop := stop_requested():
             return stop
         session.anchor = Anchor(session.model, weight, session.config.seed, session.budget)
-    if session.teacher is None or settings is None or state.temperature is not None:
+    if session.teacher is None or state.temperature is not None:
         return None
+    settings = session.config.distillation
     if settings.temperature == "auto" and (stop := stop_requested()):
         return stop
-    state.temperature = ranks.agree(settle_temperature(session))
+    state.temperature = ranks.agree(settle_temperature(session, session.teacher))
     if settings.mask_clipped_completions == "auto" and (stop := stop_requested()):
         return stop
     state.mask_clipped_completions = ranks.agree(settle_masking(session))
@@ -207,7 +207,7 @@ def _naming_line(demonstration: Demonstration, param: str) -> Iterator[None]:
 def refuse_too_long_rows(session: Session) -> None:
     """Raise DatasetError for the first row that the context can't hold: nothing is ever cut off a prompt."""
     context = session.model.chat_format.context_length
-    completion = session.config.sdft.max_completion_tokens if session.teacher and session.config.sdft else 0
+    completion = session.config.distillation.max_completion_tokens if session.teacher else 0
     for row, (demonstration, text) in enumerate(zip(session.demonstrations, session.texts, strict=True)):
         longest_prompt = max(len(text.prompt_ids), len(session.teacher_prompts[row]) if session.teacher else 0)
         needed = max(len(text.prompt_ids) + len(text.completion_ids), longest_prompt + completion)
@@ -215,13 +215,11 @@ def refuse_too_long_rows(session: Session) -> None:
             raise DatasetError(f"line {demonstration.line}: it needs {needed:,} tokens, the context holds {context:,}", param="training_file")
 
 
-def settle_temperature(session: Session) -> float:
+def settle_temperature(session: Session, teacher: Teacher) -> float:
     """The configured temperature, or the one that this teacher's confidence allows; reported as an event."""
-    settings, teacher = session.config.sdft, session.teacher
-    assert settings is not None
-    assert teacher is not None
-    if settings.temperature != "auto":
-        return settings.temperature
+    configured = session.config.distillation.temperature
+    if configured != "auto":
+        return configured
     tau, measured = automatic_temperature(session.model, _teacher_answers(session, teacher.adapter), teacher.adapter, session.budget.teacher_tokens)
     session.report(
         f"Temperature settled at {tau:g}: the teacher reproduces {measured['greedy_token_accuracy']:.0%} of the answers' tokens greedily, "
@@ -244,8 +242,7 @@ def _teacher_answers(session: Session, adapter: str) -> list[ScoredText]:
 def settle_masking(session: Session) -> bool:
     """Whether rollouts that are cut off give no loss: as configured, or, automatically, unless most of the first step's are
     cut off. Masked, those would leave next to nothing to learn from, and a model that rambles would never learn to stop."""
-    settings = session.config.sdft
-    assert isinstance(settings, ResolvedSdft)
+    settings = session.config.distillation
     if settings.mask_clipped_completions != "auto":
         return settings.mask_clipped_completions
     rollouts = rollouts_of_step(session, 1, rows_of_step(1, settings.batch_size, len(session.demonstrations), session.config.seed, settings.n_epochs))
@@ -286,6 +283,11 @@ def _retention_probe(run: RunDirectory, config: TrainingConfig, model: LanguageM
     if config.retention == "off":
         return None
     return RetentionProbe(model, read_probes(run.retention_path if run.retention_path.exists() else DEFAULT_PROBES_PATH))
+
+
+def _teacher(config: TrainingConfig, model: LanguageModel) -> Teacher:
+    settings = config.distillation
+    return Teacher(model, settings.teacher, settings.ema_rate, settings.teacher_start)
 
 
 def _add_student(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> LoraShape | None:

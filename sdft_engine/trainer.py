@@ -25,7 +25,6 @@ from sdft_engine.batching import ScoredText
 from sdft_engine.checkpoint import save_checkpoint
 from sdft_engine.collapse_guard import CollapseGuard
 from sdft_engine.contract.errors import NumericalError
-from sdft_engine.contract.hyperparameters import ResolvedSdft
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory, StopReason, TrainingResult, append_line
 from sdft_engine.divergences import TokenLoss
@@ -38,6 +37,7 @@ from sdft_engine.rollouts import Rollout, write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
 from sdft_engine.session import ALONE, Session, open_session, remember_answers, rollouts_of_step, settle
 from sdft_engine.step import Objective, demonstration_loss, sdft_gradient, supervised_gradient
+from sdft_engine.teacher import Teacher
 from sdft_engine.token_statistics import TokenStatistics, merged
 
 BARREN_STEPS = 10
@@ -87,7 +87,7 @@ def training_step(session: Session, step: int) -> StepMetrics:
         step, session.config.hyperparameters.batch_size, len(session.demonstrations), session.config.seed, session.config.hyperparameters.n_epochs
     )
     session.optimizer.zero_grad(set_to_none=True)
-    measured = sdft_step(session, step, rows) if session.teacher else supervised_step(session, rows)
+    measured = sdft_step(session, session.teacher, step, rows) if session.teacher else supervised_step(session, rows)
     if session.anchor and measured["loss_tokens"]:
         measured |= anchor_step(session, session.anchor, step)
     session.ranks.sum_gradients(session.model.adapters.parameters(STUDENT).values())
@@ -123,11 +123,8 @@ def training_step(session: Session, step: int) -> StepMetrics:
     )
 
 
-def sdft_step(session: Session, step: int, rows: list[int]) -> Measurements:
+def sdft_step(session: Session, teacher: Teacher, step: int, rows: list[int]) -> Measurements:
     """Roll out, score under student and teacher, add the gradient."""
-    settings, teacher = session.config.sdft, session.teacher
-    assert isinstance(settings, ResolvedSdft)
-    assert teacher is not None
     start = time.perf_counter()
     rollouts = rollouts_of_step(session, step, session.ranks.own(rows))
     rollout_seconds = time.perf_counter() - start
@@ -157,25 +154,21 @@ def rollout_report(session: Session, step: int, rollouts: list[Rollout], masks: 
 
 
 def objective_of(session: Session) -> Objective:
-    settings = session.config.sdft
-    assert isinstance(settings, ResolvedSdft)
-    assert session.state.temperature is not None
+    settings = session.config.distillation
     loss = TokenLoss(settings.divergence, settings.jsd_beta, settings.estimator, settings.top_k, settings.entry_clip, settings.token_clip)
-    return Objective(loss, session.state.temperature)
+    return Objective(loss, session.temperature)
 
 
 def answer_starts(session: Session, rollouts: list[Rollout]) -> list[int] | None:
     """Where each answer begins after its thoughts; None where nobody asked."""
-    settings = session.config.sdft
-    assert isinstance(settings, ResolvedSdft)
+    settings = session.config.distillation
     if not (session.config.reasoning or settings.skip_after_think):
         return None
     return [session.model.chat_format.answer_start(rollout.completion_ids) for rollout in rollouts]
 
 
 def masks_of(session: Session, rollouts: list[Rollout]) -> list[list[bool]]:
-    settings = session.config.sdft
-    assert isinstance(settings, ResolvedSdft)
+    settings = session.config.distillation
     starts = answer_starts(session, rollouts)
     after_think = starts if starts and settings.skip_after_think else [0] * len(rollouts)
     mask_clipped = bool(session.state.mask_clipped_completions)
@@ -226,9 +219,9 @@ def watch_barren_steps(session: Session, statistics: TokenStatistics) -> None:
 def warn_of_cut_thoughts(session: Session, rollouts: list[Rollout]) -> None:
     """A cap below the length of the model's own thoughts would teach it to think less."""
     cut = sum(not rollout.finished for rollout in rollouts)
-    if cut * 5 > len(rollouts) and session.config.sdft:
+    if cut * 5 > len(rollouts):
         session.report(
-            f"{cut} of {len(rollouts)} first answers were cut off at {session.config.sdft.max_completion_tokens} tokens: the model thinks longer; "
+            f"{cut} of {len(rollouts)} first answers were cut off at {session.config.distillation.max_completion_tokens} tokens: the model thinks longer; "
             "raise max_completion_tokens, or it may learn to think less",
             level="warn",
         )

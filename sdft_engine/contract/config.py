@@ -43,10 +43,19 @@ class TrainingConfig(BaseModel):
 
     @property
     def hyperparameters(self) -> ResolvedSupervised:
-        chosen = self.sdft if self.method == "sdft" else self.supervised
-        if chosen is None:
-            raise ConfigurationError(f"config.json has no section for the method {self.method!r}")
-        return chosen
+        """What both methods have."""
+        if self.method == "sdft":
+            return self.distillation
+        if self.supervised is None:
+            raise ConfigurationError("config.json has no section for the method 'supervised'")
+        return self.supervised
+
+    @property
+    def distillation(self) -> ResolvedSdft:
+        """What SDFT has."""
+        if self.sdft is None:
+            raise ConfigurationError("config.json has no section for the method 'sdft'")
+        return self.sdft
 
 
 def read_config(path: Path) -> TrainingConfig:

@@ -98,6 +98,10 @@ def test_good_drafts_need_fewer_passes(model: LanguageModel, monkeypatch: pytest
     passes.clear()
     answers(model, [[9] * 30] * 4, stop_token_ids=frozenset())
     assert len(passes) <= plain
+    assert passes.count(1) > plain - 12, "a draft that says nothing of the kind is no draft"
+    misleading = [[token for each in ids for token in (each, 9)] for ids in own]  # finds its place every time, and is wrong
+    passes.clear()
+    answers(model, misleading, stop_token_ids=frozenset())
     assert passes.count(1) > plain - 12, "after some bad luck it decodes one by one"
 
 

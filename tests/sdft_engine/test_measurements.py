@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sdft_engine.contract.prompts import ChatFormat
-from sdft_engine.measurements import TEACHER_OPENING, rollout_measurements
+from sdft_engine.measurements import TEACHER_OPENING, rollout_measurements, speeds
 from sdft_engine.rollouts import Rollout
 from sdft_engine.token_statistics import TokenStatistics
 
@@ -30,6 +30,21 @@ def test_openings_of_one_who_was_shown_something(text: str) -> None:
 )
 def test_other_openings(text: str) -> None:
     assert not TEACHER_OPENING.match(text)
+
+
+def test_means_over_the_loss_tokens(tiny_model_dir: Path) -> None:
+    """A row without a loss token has no first tokens: nothing is left out before anything."""
+    chat = ChatFormat.from_directory(tiny_model_dir)
+    rollouts = [Rollout(row, [1], [2, 3], [5, 6, 7], finished=True, sampler_logps=[-1.0] * 3) for row in range(2)]
+    statistics = TokenStatistics(loss_tokens=2, ratio_sum=3.0, top_k_mass_sum=1.5, per_token={0: [8.0, 1.0, 1.0], 1: [50.0] * 3}, rewards={0: 1.0, 1: 0.0})
+    found = rollout_measurements(chat, rollouts, [[False, True, True], [False] * 3], statistics, None)
+    assert (found["importance_ratio"], found["top_k_mass"], found["divergence_first_tokens"]) == (1.5, 0.75, 8.0)
+
+
+def test_speeds_count_what_each_phase_reads() -> None:
+    rollouts = [Rollout(0, [1] * 4, [1] * 10, [1] * 3, finished=True), Rollout(1, [1] * 6, [1] * 20, [1] * 5, finished=True)]
+    found = speeds(rollouts, 4.0, TokenStatistics(teacher_seconds=2.0, student_seconds=3.0))
+    assert (found["rollout_tokens_per_second"], found["teacher_tokens_per_second"], found["student_tokens_per_second"]) == (2.0, 19.0, 6.0)
 
 
 def test_shares_over_a_batch(tiny_model_dir: Path) -> None:

@@ -38,8 +38,9 @@ def test_one_process_needs_no_group() -> None:
 def test_statistics_of_shares_become_those_of_the_batch() -> None:
     first = TokenStatistics(1.0, 5, 2, 3.0, 0.5, per_token={0: [0.1], 1: [0.3]}, rewards={0: 1.0, 1: 3.0}, teacher_seconds=2.0, student_seconds=1.0)
     second = TokenStatistics(2.0, 3, 1, 1.0, 0.9, per_token={0: [0.2]}, rewards={0: 2.0}, teacher_seconds=1.0, student_seconds=4.0, top_k_mass_sum=0.5)
+    first.ratio_sum, second.ratio_sum = 2.0, 3.5
     whole = merged([first, second])
-    assert (whole.loss, whole.loss_tokens, whole.correct_tokens, whole.entropy_sum, whole.top_k_mass_sum) == (3.0, 8, 3, 4.0, 0.5)
+    assert (whole.loss, whole.loss_tokens, whole.correct_tokens, whole.entropy_sum, whole.top_k_mass_sum, whole.ratio_sum) == (3.0, 8, 3, 4.0, 0.5, 5.5)
     assert (whole.divergence_max, whole.teacher_seconds, whole.student_seconds) == (0.9, 2.0, 4.0)
     assert whole.per_token == {0: [0.1], 1: [0.2], 2: [0.3]}
     assert whole.rewards == {0: 1.0, 1: 2.0, 2: 3.0}

@@ -207,6 +207,35 @@ def test_nothing_is_advised_where_no_answer_was_cut_off(tmp_path: Path, tiny_mod
     assert messages_of(run)[-1].endswith("nothing needs to be done")
 
 
+@pytest.mark.parametrize(("clipped", "masked"), [(3, True), (4, False)])
+def test_cut_off_answers_are_masked_while_half_of_the_first_ones_end(
+    clipped: int, masked: bool, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(make_run(tmp_path / "run", tiny_model_dir, mask_clipped_completions="auto"))
+    monkeypatch.setattr(session_module, "rollouts_of_step", lambda *arguments: [Rollout(row, [1], [1], [2], finished=row >= clipped) for row in range(6)])
+    assert session_module.settle_masking(session) is masked
+
+
+def test_a_new_adapter_depends_on_the_seed(tmp_path: Path, tiny_model_dir: Path) -> None:
+    def first_factors(name: str, seed: int) -> torch.Tensor:
+        session = open_session(make_run(tmp_path / name, tiny_model_dir, config={"seed": seed}))
+        return torch.cat([value.detach().flatten() for value in session.model.adapters.parameters(STUDENT).values()])
+
+    first, same, other = first_factors("first", 1), first_factors("same", 1), first_factors("other", 2)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_student_and_teacher_are_told_of_the_tools(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    tool = {"type": "function", "function": {"name": "lamp_lookup", "parameters": {}}}
+    write_lines(run.train_path, [example(0) | {"tools": [tool]}, example(1)])
+    session = open_session(run)
+    decode = session.model.chat_format.tokenizer.decode
+    told = [["lamp_lookup" in decode(ids) for ids in (session.texts[row].prompt_ids, session.teacher_prompts[row])] for row in (0, 1)]
+    assert told == [[True, True], [False, False]]
+
+
 @pytest.mark.parametrize(
     ("asked", "settled_before"), [(1, []), (2, ["temperature"]), (3, ["temperature", "mask_clipped_completions"])], ids=["loaded", "temperature", "masking"]
 )

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from sdft_engine import trainer
 from sdft_engine.contract.errors import NumericalError
 from sdft_engine.contract.metrics import StepMetrics
+from sdft_engine.contract.probes import ProbeScore, Retention
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.session import open_session
@@ -162,13 +164,46 @@ def test_the_teacher_follows_every_step(tmp_path: Path, tiny_model_dir: Path) ->
             phi[name] = 0.7 * phi[name] + 0.3 * student[f"base_model.model.{name}.weight"].double()
             torch.testing.assert_close(value.double(), phi[name], rtol=0, atol=1e-7)
             assert step < 2 or not torch.equal(value, student[f"base_model.model.{name}.weight"])  # A stays in the first: B is zero then
+    final = load_file(run.final_dir / "adapter_model.safetensors")
+    assert all(torch.equal(value, student[name]) for name, value in final.items()), "what is left is the student"
+
+
+def test_validation_and_norm_are_those_of_the_student(tmp_path: Path, tiny_model_dir: Path, plain: PlainModel) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, validation_rows=2, n_epochs=1, checkpoint_every_steps=2, warmup_ratio=0.0)
+    train(run)
+    _, values = read_adapter(run.checkpoint_dir(2))
+    student, chat = in_float64(values), ChatFormat.from_directory(tiny_model_dir)
+    losses: list[float] = []
+    for messages in (line["messages"] for line in records(run.validation_path)):
+        prompt, answer = chat.prompt_ids(messages[:1]), chat.encode(messages[1]["content"] + "<|im_end|>")
+        losses += (-plain.completion_logps(prompt, answer, student, 2.0).gather(1, torch.tensor(answer)[:, None])[:, 0]).tolist()
+    last = records(run.metrics_path)[-1]
+    assert last["valid_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert last["adapter_norm"] == pytest.approx(math.sqrt(sum(float(value.square().sum()) for value in student.values())), rel=1e-5)
+
+
+def test_the_optimizer_is_adamw_as_published(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Decoupled weight decay, and the usual betas (arXiv 1711.05101)."""
+    session = open_session(make_run(tmp_path / "run", tiny_model_dir, weight_decay=0.25))
+    assert isinstance(session.optimizer, torch.optim.AdamW)
+    (group,) = session.optimizer.param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.25)
+
+
+def test_retention_metrics_by_hand(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Of ten questions the base answers five; the model answers six, four of them among those five."""
+    session = open_session(make_run(tmp_path / "run", tiny_model_dir, config={"retention": "end"}))
+    session.state.step = session.total_steps
+    measured = Retention(step=8, kl_from_base=0.25, probes={"facts": ProbeScore(n=10, right=6, low=0.3, high=0.8, base_right=5, kept=4)})
+    session.retention_probe = SimpleNamespace(measure=lambda step, max_padded_tokens: measured)  # type: ignore[assignment]
+    found = trainer.measure_retention(session)
+    assert (found["retention_accuracy"], found["retention_kept"], found["retention_kl_from_base"]) == (0.6, 0.8, 0.25)
 
 
 def test_steps_without_a_loss_token_end_the_run_with_the_remedy(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """All rollouts are cut off after one token and masked. Weight decay must not move the adapter meanwhile."""
-    run = make_run(
-        tmp_path / "run", tiny_model_dir, n_epochs=30, max_completion_tokens=1, mask_clipped_completions=True, weight_decay=0.5, checkpoint_every_steps=3
-    )
+    """All rollouts are cut off after one token and masked. Neither weight decay nor an anchor may move the adapter meanwhile."""
+    settings = {"n_epochs": 30, "max_completion_tokens": 1, "mask_clipped_completions": True, "weight_decay": 0.5, "anchor_weight": 1.0}
+    run = make_run(tmp_path / "run", tiny_model_dir, checkpoint_every_steps=3, **settings)
     with pytest.raises(NumericalError, match="raise max_completion_tokens, or set mask_clipped_completions to false") as raised:
         train(run)
     assert raised.value.param == "method.sdft.hyperparameters.max_completion_tokens"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdft_engine import session, trainer
-from sdft_engine.contract.errors import CheckpointDamaged
+from sdft_engine.contract.errors import CheckpointDamaged, NumericalError
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched
@@ -84,6 +84,14 @@ def test_a_resumed_run_counts_tokens_from_where_it_was(tmp_path: Path, tiny_mode
     train(run, stop_after(run, 3, "pause"))
     result = train(run)
     assert result.trained_tokens == sum(record["trained_tokens"] for record in records(run.metrics_path)) > 0
+
+
+def test_steps_that_taught_nothing_are_counted_over_attempts(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, n_epochs=30, max_completion_tokens=1, mask_clipped_completions=True)
+    train(run, stop_after(run, 6, "requeue"))
+    with pytest.raises(NumericalError, match="10 steps in a row"):
+        train(run)
+    assert steps_done(run) == 9
 
 
 def test_a_settled_temperature_is_not_measured_again(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,14 @@ def test_default_range_and_type(form: type[SupervisedHyperparameters], name: str
         assert {error["loc"][0] for error in caught.value.errors()} == {name}
 
 
+def test_the_sampled_token_alone_has_no_entries_to_clip() -> None:
+    given = {"divergence": "reverse", "estimator": "sampled"}
+    assert SdftHyperparameters.model_validate(given | {"token_clip": 1.0}).token_clip == 1.0
+    with pytest.raises(ValidationError, match="use token_clip") as caught:
+        SdftHyperparameters.model_validate(given | {"entry_clip": 1.0})
+    assert caught.value.errors()[0]["loc"] == ("entry_clip",)
+
+
 @pytest.mark.parametrize("name", [*sorted(LATER_FIELDS), "epochs", "lr", "model", ""])
 def test_unknown_and_later_fields_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValidationError) as caught:

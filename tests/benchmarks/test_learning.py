@@ -3,16 +3,23 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import learning
 from benchmarks.learning import run_arms, settings_of
+from benchmarks.learning_parts import arms
 from benchmarks.learning_parts.arms import ARMS, Arm
-from benchmarks.learning_parts.bench import Count, Scores
+from benchmarks.learning_parts.bench import DATA_DIR, VIEW, Bench, Count, Scores
 from benchmarks.learning_parts.report import Rows, from_json, plot, table, to_json, verdicts
+from sdft_engine.contract.dataset import read_dataset
+from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.sampling import Decoding
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,21 +96,71 @@ def test_every_arm_has_a_name_of_its_own() -> None:
     assert len({arm.name for arm in ARMS}) == len(ARMS)
 
 
+class Written(Exception):
+    pass
+
+
+def test_offline_answers_are_asked_of_the_teacher(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = object.__new__(Bench)  # without the real model
+    bench.model_dir = tiny_model_dir
+    with (DATA_DIR / "demonstrations.jsonl").open("rb") as lines:
+        bench.demonstrations = read_dataset(lines)[0]
+    asked: list[list[int]] = []
+
+    def write(model: Any, decodings: list[Decoding]) -> None:
+        asked.extend(each.prompt_ids for each in decodings)
+        raise Written
+
+    monkeypatch.setattr(arms, "decode_all", write)
+    with pytest.raises(Written):
+        arms.offline_distillation(bench, 1, {})
+    chat = ChatFormat.from_directory(tiny_model_dir)
+    rows = len(bench.demonstrations)
+    assert asked[:rows] == asked[rows : 2 * rows] == [chat.teacher_prompt_ids(each, VIEW) for each in bench.demonstrations]
+
+
+def test_matched_sft_is_the_first_checkpoint_that_knows_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows one more trained question every four steps, and SDFT knew three."""
+    state = SimpleNamespace(step=0)
+
+    def take(session: Any, steps: int) -> float:
+        state.step += steps
+        return 1.0
+
+    class Learner:
+        @contextmanager
+        def session(self, *_: Any) -> Iterator[Any]:
+            yield SimpleNamespace(state=state, total_steps=6 * arms.MATCH_EVERY_STEPS, model=None)
+
+        def learned(self, model: Any) -> Scores:
+            return Scores(Count(state.step // 4, 24), Count(0, 48))
+
+        def scores(self, model: Any) -> Scores:
+            return Scores(Count(state.step // 4, 24), Count(0, 48))
+
+    monkeypatch.setattr(arms, "take_steps", take)
+    found = arms.sft("SFT").run(Learner(), 1, {"SDFT": scores(3, 0, 0, 0, 0.0)})  # type: ignore[arg-type]
+    steps = next(step for step in range(0, 6 * arms.MATCH_EVERY_STEPS + 1, arms.MATCH_EVERY_STEPS) if step // 4 >= 3)
+    assert 0 < steps < 6 * arms.MATCH_EVERY_STEPS
+    assert (found["SFT, matched"].extra["step"], found["SFT, matched"].trained.right) == (steps, steps // 4)
+    assert found["SFT"].extra["seconds"] == 6
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_short_run_of_the_real_model(tmp_path: Path) -> None:
     """Two steps of each kind of arm, three questions of each kind: that it works, not that it learns."""
-    arms = ["teacher", "oracle retrieval", "SDFT, anchored", "SFT, lr 0.001", "offline distillation", "CPT", "SFT, then restoration"]
-    command = [sys.executable, "-m", "benchmarks.learning", "--short", "--out", str(tmp_path), "--arms", *arms]
+    names = ["teacher", "oracle retrieval", "SDFT, anchored", "SFT, lr 0.001", "offline distillation", "CPT", "SFT, then restoration"]
+    command = [sys.executable, "-m", "benchmarks.learning", "--short", "--out", str(tmp_path), "--arms", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     rows = from_json(tmp_path / "results.json")
-    assert rows.keys() == {"base", *arms}
+    assert rows.keys() == {"base", *names}
     assert rows["base"][1].kl_from_base == pytest.approx(0, abs=1e-6)
     assert rows["base"][1].retained is not None
     assert rows["teacher"][1].trained.right >= 1  # shown the answer, even a small model knows some of three
-    trained = [rows[name][1].kl_from_base for name in arms[2:]]
+    trained = [rows[name][1].kl_from_base for name in names[2:]]
     assert all(value is not None and value > 0 for value in trained)
     page = (tmp_path / "results.md").read_text()
-    assert all(f"| {name}" in page for name in arms)
+    assert all(f"| {name}" in page for name in names)
     assert (tmp_path / "results.svg").stat().st_size > 1000

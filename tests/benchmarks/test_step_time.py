@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.step_time import check_equal_work
+from benchmarks.step_time_parts.floor import Machine, floor_of
 from benchmarks.step_time_parts.report import rest_of, verdicts, write
 from benchmarks.step_time_parts.shapes import Shape, texts_of
 from sdft_engine.contract.prompts import ChatFormat
@@ -22,6 +25,27 @@ def test_every_question_has_exactly_the_shapes_tokens(tiny_model_dir: Path) -> N
 
 def run(seconds: float, peak: int, prompt: int = 40) -> dict[str, Any]:
     return {"step_seconds": [seconds], "peak_bytes": peak, "tokens": {"prompt": prompt}}
+
+
+def test_the_floor_counts_the_models_own_weights(tiny_model_dir: Path) -> None:
+    """One operation a second, and memory that takes no time."""
+    shape, rank = Shape("any", batch=3, prompt=5, completion=4), 2
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    network = AutoModelForCausalLM.from_config(config)
+    weights = [module.weight for name, module in network.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    linear, head = sum(weight.numel() for weight in weights), config.vocab_size * config.hidden_size
+    pairs = 4 * config.num_hidden_layers * config.hidden_size  # a query with a key, and its probability with a value
+    runs = {"sdft": [{"tokens": {"teacher_prompt": 3 * 11}}]}
+    floor = floor_of(shape, tiny_model_dir, runs, Machine(flops=1.0, bandwidth=1e30), rank, "float32")
+    decoded = sum(2 * (linear + head) + pairs * (5 + token) for token in (1, 2, 3))  # the first of four comes from the prompt
+    assert floor["rollout"] == pytest.approx(3 * (2 * linear * 5 + pairs * 5 * 5 / 2 + 2 * head + decoded))
+    assert floor["teacher"] == pytest.approx(3 * (2 * linear * 15 + pairs * 15 * 15 / 2 + 2 * head * 4))
+    factors = rank * sum(sum(weight.shape) for weight in weights)
+    forward, backward = 2 * linear * 9 + pairs * 9 * 9 / 2, 2 * linear * 9 + pairs * 9 * 9 / 2 + pairs * 9 * 9 / 4
+    assert floor["student"] == pytest.approx(3 * (forward + backward + 6 * factors * 9 + 4 * head * 4))
+    assert floor["step"] == pytest.approx(floor["rollout"] + floor["teacher"] + floor["student"])
+    slow_memory = floor_of(shape, tiny_model_dir, runs, Machine(flops=1e30, bandwidth=1.0), rank, "float32")
+    assert slow_memory["step"] == pytest.approx(3 * 4 * (linear + head)), "three decoding steps read all weights"
 
 
 def test_unequal_work_is_not_compared() -> None:

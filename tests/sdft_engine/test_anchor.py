@@ -16,6 +16,7 @@ from sdft_engine.ranks import Ranks
 from sdft_engine.step import PassBudget
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64
+from tests.sdft_engine.recording import watched
 from tests.sdft_engine.runs import make_run, records
 
 ALONE = Ranks()
@@ -92,7 +93,9 @@ def test_every_row_comes_before_any_comes_again(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("method", ["sdft", "supervised"])
-def test_an_anchored_run_stays_nearer_to_the_base_and_says_so(method: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_an_anchored_run_stays_nearer_to_the_base_and_says_so(method: str, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Anchor, "add_gradient", watched(Anchor.add_gradient, lambda anchor, step, *_: asked.append(step)))
     last: dict[float, float] = {}
     for weight in (1e-6, 10.0):
         run = make_run(tmp_path / f"{weight}", tiny_model_dir, method, anchor_weight=weight)  # type: ignore[arg-type]
@@ -102,6 +105,7 @@ def test_an_anchored_run_stays_nearer_to_the_base_and_says_so(method: str, tmp_p
         assert all(line["anchor_seconds"] > 0 for line in lines)
         last[weight] = sum(line["anchor_kl"] for line in lines[-3:]) / 3
     assert last[10.0] < 0.8 * last[1e-6]
+    assert asked == [*range(1, 9)] * 2, "every step has rows of its own"
 
 
 def test_without_a_weight_nothing_is_read(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

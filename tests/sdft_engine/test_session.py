@@ -16,6 +16,7 @@ from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.rollouts import Rollout
 from sdft_engine.session import open_session, settle
+from sdft_engine.step import PassBudget
 from sdft_engine.teacher import TEACHER, TEMPERATURES, automatic_temperature
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched
@@ -224,6 +225,17 @@ def test_a_new_adapter_depends_on_the_seed(tmp_path: Path, tiny_model_dir: Path)
     first, same, other = first_factors("first", 1), first_factors("same", 1), first_factors("other", 2)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+def test_memory_and_threads_are_those_of_the_configuration(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    run = make_run(tmp_path / "run", tiny_model_dir, config={"tokens_per_pass": 300, "gradient_checkpointing": True, "threads": 3})
+    session = open_session(run)
+    assert session.budget == PassBudget(student_tokens=300, teacher_tokens=600)
+    assert session.model.fused is not None
+    assert session.model.fused.recomputes_layers
+    assert threads == [3]
 
 
 def test_student_and_teacher_are_told_of_the_tools(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -77,6 +77,14 @@ def test_rendering_and_tokens_are_those_of_transformers(tiny_model_dir: Path, tm
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), name
 
 
+def test_an_answer_ends_as_the_template_ends_it_where_there_are_tools(tiny_model_dir: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}({{ m.role }}){{ m.content }}{{ '#' if tools }}<|im_end|>{% endfor %}{{ '(assistant)' if add_generation_prompt }}"
+    chat = ChatFormat.from_directory(copy_tokenizer(tiny_model_dir, tmp_path / "model", template))
+    for tools, ending in ((None, ""), (TOOLS, "#")):
+        ids = chat.answer_ids(Demonstration(1, [USER], ANSWER, tools))
+        assert chat.tokenizer.decode(ids, skip_special_tokens=False) == f"{ANSWER['content']}{ending}<|im_end|>"
+
+
 def test_real_model_renders_as_transformers_does(real_model_dir: Path) -> None:
     from transformers import AutoTokenizer
 

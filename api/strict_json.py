@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
-from sdft_engine.contract.json_depth import MAX_JSON_DEPTH, is_deeper
+from sdft_engine.contract.strict_json import MAX_JSON_DEPTH, is_deeper
 
 
 class JsonTooDeep(HTTPException):

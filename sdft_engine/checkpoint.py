@@ -16,9 +16,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,17 +31,24 @@ from sdft_engine.lora import STUDENT, read_adapter
 from sdft_engine.model import LanguageModel
 from sdft_engine.teacher import Teacher
 
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+
 
 @dataclass
 class TrainingState:
-    """`dtype`, the base's precision, is set when training starts; `temperature` and `mask_clipped_completions` once they are settled
+    """`dtype`, the base's precision, `onednn`, whether its products go through oneDNN, and `identity` (see identity.py) are set when
+    training starts; `temperature` and `mask_clipped_completions` once they are settled
     (sdft only). `barren_steps`: how many in a row taught nothing, see trainer.py. `early` and `recent` are what the
     collapse guard compares. `last_answers`: every row's last rollout by its number, where they serve as drafts of the next."""
 
-    step: int = 0
-    trained_tokens: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]  # pydantic's, for a file that is read
+
+    step: Annotated[int, Field(ge=0)] = 0
+    trained_tokens: Annotated[int, Field(ge=0)] = 0
     barren_steps: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
+    onednn: bool | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     mask_clipped_completions: bool | None = None
     early: list[dict[str, float]] = field(default_factory=list)
@@ -49,6 +57,9 @@ class TrainingState:
 
     def __post_init__(self) -> None:
         self.last_answers = {int(row): answer for row, answer in self.last_answers.items()}  # JSON knows names only
+
+
+STATE_FORM = TypeAdapter(TrainingState)
 
 
 def save_checkpoint(
@@ -71,31 +82,42 @@ def save_checkpoint(
         (temporary / ATTESTATION_NAME).write_text(attestation.model_dump_json())
 
 
-def dtype_of(directory: Path) -> Literal["float32", "bfloat16"] | None:
-    """The precision in which the run of a checkpoint is computed, before anything else of it is read. Raises CheckpointDamaged."""
-    return _read_state(directory).dtype
-
-
 def load_checkpoint(directory: Path, model: LanguageModel, teacher: Teacher | None, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Restore student, teacher and optimizer. Raises CheckpointDamaged naming the file that is wrong."""
-    verify(directory)
-    state = _read_state(directory)
+    """Restore student, teacher and optimizer. Raises CheckpointDamaged naming the file that is wrong, and ConfigurationError where
+    the student has another shape than the run says."""
+    state = read_state(directory)
     try:
-        _, values = read_adapter(directory)
+        shape, values = read_adapter(directory)
+        wanted = model.adapters.shapes[STUDENT]
+        for name, now, before in (("lora_rank", wanted.rank, shape.rank), ("lora_alpha", wanted.alpha, shape.alpha)):
+            if now != before:
+                raise AnotherShape(f"{name} is {now} now, and was {before} when {directory.name} was written", param=name)
         model.adapters.assign(STUDENT, values)
         if teacher is not None:
             teacher.restore(load_file(directory / "teacher.safetensors"))
         _restore_optimizer(model, optimizer, load_file(directory / "optimizer.safetensors"))
+    except AnotherShape:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, ConfigurationError) as error:
         raise CheckpointDamaged(f"checkpoint {directory.name} can't be read: {error}") from error
     return state
 
 
-def _read_state(directory: Path) -> TrainingState:
+class AnotherShape(ConfigurationError):
+    """The checkpoint is whole, and of another adapter."""
+
+
+def read_state(directory: Path) -> TrainingState:
+    """Where a run stood. Raises CheckpointDamaged unless every file of the checkpoint is as it was written."""
+    verify(directory)
     try:
-        return TrainingState(**json.loads((directory / "training_state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        state = STATE_FORM.validate_json((directory / "training_state.json").read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointDamaged(f"checkpoint {directory.name} can't be read: {error}") from error
+    named = directory.name.removeprefix("step_")
+    if named != directory.name and int(named) != state.step:
+        raise CheckpointDamaged(f"checkpoint {directory.name} is of step {state.step}")
+    return state
 
 
 def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -107,7 +129,11 @@ def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -
 
 
 def _restore_optimizer(model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Of every factor or, before the first update, of none."""
     parameters = model.adapters.parameters(STUDENT)
+    expected = {f"{name}/{part}": () if part == "step" else parameter.shape for name, parameter in parameters.items() for part in ADAMW_STATE}
+    if tensors and {key: tuple(value.shape) for key, value in tensors.items()} != {key: tuple(shape) for key, shape in expected.items()}:
+        raise ValueError("optimizer.safetensors does not fit the adapter")
     optimizer.state.clear()
     for key, value in tensors.items():
         name, _, part = key.rpartition("/")

@@ -29,6 +29,7 @@ from sdft_engine.products import frozen_linear
 STUDENT = "student"
 """The name of the adapter that is trained."""
 PEFT_PREFIX = "base_model.model."
+LARGEST_ALPHA = 1_000_000
 UNSUPPORTED_OPTIONS = (
     "use_dora",
     "use_rslora",
@@ -245,7 +246,7 @@ def read_adapter(directory: Path) -> tuple[LoraShape, dict[str, Tensor]]:
     try:
         config = json.loads((directory / ADAPTER_CONFIG_NAME).read_text())
         tensors = load_file(directory / ADAPTER_WEIGHTS_NAME)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ConfigurationError(f"no readable adapter in {directory.name}: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ConfigurationError("the adapter is not a LoRA adapter")
@@ -253,13 +254,17 @@ def read_adapter(directory: Path) -> tuple[LoraShape, dict[str, Tensor]]:
         if config.get(option):
             raise ConfigurationError(f"the adapter uses {option}, which is not supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and alpha > 0):
-        raise ConfigurationError("the adapter's r and lora_alpha must be positive numbers")
+    if isinstance(rank, bool) or not (isinstance(rank, int) and rank > 0):
+        raise ConfigurationError("the adapter's r must be a positive whole number")
+    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0 < alpha <= LARGEST_ALPHA):
+        raise ConfigurationError(f"the adapter's lora_alpha must be a positive number of at most {LARGEST_ALPHA:,}")
     values: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if not (key.startswith(PEFT_PREFIX) and key.endswith((".lora_A.weight", ".lora_B.weight"))):
             raise ConfigurationError(f"the adapter holds the tensor {key}, which is not a LoRA factor")
         if value.dim() != 2 or value.shape[0 if key.endswith(".lora_A.weight") else 1] != rank:  # before memory is taken for that rank
             raise ConfigurationError(f"{key} has the shape {tuple(value.shape)}, which does not fit the adapter's rank {rank}")
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise ConfigurationError(f"{key} holds something else than finite floating-point numbers")
         values[key.removeprefix(PEFT_PREFIX).removesuffix(".weight")] = value
     return LoraShape(rank, alpha), values  # type: ignore[arg-type]

@@ -20,7 +20,10 @@ ROWS_HINT = 8
 FEW_ROWS = 64
 """Up to so many rows the blocked layout is faster on every CPU."""
 CLEARLY_FASTER = 1.3
-PROBE_TRIES = 5
+PROBE_TRIES = 20
+"""In turn, and the fastest of each counts, so that what else runs on the machine does not decide."""
+
+_chosen: bool | None = None
 
 
 @lru_cache
@@ -37,9 +40,20 @@ def onednn_is_available() -> bool:
     return torch.allclose(plain, expected) and torch.allclose(packed, expected) and torch.allclose(turned, expected @ weight)
 
 
-@lru_cache
 def onednn_is_faster() -> bool:
-    """Whether float32 products of many rows are clearly faster through oneDNN on this CPU."""
+    """Whether float32 products of many rows go through oneDNN: as was chosen, or else where it is clearly faster on this CPU."""
+    return _is_measured_faster() if _chosen is None else _chosen
+
+
+def choose_onednn(wanted: bool) -> bool:
+    """Decide that for the rest of this process, so that a run which goes on computes as it began. Returns what was possible."""
+    global _chosen
+    _chosen = wanted and onednn_is_available()
+    return _chosen
+
+
+@lru_cache
+def _is_measured_faster() -> bool:
     if not onednn_is_available():
         return False
     x, weight = torch.ones(384, 768), torch.ones(768, 768)

@@ -12,18 +12,20 @@ import torch
 from sdft_engine.anchor import Anchor
 from sdft_engine.attestation import Attestor
 from sdft_engine.batching import ScoredText
-from sdft_engine.checkpoint import TrainingState, dtype_of, load_checkpoint
+from sdft_engine.checkpoint import TrainingState, load_checkpoint, read_state
 from sdft_engine.contract.config import TrainingConfig, read_config
 from sdft_engine.contract.dataset import DatasetLimits, Demonstration, read_dataset, summarise_problems
-from sdft_engine.contract.errors import ContextExceeded, DatasetError
+from sdft_engine.contract.errors import ConfigurationError, ContextExceeded, DatasetError
 from sdft_engine.contract.hyperparameters import total_steps_of
 from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, Retention, read_probes
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory, StopReason
 from sdft_engine.contract.teacher_prompts import TeacherView
 from sdft_engine.evaluation import greedy_answers
+from sdft_engine.identity import identity_of, require_same_run
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_name, load_base_model
+from sdft_engine.products import choose_onednn, onednn_is_faster
 from sdft_engine.prompt_cache import PromptCache
 from sdft_engine.ranks import Ranks
 from sdft_engine.retention import RetentionProbe
@@ -112,8 +114,12 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     demonstrations = _read(run.train_path, "training_file")
     checkpoints = run.complete_checkpoints()
     resume_dir = checkpoints[-1][1] if checkpoints else run.resume_dir if run.resume_dir.exists() else None
-    begun_in = dtype_of(resume_dir) if resume_dir is not None else None
-    dtype = ranks.agree(_dtype(config, begun_in))
+    begun = read_state(resume_dir) if resume_dir is not None else TrainingState()
+    identity = identity_of(run, config)
+    if resume_dir is not None:
+        require_same_run(begun, identity, config, resume_dir)
+    dtype = ranks.agree(_dtype(config, begun.dtype))
+    onednn = choose_onednn(ranks.agree(onednn_is_faster() if begun.onednn is None else begun.onednn))
     model = load_base_model(config.base_model_dir, device=config.device, dtype=dtype)
     if config.gradient_checkpointing:
         model.recompute_layers()
@@ -136,7 +142,7 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         optimizer=optimizer,
         attestor=Attestor(model, demonstrations),
         ranks=ranks,
-        state=TrainingState(dtype=dtype),
+        state=TrainingState(dtype=dtype, onednn=onednn, identity=identity),
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
         budget=PassBudget(config.tokens_per_pass, 2 * config.tokens_per_pass),
         retention_probe=_retention_probe(run, config, model),
@@ -152,9 +158,11 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         )
     if resume_dir is not None:
         session.state = load_checkpoint(resume_dir, model, teacher, optimizer)
-        session.state.dtype = dtype
-        if begun_in not in (None, dtype):
-            session.report(f"Training goes on in {dtype}, because {begun_in} is slow here: not quite the numbers that it began with", level="warn")
+        session.state.dtype, session.state.onednn = dtype, onednn
+        if begun.dtype not in (None, dtype):
+            session.report(f"Training goes on in {dtype}, because {begun.dtype} is slow here: not quite the numbers that it began with", level="warn")
+        if begun.onednn not in (None, onednn):
+            session.report("Training goes on without oneDNN, which is missing here: not quite the numbers that it began with", level="warn")
         session.report(f"Training resumed at step {session.state.step}", data={"step": session.state.step})
     else:
         processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
@@ -188,6 +196,7 @@ def _scored_text(chat_format: ChatFormat, demonstration: Demonstration, param: s
     if needs_answer and demonstration.answer is None:
         raise DatasetError(f"line {demonstration.line}: it has no answer, which supervised training and validation need", param=param)
     with _naming_line(demonstration, param):
+        chat_format.require_shown([*demonstration.prompt, *([demonstration.answer] if demonstration.answer else [])], demonstration.tools)
         return ScoredText(chat_format.student_prompt_ids(demonstration), chat_format.answer_ids(demonstration))
 
 
@@ -202,6 +211,9 @@ def _naming_line(demonstration: Demonstration, param: str) -> Iterator[None]:
         yield
     except ContextExceeded as error:
         raise DatasetError(f"line {demonstration.line}: {error.message}", param=param) from error
+    except ConfigurationError as error:
+        said = error.message.removeprefix(f"line {demonstration.line}: ")
+        raise DatasetError(f"line {demonstration.line}: {said}", param=param) from error
 
 
 def refuse_too_long_rows(session: Session) -> None:
@@ -209,10 +221,16 @@ def refuse_too_long_rows(session: Session) -> None:
     context = session.model.chat_format.context_length
     completion = session.config.distillation.max_completion_tokens if session.teacher else 0
     for row, (demonstration, text) in enumerate(zip(session.demonstrations, session.texts, strict=True)):
-        longest_prompt = max(len(text.prompt_ids), len(session.teacher_prompts[row]) if session.teacher else 0)
-        needed = max(len(text.prompt_ids) + len(text.completion_ids), longest_prompt + completion)
+        prompts = {"prompt": len(text.prompt_ids)} | ({"teacher's prompt": len(session.teacher_prompts[row])} if session.teacher else {})
+        longest = max(prompts, key=lambda whose: prompts[whose])
+        needed, parts = len(text.prompt_ids) + len(text.completion_ids), f"the prompt has {len(text.prompt_ids):,} and the answer {len(text.completion_ids):,}"
+        if prompts[longest] + completion > needed:
+            needed, parts = prompts[longest] + completion, f"the {longest} has {prompts[longest]:,} and max_completion_tokens is {completion:,}"
         if needed > context:
-            raise DatasetError(f"line {demonstration.line}: it needs {needed:,} tokens, the context holds {context:,}", param="training_file")
+            raise DatasetError(f"line {demonstration.line}: it needs {needed:,} tokens, the context holds {context:,}: {parts}", param="training_file")
+    for line, text in enumerate(session.validation, start=1):
+        if (needed := len(text.prompt_ids) + len(text.completion_ids)) > context:
+            raise DatasetError(f"row {line}: it needs {needed:,} tokens, the context holds {context:,}", param="validation_file")
 
 
 def settle_temperature(session: Session, teacher: Teacher) -> float:
@@ -282,7 +300,8 @@ def _dtype(config: TrainingConfig, begun_in: Literal["float32", "bfloat16"] | No
 def _retention_probe(run: RunDirectory, config: TrainingConfig, model: LanguageModel) -> RetentionProbe | None:
     if config.retention == "off":
         return None
-    return RetentionProbe(model, read_probes(run.retention_path if run.retention_path.exists() else DEFAULT_PROBES_PATH))
+    path = run.retention_path if run.retention_path.exists() else DEFAULT_PROBES_PATH
+    return RetentionProbe(model, read_probes(path, model.chat_format.question_length, model.chat_format.context_length))
 
 
 def _teacher(config: TrainingConfig, model: LanguageModel) -> Teacher:

@@ -1,8 +1,9 @@
 """The trainer process: `python -m sdft_engine.train RUN_DIR`.
 
 Needs nothing but the run directory (docs/trainer.md). Exit status: 0 when result.json was written, whatever the outcome: the
-worker relies on it; 2 when there is no such directory; 75 when the lease ran out or the parent died (nothing is written then,
-because another attempt may be running); anything else is a crash. How it ended is also said in one line.
+worker relies on it; 2 when nothing was begun, because there is no such directory, its control.json can't be read, or another
+trainer is in it; 75 when the lease ran out or the parent died (nothing is written then, because another attempt may be running);
+anything else is a crash. How it ended is also said in one line.
 Under torchrun every process trains a share of each batch (see ranks.py); one that fails writes the result and exits with 1, so
 that torchrun ends the others.
 """
@@ -15,6 +16,7 @@ os.environ.update(TRAINING_THREADS | os.environ)  # before torch is imported
 
 import argparse
 import ctypes
+import fcntl
 import signal
 import sys
 import threading
@@ -22,22 +24,28 @@ import time
 import traceback
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from sdft_engine.contract.config import told
 from sdft_engine.contract.errors import DiskFull, EngineError, OutOfMemory
 from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
 from sdft_engine.contract.sealed_directory import is_disk_full
 
 PR_SET_PDEATHSIG = 1
 WATCH_SECONDS = 0.5
-EXIT_NO_DIRECTORY = 2
+TORN_READS = 4
+EXIT_NOT_STARTED = 2
 
 
 class Supervision:
     """What the supervisor wants, read from control.json by a thread of its own, so that the lease's end is seen in the
     middle of a long step too."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, control: Control | None = None) -> None:
         self.run = run
         self.stop: StopReason | None = None
+        self._control = control or Control()
+        self._misread = 0
 
     def start(self) -> None:
         signal.signal(signal.SIGTERM, self._terminated)
@@ -52,7 +60,7 @@ class Supervision:
     def _watch(self) -> None:
         try:
             while True:
-                control = self.run.read_control()
+                control = self._orders()
                 if control.stop is not None:
                     self.stop = control.stop
                 if abandoned(control):
@@ -62,11 +70,39 @@ class Supervision:
             traceback.print_exc()
             os._exit(EXIT_LEASE_EXPIRED)
 
+    def _orders(self) -> Control:
+        """What control.json says or, where it says nothing that can be read, said before: whoever does not rename a whole file into
+        its place leaves a torn one for a moment. Under a supervisor it may not stay so, because a lease could run out unseen."""
+        try:
+            self._control, self._misread = self.run.read_control(), 0
+        except ValidationError as error:
+            self._misread += 1
+            if self._misread > TORN_READS and is_supervised(self._control):
+                raise
+            if self._misread == TORN_READS + 1:
+                self.run.append_event(f"{self.run.control_path.name} can't be read, and is not obeyed: {told(error)}", level="warn")
+        return self._control
+
+
+def is_supervised(control: Control) -> bool:
+    return control.lease_deadline is not None or control.supervisor_pid is not None
+
 
 def abandoned(control: Control) -> bool:
     """Whether the lease ran out, or the supervisor is no longer this process's parent."""
     expired = control.lease_deadline is not None and time.time() > control.lease_deadline
     return expired or (control.supervisor_pid is not None and os.getppid() != control.supervisor_pid)
+
+
+def lock(run: RunDirectory) -> bool:
+    """Keep other trainers out of the directory for as long as this process lives. False where one is in it."""
+    descriptor = os.open(run.path, os.O_RDONLY)  # stays open
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    return True
 
 
 def die_with_parent() -> None:
@@ -105,7 +141,9 @@ def report(run: RunDirectory, result: TrainingResult) -> None:
         error = result.error or {}
         sys.stderr.write(f"failed ({error.get('code')}): {' '.join(str(error.get('message')).split())}\n")
     elif result.outcome == "stopped":
-        sys.stdout.write(f"stopped ({result.stop}) after step {result.final_step} of {result.total_steps}\n")
+        asked = run.control_path.exists() and run.read_control().stop is not None
+        remedy = f"; to go on, remove {run.control_path.name} and start it again" if asked else ""
+        sys.stdout.write(f"stopped ({result.stop}) after step {result.final_step} of {result.total_steps}{remedy}\n")
     else:
         sys.stdout.write(f"succeeded after {result.final_step} steps: the adapter is in {run.final_dir}\n")
 
@@ -130,11 +168,20 @@ def main() -> int:
     run = RunDirectory(parse_arguments().run_dir.resolve())
     if not run.path.is_dir():
         sys.stderr.write(f"{run.path} is not a directory\n")
-        return EXIT_NO_DIRECTORY
-    supervision = Supervision(run)
-    if run.read_control().supervisor_pid is not None:
+        return EXIT_NOT_STARTED
+    try:
+        control = run.read_control()
+    except ValidationError as error:
+        sys.stderr.write(f"{run.control_path} can't be read: {told(error)}\n")
+        return EXIT_NOT_STARTED
+    if os.environ.get("RANK", "0") == "0" and not lock(run):
+        sys.stderr.write(f"another trainer is at work in {run.path}\n")
+        return EXIT_NOT_STARTED
+    run.result_path.unlink(missing_ok=True)  # an earlier run's would be taken for this one's
+    supervision = Supervision(run, control)
+    if control.supervisor_pid is not None:
         die_with_parent()
-    if abandoned(run.read_control()):  # among others, a supervisor that died before prctl
+    if abandoned(control):  # among others, a supervisor that died before prctl
         return EXIT_LEASE_EXPIRED
     supervision.start()
     result = run_training(run, supervision)

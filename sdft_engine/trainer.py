@@ -102,6 +102,9 @@ def training_step(session: Session, step: int) -> StepMetrics:
         session.optimizer.step()
         if session.teacher:
             session.teacher.follow()
+    adapter_norm = math.sqrt(sum(float(p.detach().square().sum()) for p in parameters))
+    if not math.isfinite(adapter_norm):
+        raise NumericalError(f"the weights are not finite after step {step}; lower learning_rate", param="learning_rate")
     session.state.step = step
     session.state.trained_tokens += measured["trained_tokens"]
     if step == session.total_steps or step % session.config.hyperparameters.checkpoint_every_steps == 0:
@@ -112,7 +115,7 @@ def training_step(session: Session, step: int) -> StepMetrics:
         total_steps=session.total_steps,
         epoch=min(step * session.config.hyperparameters.batch_size / len(session.demonstrations), session.config.hyperparameters.n_epochs),
         gradient_norm=gradient_norm,
-        adapter_norm=math.sqrt(sum(float(p.detach().square().sum()) for p in parameters)),
+        adapter_norm=adapter_norm,
         learning_rate=learning_rate,
         teacher_ema_gap=session.teacher.ema_gap() if session.teacher else None,
         step_seconds=seconds,

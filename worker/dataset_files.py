@@ -86,11 +86,7 @@ def retention_file_id(job: Job) -> str | None:
 def check_retention_questions(lines: Iterable[bytes], base_model: PreparedBaseModel) -> None:
     """Raise DatasetError naming the first line that is no question, or is too long for the context."""
     chat_format = base_model.chat_format
-
-    def prompt_tokens(question: str) -> int:
-        return len(chat_format.prompt_ids([{"role": "user", "content": question}]))
-
-    parse_probes(lines, "the retention file", prompt_tokens, chat_format.context_length)
+    parse_probes(lines, "the retention file", chat_format.question_length, chat_format.context_length)
 
 
 def require_usable(measured: MeasuredFile, param: str) -> None:

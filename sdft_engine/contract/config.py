@@ -3,11 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sdft_engine.contract.errors import ConfigurationError
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised
-from sdft_engine.contract.teacher_prompts import TeacherView
+from sdft_engine.contract.teacher_prompts import TeacherView, check_teacher_template
+
+
+def _usable_template(template: str) -> str:
+    try:
+        check_teacher_template(template)
+    except ConfigurationError as error:
+        raise ValueError(error.message) from error
+    return template
 
 
 class TrainingConfig(BaseModel):
@@ -23,7 +31,7 @@ class TrainingConfig(BaseModel):
     seed: int = 0
     sdft: ResolvedSdft | None = None
     supervised: ResolvedSupervised | None = None
-    teacher_template: str = "example"
+    teacher_template: Annotated[str, AfterValidator(_usable_template)] = "example"
     reasoning: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -65,5 +73,9 @@ def read_config(path: Path) -> TrainingConfig:
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path} does not exist") from error
     except ValidationError as error:
-        wrong = [": ".join([*filter(None, [".".join(map(str, each["loc"]))]), each["msg"]]) for each in error.errors()]
-        raise ConfigurationError(f"{path}: {'; '.join(wrong)}") from error
+        raise ConfigurationError(f"{path}: {told(error)}") from error
+
+
+def told(error: ValidationError) -> str:
+    """Every wrong field with what is wrong about it, in one line."""
+    return "; ".join(": ".join([*filter(None, [".".join(map(str, each["loc"]))]), each["msg"]]) for each in error.errors())

@@ -8,12 +8,12 @@ API while an upload streams, by the worker before a job queues and by the traine
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdft_engine.contract.json_depth import is_deeper
 from sdft_engine.contract.quoting import quoted
+from sdft_engine.contract.strict_json import has_lone_surrogate, is_deeper, strictly_parsed
 
 MAX_REPORTED_PROBLEMS = 100
 SHOWN_REASONS = 5
@@ -130,7 +130,7 @@ def parse_line(raw: bytes, line: int, limits: DatasetLimits) -> Demonstration | 
     except UnicodeDecodeError as error:
         return DatasetProblem(line, "invalid_encoding", f"not valid UTF-8 at byte {error.start} of the line")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = strictly_parsed(text)
         too_deep = is_deeper(value, limits.max_json_depth)
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
@@ -139,29 +139,9 @@ def parse_line(raw: bytes, line: int, limits: DatasetLimits) -> Demonstration | 
         return DatasetProblem(line, "json_too_deep", f"JSON nested deeper than {limits.max_json_depth} levels")
     if too_deep:
         return DatasetProblem(line, "json_too_deep", f"JSON nested deeper than {limits.max_json_depth} levels")
-    if "\\u" in text and _has_lone_surrogate(value):
+    if "\\u" in text and has_lone_surrogate(value):
         return DatasetProblem(line, "invalid_encoding", "the text holds half of a surrogate pair")
     return _parse_value(value, line, limits)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _has_lone_surrogate(value: Any) -> bool:
-    return any(0xD800 <= ord(character) <= 0xDFFF for text in _strings(value) for character in text)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
 
 
 def _parse_value(value: Any, line: int, limits: DatasetLimits) -> Demonstration | DatasetProblem:
@@ -188,7 +168,8 @@ def _parse_value(value: Any, line: int, limits: DatasetLimits) -> Demonstration 
             if key == "completion" and value.get(key) is None and (hints["context"] or hints["feedback"]):
                 continue
             if not isinstance(value.get(key), str) or not value[key].strip():
-                return DatasetProblem(line, "missing_content", f'"{key}" must be a non-empty string')
+                unless = " (only a line with context or feedback may do without)" if key == "completion" else ""
+                return DatasetProblem(line, "missing_content", f'"{key}" must be a non-empty string{unless}')
             messages.append({"role": role, "content": value[key]})
     else:
         messages = value.get("messages")
@@ -222,6 +203,8 @@ def _message_problem(message: Any, line: int, where: str) -> DatasetProblem | No
         return DatasetProblem(line, "invalid_tool_calls", f"{where}.tool_calls must be a non-empty list on an assistant message")
     if message.get("function_call") is not None:
         return DatasetProblem(line, "unsupported_function_call", f'{where}: the deprecated "function_call" is not supported; use "tool_calls"')
+    if isinstance(message.get("weight"), bool) or message.get("weight") not in (None, 0, 1):
+        return DatasetProblem(line, "invalid_weight", f"{where}.weight must be 0 or 1")
     content = message.get("content")
     if isinstance(content, list):
         return DatasetProblem(line, "data_type", f"{where}.content must be a string; content parts are not supported")
@@ -232,8 +215,6 @@ def _message_problem(message: Any, line: int, where: str) -> DatasetProblem | No
         return DatasetProblem(line, code, f'{where} has no "content"')
     if not isinstance(content, str) or not (content.strip() or calls or role in MAY_BE_EMPTY):
         return DatasetProblem(line, "missing_content", f"{where}.content must be a non-empty string")
-    if isinstance(message.get("weight"), bool) or message.get("weight") not in (None, 0, 1):
-        return DatasetProblem(line, "invalid_weight", f"{where}.weight must be 0 or 1")
     return None
 
 

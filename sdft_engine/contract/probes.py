@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sdft_engine.contract.errors import DatasetError
+from sdft_engine.contract.errors import ContextExceeded, DatasetError
+from sdft_engine.contract.strict_json import has_lone_surrogate
 
 DEFAULT_PROBES_PATH = Path(__file__).parents[1] / "general_probes.jsonl"
 """A hundred questions of this project's own: facts, arithmetic, instructions, formats."""
@@ -83,10 +84,10 @@ class Judged:
     model: bool
 
 
-def read_probes(path: Path) -> list[ProbeQuestion]:
-    """Raises DatasetError naming the first line that can't be used, or where there is none at all."""
+def read_probes(path: Path, prompt_tokens: Callable[[str], int] | None = None, context_length: int = 0) -> list[ProbeQuestion]:
+    """As `parse_probes`. Raises DatasetError naming the first line that can't be used, or where there is none at all."""
     with path.open("rb") as lines:
-        return parse_probes(lines, path.name)
+        return parse_probes(lines, path.name, prompt_tokens, context_length)
 
 
 def parse_probes(lines: Iterable[bytes], name: str, prompt_tokens: Callable[[str], int] | None = None, context_length: int = 0) -> list[ProbeQuestion]:
@@ -94,15 +95,22 @@ def parse_probes(lines: Iterable[bytes], name: str, prompt_tokens: Callable[[str
     leaves no room for its answer in the context is an error too. Raises DatasetError as above."""
     questions: list[ProbeQuestion] = []
     for number, question in _parsed(lines, name):
-        if prompt_tokens is not None and (needed := prompt_tokens(question.question) + MAX_ANSWER_TOKENS) > context_length:
-            message = f"{name}: line {number}: it needs {needed:,} tokens with its answer, the context holds {context_length:,}"
-            raise DatasetError(message, param=PARAM)
+        if prompt_tokens is not None and (problem := _too_long(question, prompt_tokens, context_length)):
+            raise DatasetError(f"{name}: line {number}: {problem}", param=PARAM)
         if len(questions) == MAX_QUESTIONS:
             raise DatasetError(f"{name}: line {number}: at most {MAX_QUESTIONS:,} questions are asked", param=PARAM)
         questions.append(question)
     if not questions:
         raise DatasetError(f"{name} has no questions", param=PARAM)
     return questions
+
+
+def _too_long(question: ProbeQuestion, prompt_tokens: Callable[[str], int], context_length: int) -> str | None:
+    try:
+        needed = prompt_tokens(question.question) + MAX_ANSWER_TOKENS
+    except ContextExceeded as error:
+        return error.message
+    return f"it needs {needed:,} tokens with its answer, the context holds {context_length:,}" if needed > context_length else None
 
 
 def _parsed(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, ProbeQuestion]]:
@@ -119,9 +127,12 @@ def _parsed(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, ProbeQuest
             raise DatasetError(f"{name}: line {number}: {where}: {first['msg']}", param=PARAM) from error
         except (ValueError, RecursionError) as error:
             raise DatasetError(f"{name}: line {number}: not valid JSON", param=PARAM) from error
-        if not all(answer.strip() for answer in question.answers):
+        if has_lone_surrogate(question.model_dump()) or not question.probe.isprintable():
+            raise DatasetError(f"{name}: line {number}: it holds control characters or half of a surrogate pair", param=PARAM)
+        answers = [answer.strip() for answer in question.answers]
+        if not all(answers):
             raise DatasetError(f"{name}: line {number}: answers: an accepted answer is empty", param=PARAM)
-        yield number, question
+        yield number, question.model_copy(update={"answers": answers})
 
 
 def is_right(answer: str, accepted: Sequence[str]) -> bool:

@@ -29,8 +29,8 @@ from tokenizers import Tokenizer
 
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, ContextExceeded
-from sdft_engine.contract.json_depth import MAX_JSON_DEPTH, is_deeper
-from sdft_engine.contract.teacher_prompts import TeacherView, require_hint, teacher_messages
+from sdft_engine.contract.strict_json import MAX_JSON_DEPTH, has_lone_surrogate, is_deeper, strictly_parsed
+from sdft_engine.contract.teacher_prompts import TeacherView, answer_text, require_hint, teacher_messages
 
 MOST_CHARACTERS_COMPOSED = 4
 """No character of Unicode decomposes canonically into more than four, so normalization shortens no text by more than that."""
@@ -131,6 +131,10 @@ class ChatFormat:
     def prompt_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         return self.encode(self.render(messages, tools))
 
+    def question_length(self, question: str) -> int:
+        """Tokens of the prompt that asks it alone."""
+        return len(self.prompt_ids([{"role": "user", "content": question}]))
+
     def answer_ids(self, demonstration: Demonstration) -> list[int]:
         """Token ids of the demonstrated answer, up to and including its end-of-sequence token. None where the line has no answer.
 
@@ -138,15 +142,17 @@ class ChatFormat:
         """
         if demonstration.answer is None:
             return []
+        within = self.eos_token_ids.intersection(self.encode(answer_text(demonstration.answer)))
+        if within:
+            token = self.tokenizer.id_to_token(min(within))
+            raise ConfigurationError(f"line {demonstration.line}: the answer holds {token}, which ends this model's answers: nothing after it would be learned")
         before = self.render(demonstration.prompt, demonstration.tools)
         whole = self.render([*demonstration.prompt, demonstration.answer], demonstration.tools, generate=False)
         if not whole.startswith(before) or not whole[len(before) :].strip():
             raise ConfigurationError(f"line {demonstration.line}: the base model's chat template can't show this answer after its prompt")
         ids = self.encode(whole[len(before) :])
-        for position, token_id in enumerate(ids):
-            if token_id in self.eos_token_ids and position > 0:
-                return ids[: position + 1]
-        return ids
+        end = next((position for position, token_id in enumerate(ids) if token_id in self.eos_token_ids), len(ids))
+        return ids[: end + 1]
 
     def student_prompt_ids(self, demonstration: Demonstration) -> list[int]:
         return self.prompt_ids(demonstration.prompt, demonstration.tools)
@@ -172,12 +178,14 @@ def _parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = strictly_parsed(function["arguments"])
         too_deep = is_deeper(arguments, MAX_JSON_DEPTH)
-    except ValueError:
+    except ValueError:  # a template may show them as the text that they are
         return call
     except RecursionError:
         too_deep = True
+    if not too_deep and has_lone_surrogate(arguments):
+        raise ConfigurationError("the arguments of a tool call hold half of a surrogate pair", param="messages")
     if too_deep:
         raise ConfigurationError(f"the arguments of a tool call are JSON nested deeper than {MAX_JSON_DEPTH} levels", param="messages")
     return {**call, "function": {**function, "arguments": arguments}}

@@ -19,6 +19,7 @@ Torch-free. Both sides use these classes; nothing else crosses.
 
 import json
 import os
+import re
 import time
 import uuid
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sdft_engine.contract.probes import Retention
 
 StopReason = Literal["cancel", "pause", "requeue"]
 
+CHECKPOINT_NAME = re.compile(r"step_[0-9]{6,}")
 EXIT_LEASE_EXPIRED = 75
 """The trainer's exit status when it stopped by itself: its lease ran out, or the process that supervised it died."""
 
@@ -142,7 +144,7 @@ class RunDirectory:
         """Checkpoints under their final names, oldest first."""
         if not self.checkpoints_dir.exists():
             return []
-        found = [p for p in self.checkpoints_dir.iterdir() if p.name.startswith("step_") and p.name[5:].isdigit()]
+        found = [p for p in self.checkpoints_dir.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)]
         return sorted((int(p.name[5:]), p) for p in found)
 
     def write_control(self, control: Control) -> None:
@@ -167,9 +169,15 @@ class RunDirectory:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write, so that a reader sees whole lines or an unfinished last one."""
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode() + b"\n")
+    """Append one line in a single write, so that a reader sees whole lines or an unfinished last one. What a process that died left
+    unfinished stays a line of its own."""
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+        content = (b"\n" if end and file.read(1) != b"\n" else b"") + line.encode() + b"\n"
+        while content:  # a nearly full disk takes a part
+            content = content[file.write(content) :]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

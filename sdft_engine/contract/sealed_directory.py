@@ -48,12 +48,15 @@ def sealed_directory(directory: Path) -> Iterator[Path]:
 
 
 def verify(directory: Path) -> None:
-    """Raises CheckpointDamaged unless every file of a sealed directory is there with its hash."""
+    """Raises CheckpointDamaged unless every file of a sealed directory is there with its hash, and no other."""
     try:
         manifest: dict[str, str] = json.loads((directory / MANIFEST_NAME).read_text())
         wrong = [name for name, digest in manifest.items() if file_sha256(directory / name) != digest]
-    except (OSError, ValueError, AttributeError) as error:
+        unlisted = sorted({path.name for path in directory.iterdir()} - manifest.keys() - {MANIFEST_NAME})
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointDamaged(f"{directory.name} is incomplete: {error}") from error
+    if unlisted or not manifest:
+        raise CheckpointDamaged(f"{directory.name}: {MANIFEST_NAME} does not list {unlisted[0] if unlisted else 'anything'}")
     if wrong:
         raise CheckpointDamaged(f"{directory.name}: {wrong[0]} does not have the hash that was recorded")
 

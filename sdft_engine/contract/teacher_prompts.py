@@ -45,6 +45,7 @@ RESPOND = "Now give a response of your own to the question, including your think
 REASON = "Now think the question through step by step in your own words, and then give a response of your own to it."
 ASK_AGAIN = "Please answer the question again: {question}"
 CONTINUE_AFTER_TOOL = "Continue from the tool result above."
+CONTINUE = "Continue the conversation above."
 PARAM = "method.sdft.teacher_template"
 
 
@@ -87,7 +88,10 @@ def require_hint(demonstration: Demonstration, template: str) -> None:
     has = {"demonstration": demonstration.answer, "context": demonstration.context, "feedback": demonstration.feedback}
     if not any(has[name] for name in fields & set(HINTS)):
         wanted = " or ".join(sorted(fields & set(HINTS)))
-        raise ConfigurationError(f"line {demonstration.line}: teacher_template shows only the {wanted}, and this line has none", param=PARAM)
+        raise ConfigurationError(
+            f"line {demonstration.line}: teacher_template shows only the {wanted}, and this line has none: add it to the line, or use another template",
+            param=PARAM,
+        )
 
 
 def teacher_messages(demonstration: Demonstration, view: TeacherView) -> list[dict[str, Any]]:
@@ -124,7 +128,7 @@ def _history(demonstration: Demonstration, *, twice: bool) -> list[dict[str, Any
     ends_with_user = prompt[-1]["role"] == "user"
     again = ASK_AGAIN.format(question=_question(demonstration))
     if not answer and not attempt:
-        kept, question = (prompt[:-1], prompt[-1]["content"]) if ends_with_user else (prompt, CONTINUE_AFTER_TOOL)
+        kept, question = (prompt[:-1], prompt[-1]["content"]) if ends_with_user else (prompt, _question(demonstration))
         return [*kept, _user(_context(demonstration) + _review(demonstration) + question)]
     messages = [*prompt]
     if attempt:
@@ -142,7 +146,9 @@ def _history(demonstration: Demonstration, *, twice: bool) -> list[dict[str, Any
 
 def _question(demonstration: Demonstration) -> str:
     last = demonstration.prompt[-1]
-    return str(last["content"]) if last["role"] == "user" else CONTINUE_AFTER_TOOL
+    if last["role"] == "user":
+        return str(last["content"])
+    return CONTINUE_AFTER_TOOL if last["role"] in ("tool", "function") else CONTINUE
 
 
 def _filled(demonstration: Demonstration) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """The tiny model in memory, and the same weights as a plain float64 model to check it against."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +10,14 @@ import pytest
 if TYPE_CHECKING:  # the contract's tests, below this directory, need no torch
     from sdft_engine.model import LanguageModel
     from tests.sdft_engine.plain import PlainModel
+
+
+@pytest.fixture(autouse=True)
+def products_of_the_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a run chooses is chosen for its process; the next test is another."""
+    yield
+    if products := sys.modules.get("sdft_engine.products"):
+        products._chosen = None  # type: ignore[attr-defined]
 
 
 @pytest.fixture

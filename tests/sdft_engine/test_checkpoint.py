@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from sdft_engine import checkpoint as checkpoint_module
 from sdft_engine.checkpoint import TrainingState, load_checkpoint, save_checkpoint
@@ -305,3 +306,58 @@ def test_the_teacher_is_saved_beside_the_student(saved: Path, make: Callable[...
     other.load(saved)
     student, teacher = (other.model.adapters.parameters(name) for name in (STUDENT, TEACHER))
     assert all(not torch.equal(value, student[name]) for name, value in teacher.items())
+
+
+def reseal(directory: Path) -> None:
+    """As if it had been written like this."""
+    (directory / MANIFEST_NAME).unlink()
+    sealed_directory.seal(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"last_answers": null}',
+        b'{"step": -3}',
+        b'{"step": "3"}',
+        b'{"step": 4}',
+        b'{"step": 3, "from_the_future": 1}',
+        b"[" * 100_000,
+        b"[]",
+    ],
+    ids=lambda content: content[:30].decode(),
+)
+def test_a_state_that_no_trainer_writes_is_damage(trained: Run, saved: Path, content: bytes) -> None:
+    (saved / "training_state.json").write_bytes(content)
+    reseal(saved)
+    with pytest.raises(CheckpointDamaged, match="step_000003"):
+        trained.load(saved)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_damage(saved: Path) -> None:
+    (saved / "stray").write_text("x")
+    with pytest.raises(CheckpointDamaged, match="does not list stray"):
+        verify(saved)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[" * 100_000], ids=["empty", "deep"])
+def test_a_manifest_that_says_nothing_is_damage(saved: Path, content: bytes) -> None:
+    (saved / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(CheckpointDamaged):
+        verify(saved)
+
+
+@pytest.mark.parametrize("damage", ["half", "no_steps", "shape"])
+def test_an_optimizer_that_does_not_fit_is_damage(trained: Run, saved: Path, damage: str) -> None:
+    tensors = load_file(saved / "optimizer.safetensors")
+    names = sorted(tensors)
+    kept = {
+        "half": {name: tensors[name] for name in names[: len(names) // 2]},
+        "no_steps": {name: value for name, value in tensors.items() if not name.endswith("/step")},
+        "shape": tensors | {names[0]: tensors[names[0]].flatten()[:-1].clone()},
+    }[damage]
+    (saved / "optimizer.safetensors").unlink()
+    save_file(kept, saved / "optimizer.safetensors")
+    reseal(saved)
+    with pytest.raises(CheckpointDamaged, match=r"optimizer\.safetensors does not fit"):
+        trained.load(saved)

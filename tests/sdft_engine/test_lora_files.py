@@ -1,6 +1,7 @@
 """sdft_engine.lora on disk: PEFT's own files both ways, and every file that is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "modules_to_save": (lambda d: rewrite_config(d, modules_to_save=["lm_head"]), "modules_to_save"),
     "transposed": (lambda d: rewrite_config(d, fan_in_fan_out=True), "fan_in_fan_out"),
     "not_lora": (lambda d: rewrite_config(d, peft_type="IA3"), "not a LoRA adapter"),
+    "alpha_endless": (lambda d: rewrite_config(d, lora_alpha=1e308), "at most 1,000,000"),
+    "alpha_bool": (lambda d: rewrite_config(d, lora_alpha=True), "positive"),
+    "config_deep": (lambda d: (d / ADAPTER_CONFIG_NAME).write_text("[" * 100_000), "no readable adapter"),
+    "not_finite": (lambda d: rewrite_tensors(d, lambda tensors: tensors | {FIRST: tensors[FIRST] * math.nan}), "finite"),
+    "whole_numbers": (lambda d: rewrite_tensors(d, lambda tensors: tensors | {FIRST: tensors[FIRST].long()}), "floating-point"),
     "rank_zero": (lambda d: rewrite_config(d, r=0), "positive"),
     "alpha_text": (lambda d: rewrite_config(d, lora_alpha="8"), "positive"),
     "wrong_rank": (lambda d: rewrite_config(d, r=5), "shape"),

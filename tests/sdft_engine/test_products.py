@@ -127,10 +127,10 @@ def test_the_choice_is_measured_with_a_margin(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(products, "onednn_is_available", lambda: True)
     ticks = clock()
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
-    assert products.onednn_is_faster.__wrapped__() is faster
+    assert products._is_measured_faster.__wrapped__() is faster
 
 
 def test_without_onednn_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(products, "onednn_is_available", lambda: False)
-    assert products.onednn_is_faster.__wrapped__() is False
+    assert products._is_measured_faster.__wrapped__() is False

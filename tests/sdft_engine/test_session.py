@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,35 @@ def test_the_teacher_is_shown_the_whole_question_and_the_whole_demonstration(tmp
     assert "The lamp is blue." in teacher
     assert "The lamp is blue." not in student
     assert decode(session.texts[1].completion_ids, skip_special_tokens=False) == "The lamp is blue.<|im_end|>"
+
+
+def test_validation_rows_and_general_questions_must_fit_too(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, validation_rows=1, config={"retention": "end"})
+    long = "lamp " * 600
+    with run.validation_path.open("a") as lines:
+        lines.write(json.dumps({"prompt": long, "completion": "Red."}) + "\n")
+    with pytest.raises(DatasetError, match=r"row 2: it needs .* context holds 512") as raised:
+        open_session(run)
+    assert raised.value.param == "validation_file"
+    run.validation_path.unlink()
+    run.retention_path.write_text(json.dumps({"probe": "facts", "question": long, "answers": ["red"]}))
+    with pytest.raises(DatasetError, match=r"retention\.jsonl: line 1: it needs .* context holds 512"):
+        open_session(run)
+
+
+def test_tools_that_the_chat_template_does_not_show_are_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """An answer that is nothing but a call would be learned as an empty one."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    (directory / "chat_template.jinja").write_text(template)
+    run = make_run(tmp_path / "run", directory)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]}
+    write_lines(run.train_path, [example(0), {"messages": [example(1)["messages"][0], call]}])
+    with pytest.raises(DatasetError, match="line 2: this base model's chat template has no place for tool calls"):
+        open_session(run)
 
 
 @pytest.mark.parametrize(

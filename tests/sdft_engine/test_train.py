@@ -1,6 +1,7 @@
 """sdft_engine.train without its process: what becomes of errors, and when a trainer gives up."""
 
 import errno
+import fcntl
 import os
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from sdft_engine import train as train_module
 from sdft_engine import trainer
 from sdft_engine.contract.errors import DiskFull, EngineError, NumericalError, OutOfMemory
 from sdft_engine.contract.run_directory import Control, RunDirectory, TrainingResult
-from sdft_engine.train import EXIT_LEASE_EXPIRED, Supervision, abandoned, run_training, typed
+from sdft_engine.train import EXIT_LEASE_EXPIRED, EXIT_NOT_STARTED, Supervision, abandoned, run_training, typed
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ class Exited(BaseException):
 @pytest.mark.parametrize("content", ["{", '{"stop": "perhaps"}', '{"lease_deadline": 1.0}'])
 def test_a_watch_that_can_not_read_its_orders_ends_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     """It would train on past its lease otherwise."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
     def leave(status: int) -> None:
         raise Exited(status)
@@ -159,8 +161,92 @@ def test_a_watch_that_can_not_read_its_orders_ends_the_trainer(tmp_path: Path, m
     run = RunDirectory(tmp_path)
     run.control_path.write_text(content)
     with pytest.raises(Exited) as raised:
-        Supervision(run)._watch()
+        Supervision(run, Control(lease_deadline=time.time() + 60))._watch()
     assert raised.value.args == (EXIT_LEASE_EXPIRED,)
+
+
+@pytest.mark.parametrize("lease", [None, 600.0])
+def test_a_control_file_that_is_torn_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lease: float | None) -> None:
+    run = RunDirectory(tmp_path)
+    run.control_path.write_text("")
+    rests = iter(range(3))
+
+    def rest(seconds: float) -> None:
+        if next(rests, None) is None:
+            raise Exited
+        if run.control_path.read_text() == "":
+            run.write_control(Control(stop="pause"))
+
+    monkeypatch.setattr(time, "sleep", rest)
+    supervision = Supervision(run, Control(lease_deadline=time.time() + lease if lease else None))
+    with pytest.raises(Exited):
+        supervision._watch()
+    assert supervision.requested() == "pause"
+    assert not run.events_path.exists()
+
+
+def test_without_a_supervisor_a_slip_in_the_control_file_is_said_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    run.control_path.write_text('{"stop": "cancle"}')
+    rests = iter(range(20))
+
+    def rest(seconds: float) -> None:
+        if next(rests, None) is None:
+            raise Exited
+
+    monkeypatch.setattr(time, "sleep", rest)
+    supervision = Supervision(run)
+    with pytest.raises(Exited):
+        supervision._watch()
+    assert supervision.requested() is None
+    (event,) = run.events_path.read_text().splitlines()
+    assert "control.json can't be read, and is not obeyed" in event
+
+
+def test_a_control_file_that_can_not_be_read_at_the_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "control.json").write_text('{"stop": "cancelled"}')
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+    assert train_module.main() == EXIT_NOT_STARTED
+    assert "control.json can't be read: stop: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["control.json"]
+
+
+def test_two_trainers_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path)
+    run.result_path.write_text("of the other")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+    assert train_module.main() == EXIT_NOT_STARTED
+    assert capsys.readouterr().err == f"another trainer is at work in {tmp_path}\n"
+    os.close(descriptor)
+    assert run.result_path.read_text() == "of the other"
+
+
+def test_the_result_of_an_earlier_run_is_not_left_standing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_result(TrainingResult(outcome="succeeded"))
+    monkeypatch.setattr(Supervision, "start", lambda self: None)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+
+    def crash(*arguments: Any) -> TrainingResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train_module.main()
+    assert run.read_result() is None
+
+
+def test_a_run_that_was_told_to_stop_says_what_to_do_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    RunDirectory(tmp_path).write_control(Control(stop="pause"))
+    monkeypatch.setattr(trainer, "train", lambda *arguments: TrainingResult(outcome="stopped", stop="pause", final_step=3, total_steps=8))
+    monkeypatch.setattr(Supervision, "start", lambda self: None)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+    assert train_module.main() == 0
+    assert capsys.readouterr().out == "stopped (pause) after step 3 of 8; to go on, remove control.json and start it again\n"
 
 
 def test_orders_are_kept_and_a_signal_does_not_soften_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,13 @@ def test_numbers_that_are_not_finite_end_the_run_before_they_reach_the_weights(t
     assert run.complete_checkpoints() == []
 
 
+def test_weights_that_are_not_finite_end_the_run_with_what_to_change(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, "supervised", learning_rate=1e30, warmup_ratio=0.0)
+    with pytest.raises(NumericalError, match=r"not finite (after|at) step \d+; lower learning_rate") as raised:
+        train(run)
+    assert raised.value.param == "learning_rate"
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_too(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", tiny_model_dir, "supervised")
 

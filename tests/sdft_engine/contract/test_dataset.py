@@ -101,6 +101,8 @@ BAD_LINES: list[tuple[str, bytes | dict[str, Any]]] = [
     ("invalid_json", b'{"prompt": ' + b"9" * 4900 + b"}"),
     ("invalid_json", b"\xef\xbb\xbf{}"),
     ("json_too_deep", b'{"messages": ' + b"[" * 13 + b"]" * 13 + b"}"),
+    ("invalid_json", b'{"prompt": "a", "completion": "b", "tools": [{"x": 1e400}]}'),
+    ("invalid_weight", line(USER, ANSWER | {"content": None, "tool_calls": [{"function": {"name": "f"}}], "weight": "abc"})),
     ("data_type", b"[1, 2]"),
     ("data_type", b'"text"'),
     ("data_type", b"null"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sdft_engine.contract import probes
-from sdft_engine.contract.errors import DatasetError
+from sdft_engine.contract.errors import ContextExceeded, DatasetError
 from sdft_engine.contract.probes import (
     DEFAULT_PROBES_PATH,
     Judged,
@@ -40,6 +40,8 @@ def test_a_probe_file_is_read_in_order(tmp_path: Path) -> None:
         ('{"probe": "facts", "question": "Q?", "answers": []}', "line 2: answers"),
         ('{"probe": "facts", "question": "Q?", "answers": ["a", " "]}', "line 2: answers"),
         ('{"probe": "facts", "question": "Q?", "answers": "Paris"}', "line 2: answers"),
+        ('{"probe": "fa\\u0000cts", "question": "Q?", "answers": ["a"]}', "line 2: it holds control characters"),
+        ('{"probe": "facts", "question": "Q?", "answers": ["\\ud800"]}', "line 2: it holds .* half of a surrogate pair"),
         ('{"probe": "", "question": "Q?", "answers": ["a"]}', "line 2: probe"),
         ('{"probe": "facts", "question": 7, "answers": ["a"]}', "line 2: question"),
         ('{"probe": "facts", "question": "Q?", "answers": ["a"], "more": 1}', "line 2: more"),
@@ -51,6 +53,12 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     with pytest.raises(DatasetError, match=reason) as raised:
         read_probes(path)
     assert raised.value.param == "method.sdft.retention_file"
+
+
+def test_blanks_around_an_accepted_answer_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "probes.jsonl"
+    path.write_text('{"probe": "facts", "question": "Q?", "answers": [" Paris\\n"]}')
+    assert read_probes(path)[0].answers == ["Paris"]
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
@@ -125,3 +133,12 @@ def test_more_questions_than_are_asked_are_refused(monkeypatch: pytest.MonkeyPat
 def test_hostile_lines_are_named(line: bytes, reason: str) -> None:
     with pytest.raises(DatasetError, match=f"the file: line 1: {reason}"):
         parse_probes([line], "the file")
+
+
+def test_a_question_too_long_to_be_counted_is_named() -> None:
+    def count(question: str) -> int:
+        raise ContextExceeded("a text of 20,000 characters needs more tokens")
+
+    with pytest.raises(DatasetError, match="retention: line 1: a text of 20,000 characters") as raised:
+        parse_probes([GOOD.encode()], "retention", count, 100)
+    assert raised.value.param == "method.sdft.retention_file"

@@ -85,6 +85,27 @@ def test_an_answer_ends_as_the_template_ends_it_where_there_are_tools(tiny_model
         assert chat.tokenizer.decode(ids, skip_special_tokens=False) == f"{ANSWER['content']}{ending}<|im_end|>"
 
 
+def test_an_answer_that_holds_an_end_token_is_refused(chat: ChatFormat) -> None:
+    """It would be learned up to there, and nobody would know."""
+    demonstration = Demonstration(4, [USER], {"role": "assistant", "content": "Write <|im_end|> at the end."})
+    with pytest.raises(ConfigurationError, match=r"line 4: the answer holds <\|im_end\|>, which ends"):
+        chat.answer_ids(demonstration)
+
+
+def calling(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": arguments}}]}
+
+
+def test_half_a_surrogate_pair_in_arguments_is_refused(chat: ChatFormat) -> None:
+    with pytest.raises(ConfigurationError, match="arguments of a tool call hold half of a surrogate pair"):
+        chat.prompt_ids([USER, calling('{"a": "\\ud800"}')])
+
+
+@pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": 1e999}'])
+def test_arguments_that_are_no_json_stay_text(chat: ChatFormat, arguments: str) -> None:
+    assert json.dumps(arguments) in chat.render([USER, calling(arguments)])
+
+
 def test_real_model_renders_as_transformers_does(real_model_dir: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -127,3 +127,17 @@ def test_metrics_refuse_what_json_can_not_hold() -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValidationError):
             StepMetrics.model_validate(values | {"train_loss": value})
+
+
+def test_a_line_that_was_cut_off_stays_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"step": 1}\n{"st')
+    append_line(path, '{"step": 2}')
+    append_line(path, '{"step": 3}')
+    assert path.read_bytes().splitlines() == [b'{"step": 1}', b'{"st', b'{"step": 2}', b'{"step": 3}']
+
+
+@pytest.mark.parametrize("name", ["step_\u00b2", "step_12", "step_", "step_0000-1", "step_000001.tmp", "xstep_000001"])
+def test_other_names_are_no_checkpoints(run: RunDirectory, name: str) -> None:
+    (run.checkpoints_dir / name).mkdir(parents=True)
+    assert run.complete_checkpoints() == []

@@ -40,6 +40,7 @@ SINGLE = Demonstration(1, [QUESTION], ANSWER)
 WITH_CONTEXT = Demonstration(1, [QUESTION], ANSWER, context="Lamps are red.")
 TURNS = Demonstration(1, [SYSTEM, EARLIER, GREETING, QUESTION], ANSWER)
 AFTER_TOOL = Demonstration(1, [SYSTEM, QUESTION, CALLING, RESULT], ANSWER)
+AFTER_ANSWER = Demonstration(1, [QUESTION, GREETING], ANSWER)
 DOCUMENT = Demonstration(1, [QUESTION], None, context="Lamps are red.")
 REVIEWED = Demonstration(1, [QUESTION], None, attempt="Blue?", feedback="Not blue.")
 FEEDBACK = Demonstration(1, [QUESTION], None, feedback="Not blue.")
@@ -51,6 +52,7 @@ EXPECTED: dict[str, tuple[Demonstration, str, list[dict[str, Any]]]] = {
     "example, context": (WITH_CONTEXT, "example", [user(INFORMATION + EXAMPLE.format("Which lamp?", "The red one."))]),
     "example, turns": (TURNS, "example", [SYSTEM, EARLIER, GREETING, user(EXAMPLE.format("Which lamp?", "The red one."))]),
     "example, after a tool": (AFTER_TOOL, "example", [SYSTEM, QUESTION, CALLING, RESULT, user(EXAMPLE.format(CONTINUE, "The red one."))]),
+    "example, after an answer": (AFTER_ANSWER, "example", [QUESTION, GREETING, user(EXAMPLE.format("Continue the conversation above.", "The red one."))]),
     "history": (SINGLE, "history", [QUESTION, ANSWER, user(AGAIN.format("Which lamp?"))]),
     "history, context": (WITH_CONTEXT, "history", [QUESTION, ANSWER, user(INFORMATION + AGAIN.format("Which lamp?"))]),
     "history, turns": (TURNS, "history", [SYSTEM, EARLIER, GREETING, QUESTION, ANSWER, user(AGAIN.format("Which lamp?"))]),

@@ -1,0 +1,99 @@
+"""sdft_engine.identity: a checkpoint is only continued by the run that wrote it; and what was chosen by the machine is kept."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft_engine import products, session
+from sdft_engine.contract.config import read_config
+from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.trainer import train
+from tests.sdft_engine.runs import SUPERVISED, content_of, example, make_run, messages_of, stop_after, write_lines
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, tiny_model_dir: Path) -> RunDirectory:
+    run = make_run(tmp_path / "run", tiny_model_dir, temperature=0.7)
+    train(run, stop_after(run, 2, "pause"))
+    return run
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "n_epochs": {"sdft": {"n_epochs": 1}},
+    "batch_size": {"sdft": {"batch_size": 2}},
+    "learning_rate": {"sdft": {"learning_rate": 0.5}},
+    "ema_rate": {"sdft": {"ema_rate": 0.5}},
+    "teacher": {"sdft": {"teacher": "frozen"}},
+    "temperature": {"sdft": {"temperature": 0.5}},
+    "mask_clipped_completions": {"sdft": {"mask_clipped_completions": True}},
+    "lora_alpha": {"sdft": {"lora_alpha": 64}},
+    "lora_rank": {"sdft": {"lora_rank": 2}},
+    "seed": {"seed": 1},
+    "teacher_template": {"teacher_template": "history"},
+    "method": {"method": "supervised", "supervised": SUPERVISED},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_run_does_not_continue_a_checkpoint(stopped: RunDirectory, name: str) -> None:
+    config = read_config(stopped.config_path)
+    assert config.sdft is not None
+    changes = dict(CHANGES[name])
+    if "sdft" in changes:
+        changes["sdft"] = config.sdft.model_copy(update=changes["sdft"])
+    stopped.config_path.write_text(config.model_copy(update=changes).model_dump_json())
+    before = content_of(stopped.checkpoint_dir(2))
+    with pytest.raises(ConfigurationError, match=f"^{name} is .* now, and was .* when step_000002 was written") as raised:
+        train(stopped)
+    assert raised.value.param == name
+    assert content_of(stopped.checkpoint_dir(2)) == before
+
+
+def test_other_data_do_not_continue_a_checkpoint(stopped: RunDirectory) -> None:
+    write_lines(stopped.train_path, [example(number) for number in range(1, 7)])
+    with pytest.raises(ConfigurationError, match="not the one that step_000002 was trained on"):
+        train(stopped)
+
+
+def test_what_does_not_decide_the_weights_may_change(stopped: RunDirectory) -> None:
+    config = read_config(stopped.config_path)
+    stopped.config_path.write_text(config.model_copy(update={"tokens_per_pass": 100, "retention": "off", "rollout_sample_every_steps": 1}).model_dump_json())
+    assert train(stopped).outcome == "succeeded"
+
+
+def test_what_was_settled_may_stand_in_the_configuration(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """As it does where the service starts another attempt."""
+    run = make_run(tmp_path / "run", tiny_model_dir, temperature="auto", mask_clipped_completions="auto")
+    train(run, stop_after(run, 2, "pause"))
+    config = read_config(run.config_path)
+    settled = {"temperature": session.read_state(run.checkpoint_dir(2)).temperature, "mask_clipped_completions": False}
+    settled["mask_clipped_completions"] = session.read_state(run.checkpoint_dir(2)).mask_clipped_completions
+    run.config_path.write_text(config.model_copy(update={"sdft": config.distillation.model_copy(update=settled)}).model_dump_json())
+    assert train(run).outcome == "succeeded"
+
+
+def test_a_resumed_run_keeps_its_products(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them is faster is measured, and a busy machine may measure otherwise."""
+    measured = products.onednn_is_faster()
+    run, whole = (make_run(tmp_path / name, tiny_model_dir) for name in ("run", "whole"))
+    train(whole)
+    train(run, stop_after(run, 3, "requeue"))
+    monkeypatch.setattr(products, "_chosen", None)  # another process
+    monkeypatch.setattr(products, "_is_measured_faster", lambda: not measured)
+    train(run)
+    assert products.onednn_is_faster() is measured
+    assert content_of(run.final_dir) == content_of(whole.final_dir)
+
+
+def test_products_that_are_missing_where_a_run_goes_on_are_said(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_is_measured_faster", products.onednn_is_available)
+    monkeypatch.setattr(products, "_chosen", None)
+    if not products.onednn_is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    run = make_run(tmp_path / "run", tiny_model_dir)
+    train(run, stop_after(run, 3, "requeue"))
+    monkeypatch.setattr(products, "onednn_is_available", lambda: False)
+    assert train(run).outcome == "succeeded"
+    assert any("without oneDNN" in message for message in messages_of(run, "warn"))

@@ -37,9 +37,9 @@ class Results:
     sft_step: int
     seconds: dict[str, float]
 
-    def retention(self, arm: dict[str, Score]) -> float:
-        """An arm's accuracy on the general questions over the base's; the base counts as 1. Gains cancel losses: see `by_probe`."""
-        return arm["retention"].accuracy / self.base["retention"].accuracy
+    def retention(self, arm: dict[str, Score]) -> "ProbeCount":
+        """Of the general questions that the base answers, those that an arm still answers: what it gained hides nothing."""
+        return by_probe(self.questions["retention"], self.base["retention"], arm["retention"])[ALL_PROBES]
 
     @property
     def matched(self) -> bool:
@@ -54,6 +54,10 @@ class ProbeCount:
     n: int
     kept: int
     known: int
+
+    @property
+    def kept_share(self) -> float:
+        return self.kept / self.known
 
 
 def by_probe(questions: list[Question], base: Score, arm: Score) -> dict[str, ProbeCount]:
@@ -82,7 +86,7 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def _sets_table(results: Results) -> Table:
-    table = Table(title="Share answered, with 95% intervals (Wilson). Retention: right answers per right answer of the base")
+    table = Table(title="Share answered, with 95% intervals (Wilson). Retention: of what the base answers, what is still answered")
     for heading in ("", "trained questions", "paraphrases", "general questions", "retention"):
         table.add_column(heading, justify="left" if not heading else "right")
     arms = {
@@ -91,10 +95,10 @@ def _sets_table(results: Results) -> Table:
         f"SFT (stopped at step {results.sft_step})": results.sft,
         "SDFT": results.sdft,
     }
-    known = results.base["retention"].right
     for name, arm in arms.items():
         cells = [_cell(arm[key].right, arm[key].n) if key in arm else "-" for key in ("trained", "paraphrases", "retention")]
-        table.add_row(name, *cells, f"{results.retention(arm):.0%} ({arm['retention'].right}/{known})" if "retention" in arm else "-")
+        kept = results.retention(arm) if "retention" in arm else None
+        table.add_row(name, *cells, f"{kept.kept_share:.0%} ({kept.kept}/{kept.known})" if kept else "-")
     return table
 
 
@@ -130,14 +134,14 @@ def _cell(right: int, n: int) -> str:
 
 def verdict(results: Results) -> list[tuple[bool, str]]:
     """What must hold, and whether it does."""
-    sdft, sft = results.retention(results.sdft), results.retention(results.sft)
+    sdft, sft = results.retention(results.sdft).kept_share, results.retention(results.sft).kept_share
     learned = results.sdft["paraphrases"].accuracy
     known = results.base["paraphrases"].accuracy
     trained = f"{results.sft['trained'].accuracy:.0%} against {results.sdft['trained'].accuracy:.0%}"
     return [
         (known <= MOST_BASE_PARAPHRASES, f"the base answers {known:.0%} of the paraphrases (at most {MOST_BASE_PARAPHRASES:.0%})"),
         (learned >= LEAST_SDFT_PARAPHRASES, f"SDFT answers {learned:.0%} of the paraphrases (at least {LEAST_SDFT_PARAPHRASES:.0%})"),
-        (sdft >= LEAST_RETENTION, f"SDFT keeps {sdft:.0%} of the base's general knowledge (at least {LEAST_RETENTION:.0%})"),
+        (sdft >= LEAST_RETENTION, f"of the general questions that the base answers, SDFT still answers {sdft:.0%} (at least {LEAST_RETENTION:.0%})"),
         (results.matched, f"SFT reached SDFT's accuracy on the trained questions ({trained})"),
         (sdft > sft, f"SDFT keeps more than SFT ({sdft:.0%} against {sft:.0%})"),
     ]

@@ -33,6 +33,12 @@ class TokenLoss:
     def __post_init__(self) -> None:
         if self.estimator == "sampled" and (self.divergence != "reverse" or self.entry_clip is not None):
             raise ValueError("the sampled token alone estimates the reverse divergence only, and has no entries to clip")
+        if self.divergence not in ("forward", "reverse", "jsd") or self.estimator not in ("full", "top_k", "sampled"):
+            raise ValueError(f"there is no divergence {self.divergence!r} with the estimator {self.estimator!r}")
+        if not 0 < self.jsd_beta < 1 or self.top_k < 1:
+            raise ValueError("jsd_beta must be between 0 and 1, and top_k at least 1")
+        if any(clip is not None and not clip > 0 for clip in (self.entry_clip, self.token_clip)):
+            raise ValueError("clips must be above 0")
 
 
 def token_divergence(loss: TokenLoss, teacher_logps_NV: Tensor, student_logps_NV: Tensor, sampled_ids_N: Tensor) -> Tensor:

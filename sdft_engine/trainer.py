@@ -42,6 +42,8 @@ from sdft_engine.token_statistics import TokenStatistics, merged
 
 BARREN_STEPS = 10
 """Steps without a single loss token after which a run is stopped: nothing would ever be learned."""
+BARREN_REMEDY = "every rollout was cut off at max_completion_tokens and masked; raise max_completion_tokens, or set mask_clipped_completions to false"
+BARREN_PARAM = "method.sdft.hyperparameters.max_completion_tokens"
 
 
 def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = lambda: None, ranks: Ranks = ALONE) -> TrainingResult:
@@ -73,6 +75,8 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
         if metrics.step % session.config.hyperparameters.checkpoint_every_steps == 0:
             write_checkpoint(session, metrics)
             checkpointed = metrics.step
+    if session.teacher and session.state.barren_steps == session.total_steps:
+        raise NumericalError(f"no step taught anything: {BARREN_REMEDY}", param=BARREN_PARAM)
     if session.retention is None:  # the last step was another attempt's, which died before it could say so
         measure_retention(session)
     if ranks.is_first:
@@ -212,11 +216,10 @@ def watch_for_collapse(session: Session, metrics: StepMetrics) -> None:
 def watch_barren_steps(session: Session, statistics: TokenStatistics) -> None:
     """Say so when every rollout was cut off and masked; end a run that never gets a loss token."""
     session.state.barren_steps = 0 if statistics.loss_tokens else session.state.barren_steps + 1
-    remedy = "every rollout was cut off at max_completion_tokens and masked; raise max_completion_tokens, or set mask_clipped_completions to false"
     if session.state.barren_steps == 1:
-        session.report(f"Step {session.state.step + 1} taught nothing: {remedy}", level="warn")
+        session.report(f"Step {session.state.step + 1} taught nothing: {BARREN_REMEDY}", level="warn")
     if session.state.barren_steps >= BARREN_STEPS:
-        raise NumericalError(f"{BARREN_STEPS} steps in a row taught nothing: {remedy}", param="method.sdft.hyperparameters.max_completion_tokens")
+        raise NumericalError(f"{BARREN_STEPS} steps in a row taught nothing: {BARREN_REMEDY}", param=BARREN_PARAM)
 
 
 def warn_of_cut_thoughts(session: Session, rollouts: list[Rollout]) -> None:

@@ -151,9 +151,18 @@ def _parse_metrics(line: bytes) -> StepMetrics | None:
         return None
 
 
+def _without_nul(value: Any) -> Any:
+    """Postgres stores no NUL, and an event that can't be stored must not end a job."""
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd")
+    if isinstance(value, dict):
+        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+    return [_without_nul(item) for item in value] if isinstance(value, list) else value
+
+
 def _parse_event(line: bytes) -> TrainerEvent | None:
     try:
-        value = json.loads(line)
+        value = _without_nul(json.loads(line))
         level: Level = value["level"] if value.get("level") in ("warn", "error") else "info"
         data = value.get("data")
         return TrainerEvent(str(value["message"]), level, data if isinstance(data, dict) else None)

@@ -118,10 +118,13 @@ def _pooled(counts: list[Count]) -> float:
 
 
 def _kl_ratio(mine: dict[int, Scores], theirs: dict[int, Scores]) -> float | None:
-    """Of the mean KLs over the seeds that both have; None without one."""
-    pairs = [(mine[seed].kl_from_base, theirs[seed].kl_from_base) for seed in mine.keys() & theirs.keys()]
-    own, other = (sum(pair[side] or 0.0 for pair in pairs) for side in (0, 1))
-    return own / other if other else None
+    """Of the mean KLs over the seeds that have both; None without one."""
+    pairs = [
+        (own, other)
+        for seed in mine.keys() & theirs.keys()
+        if (own := mine[seed].kl_from_base) is not None and (other := theirs[seed].kl_from_base) is not None
+    ]
+    return sum(own for own, _ in pairs) / sum(other for _, other in pairs) if pairs else None
 
 
 def _share(counts: list[Count]) -> str:

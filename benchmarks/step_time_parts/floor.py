@@ -78,5 +78,5 @@ def floor_of(shape: Shape, model_dir: Path, runs: dict[str, list[dict[str, Any]]
     rollout = shape.batch * (read(shape.prompt) + 2 * head) / machine.flops + decoding
     teacher = shape.batch * (read(int(teacher_prompt) + shape.completion) + 2 * head * shape.completion) / machine.flops
     length = shape.prompt + shape.completion
-    student = shape.batch * (2 * read(length) + attention * length * length / 4 + 6 * factors * length + 4 * head * shape.completion) / machine.flops
+    student = shape.batch * (2 * read(length) + attention * length * length / 2 + 6 * factors * length + 4 * head * shape.completion) / machine.flops
     return {"rollout": rollout, "teacher": teacher, "student": student, "step": rollout + teacher + student}

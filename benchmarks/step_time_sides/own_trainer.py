@@ -70,7 +70,10 @@ def main() -> None:
         session = open_session(run)
         settle(session, lambda: None)
         session.model.chat_format = dataclasses.replace(session.model.chat_format, eos_token_ids=frozenset())  # every answer to its full length
-        metrics = [training_step(session, step) for step in range(1, spec["steps"] + 1)]
+        metrics = []
+        for step in range(1, spec["steps"] + 1):
+            metrics.append(training_step(session, step))
+            session.state.last_answers.clear()  # every step has the same prompts: real ones are new, and no draft is at hand
         shares = profiled(session, spec["steps"] + 1) if spec.get("profile") else None
     measured: dict[str, Any] = {
         name: [value for each in metrics[1:] if (value := getattr(each, name)) is not None]

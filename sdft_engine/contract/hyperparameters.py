@@ -70,6 +70,13 @@ class _LossRules(BaseModel):
             raise ValueError('"sampled" estimates the reverse divergence only: set divergence to "reverse", or estimator to "full" or "top_k"')
         return value
 
+    @field_validator("teacher_start", check_fields=False)
+    @classmethod
+    def _starts_something(cls, value: str, info: ValidationInfo) -> str:
+        if value == "base" and info.data.get("teacher") == "live":
+            raise ValueError('the teacher "live" is the student itself, and starts where that does: leave teacher_start out')
+        return value
+
     @field_validator("entry_clip", check_fields=False)
     @classmethod
     def _clips_entries_that_are_computed(cls, value: float | None, info: ValidationInfo) -> float | None:

@@ -9,7 +9,7 @@ The teacher's prompt is the student's prompt in which the last user turn is repl
   (the paper's form, arXiv 2601.19897 section 3, in our words);
 - `history`: the question and the demonstration as an earlier exchange of the conversation, then the question again;
 - `history_twice`: that exchange stands twice; small models copy the demonstration far more reliably from it;
-- any text holding `{demonstration}`, with `{question}`, `{context}` as further fields.
+- any text with `{demonstration}`, `{context}` or `{feedback}`, and `{question}` and `{attempt}` as further fields.
 
 Torch-free: jinja2 in its sandbox and the `tokenizers` library.
 """

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,11 @@ def test_verdicts_compare_with_the_aims_and_with_matched_sft() -> None:
         "SDFT, reverse: paraphrases 0% (aim: at least 90%, missed); general questions 98% of the base's (aim: at least 95%, reached); "
         "KL from base 0.05 of matched SFT's (aim: at most 0.5, reached)",
     ]
+
+
+def test_a_seed_whose_distance_was_not_measured_is_left_out_of_the_ratio() -> None:
+    rows = {**ROWS, "SDFT": {1: ROWS["SDFT"][1], 2: replace(ROWS["SDFT"][2], kl_from_base=None)}}
+    assert "KL from base 0.10 of matched SFT's" in verdicts(rows)[0]
 
 
 def test_results_survive_a_file_and_become_a_picture(tmp_path: Path) -> None:
@@ -150,7 +156,8 @@ def test_matched_sft_is_the_first_checkpoint_that_knows_as_much(monkeypatch: pyt
 @pytest.mark.timeout(900)
 def test_a_short_run_of_the_real_model(tmp_path: Path) -> None:
     """Two steps of each kind of arm, three questions of each kind: that it works, not that it learns."""
-    names = ["teacher", "oracle retrieval", "SDFT, anchored", "SFT, lr 0.001", "offline distillation", "CPT", "SFT, then restoration"]
+    sdft = ["SDFT", "SDFT, frozen teacher", "SDFT, reverse", "SDFT, anchored"]
+    names = ["teacher", "oracle retrieval", *sdft, "SFT, lr 0.001", "offline distillation", "CPT", "SFT, then restoration"]
     command = [sys.executable, "-m", "benchmarks.learning", "--short", "--out", str(tmp_path), "--arms", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr

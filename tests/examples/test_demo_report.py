@@ -67,6 +67,13 @@ def test_the_base_keeps_what_it_knows() -> None:
     assert counts["all"] == ProbeCount(right=3, n=6, kept=3, known=3)
 
 
+def test_what_was_gained_does_not_count_as_kept() -> None:
+    found = results()
+    found.sdft["retention"] = hits("." * 10 + "x" * 50 + "." * 36)  # as many right as the base, ten others
+    assert found.retention(found.sdft) == ProbeCount(right=50, n=96, kept=40, known=50)
+    assert "of the general questions that the base answers, SDFT still answers 80%" in verdict(found)[2][1]
+
+
 def test_the_report_counts_by_probe() -> None:
     report = report_of(results(), seed=3)
     assert report["probes"]["sdft"]["facts"] == {"right": 45, "n": 48, "kept": 45, "known": 48}

@@ -114,7 +114,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, tiny_model_di
 
 def test_memory_does_not_grow_with_positions_times_vocabulary(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the completions take less than what one more tensor of their logits would."""
-    monkeypatch.setattr("sdft_engine.step.CHUNK_ELEMENTS", 512 * 16)
+    monkeypatch.setattr("sdft_engine.model.CHUNK_ELEMENTS", 512 * 16)
     peaks = []
     for length in (256, 512):
         model = loaded(tiny_model_dir)

@@ -102,3 +102,16 @@ def test_a_run_that_collapses_ends_at_the_same_step_whether_resumed_or_not(
         train(run)
     assert not run.final_dir.exists()
     assert [step for step, _ in run.complete_checkpoints() if step % 4 == 0] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "remedy"),
+    [
+        ("live", "the teacher frozen or ema instead of live"),
+        ("ema", "the frozen teacher or a smaller ema_rate"),
+        ("frozen", "a lower learning_rate or temperature"),
+    ],
+)
+def test_the_remedy_is_the_teachers(teacher: str, remedy: str) -> None:
+    with pytest.raises(Collapsed, match=f"To avoid it, use {remedy}"):
+        watched({"student_entropy": 3.0}, teacher=teacher)

@@ -315,3 +315,11 @@ def test_the_sampled_token_alone_is_no_estimate_of_another_divergence() -> None:
     for options in ({"divergence": "forward"}, {"divergence": "jsd"}, {"divergence": "reverse", "entry_clip": 0.1}):
         with pytest.raises(ValueError, match="estimates the reverse divergence only"):
             TokenLoss(estimator="sampled", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{"divergence": "kl"}, {"estimator": "half"}, {"jsd_beta": 2.0}, {"jsd_beta": 0.0}, {"top_k": 0}, {"token_clip": -1.0}, {"entry_clip": 0.0}]
+)
+def test_a_loss_that_does_not_exist_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"divergence|between 0 and 1|above 0"):
+        TokenLoss(**options)

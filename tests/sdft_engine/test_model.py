@@ -17,6 +17,7 @@ from sdft_engine import model as model_module
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError
 from sdft_engine.lora import LoraAdapters
 from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_name, load_base_model, matmul_seconds
+from sdft_engine.products import packs
 from tests.sdft_engine.plain import PlainModel, tokens
 
 CPU = torch.device("cpu")
@@ -59,6 +60,10 @@ def test_padding_on_the_right_needs_no_mask(model: LanguageModel) -> None:
     padded[1, 7:] = 0
     whole, short = model.hidden_states(padded)[1, :7], model.hidden_states(ROWS[1:2, :7])[0]
     torch.testing.assert_close(whole, short, rtol=0, atol=1e-5)
+
+
+def test_the_head_is_packed_where_weights_can_be(model: LanguageModel) -> None:
+    assert (model.packed_head is not None) is packs(model.head.weight)
 
 
 def test_the_base_is_frozen_and_evaluating(model: LanguageModel) -> None:

@@ -15,7 +15,9 @@ from sdft_engine.rollouts import Rollout
 from sdft_engine.session import open_session
 from sdft_engine.step import Objective, PassBudget, sdft_gradient
 from sdft_engine.teacher import TEACHER
+from sdft_engine.trainer import train
 from tests.sdft_engine.plain import add_adapter, tokens
+from tests.sdft_engine.recording import watched
 from tests.sdft_engine.runs import make_run
 
 PROMPTS = [tokens(row, length) for row, length in enumerate((9, 1, 14, 14, 3))]
@@ -90,3 +92,11 @@ def test_the_step_is_the_same_with_and_without_it(taught: LanguageModel, budget:
 def test_only_a_teacher_that_reads_the_same_again_keeps_its_prompts(teacher: str, n_epochs: int, kept: bool, tmp_path: Path, tiny_model_dir: Path) -> None:
     session = open_session(make_run(tmp_path / "run", tiny_model_dir, teacher=teacher, n_epochs=n_epochs))
     assert (session.prompt_cache is not None) is kept
+
+
+def test_a_run_with_a_frozen_teacher_reads_each_prompt_once(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, rows=3, batch_size=3, n_epochs=3, teacher="frozen")
+    read: list[list[int]] = []
+    monkeypatch.setattr(PromptCache, "_read", watched(PromptCache._read, lambda cache, model, ids: read.append(ids)))
+    assert train(run).outcome == "succeeded"
+    assert len([ids for ids in read if len(ids) > 1]) == 3  # one of a single token measures what a token takes

@@ -7,10 +7,11 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import distributed
 
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.lora import read_adapter
-from sdft_engine.ranks import Ranks
+from sdft_engine.ranks import Ranks, join_ranks
 from sdft_engine.token_statistics import TokenStatistics, merged
 from tests.sdft_engine.runs import TIMINGS, make_run, messages_of, records
 
@@ -33,6 +34,18 @@ def test_one_process_needs_no_group() -> None:
     alone.sum_gradients([parameter])
     assert parameter.grad is None
     assert (alone.is_first, alone.collect("x"), alone.agree("x"), alone.own([1, 2])) == (True, ["x"], "x", [1, 2])
+
+
+def test_every_process_of_a_machine_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 11)
+    assert join_ranks() == Ranks(11, 8)
+    assert chosen == [3]
 
 
 def test_statistics_of_shares_become_those_of_the_batch() -> None:

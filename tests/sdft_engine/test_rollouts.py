@@ -104,3 +104,18 @@ def test_rollouts_are_written_with_their_divergence(student: LanguageModel, tmp_
     assert first["per_token_divergence"] == [0.12346] * len(completion)
     assert (first["implicit_reward"], second["implicit_reward"]) == (-1.5, 0.12346)
     assert (second["row"], second["finished"], second["per_token_divergence"]) == (2, False, [1.0, 2.0, 3.0])
+
+
+def test_last_answers_are_drafts_and_change_nothing(student: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    read = student.hidden_states
+
+    def reading(input_ids: Any, **inputs: Any) -> Any:
+        passes.append(1)
+        return read(input_ids, **inputs)
+
+    monkeypatch.setattr(student, "hidden_states", reading)
+    expected = ids(roll_out(student, ALL))
+    without = len(passes)
+    assert ids(roll_out(student, ALL, drafts=expected)) == expected
+    assert len(passes) - without < without

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from sdft_engine.contract.run_directory import Control, RunDirectory, StopReason, TrainingResult
-from tests.sdft_engine.runs import make_run, records
+from tests.sdft_engine.runs import content_of, make_run, measured, records
 
 pytestmark = pytest.mark.slow
 START_SECONDS = 240  # for the imports, on a machine that is busy with other things
@@ -161,3 +162,22 @@ def test_idle_threads_of_a_trainer_soon_sleep_whoever_starts_it(name: str, ours:
         environment = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
         shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
         assert shown.strip() == expected
+
+
+@pytest.mark.timeout(900)
+def test_a_process_that_is_killed_and_another_that_goes_on_leave_the_same(
+    tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """SIGKILL, wherever it strikes; two threads."""
+    settings: dict[str, Any] = {"n_epochs": 40, "checkpoint_every_steps": 6, "config": {"threads": 2}}
+    killed, whole = (make_run(tmp_path / name, tiny_model_dir, **settings) for name in ("killed", "whole"))
+    for steps in (8, 30, 55):
+        process = start(killed)
+        wait_for_steps(killed, steps)
+        process.kill()
+        process.wait()
+    for run in (killed, whole):
+        assert start(run).wait(START_SECONDS) == 0
+        assert result_of(run).outcome == "succeeded"
+    assert measured(killed) == measured(whole)
+    assert content_of(killed.final_dir) == content_of(whole.final_dir)

@@ -21,7 +21,7 @@ from sdft_engine.token_statistics import TokenStatistics
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, in_float64
 from tests.sdft_engine.recording import watched
-from tests.sdft_engine.runs import example, make_parent, make_run, measured, messages_of, records
+from tests.sdft_engine.runs import content_of, example, make_parent, make_run, measured, messages_of, records
 
 
 def test_supervised_training_learns_its_demonstrations(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -127,11 +127,14 @@ def test_the_distance_from_the_base_is_measured_where_rollouts_are_written(tmp_p
     assert distances[2] == pytest.approx(total / count, rel=1e-3)
 
 
-def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path, tiny_model_dir: Path) -> None:
-    runs = [make_run(tmp_path / str(index), tiny_model_dir, n_epochs=1, config={"seed": seed}) for index, seed in enumerate([17, 17, 18])]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path, tiny_model_dir: Path, threads: int) -> None:
+    runs = [make_run(tmp_path / str(index), tiny_model_dir, config={"seed": seed, "threads": threads}) for index, seed in enumerate([17, 17, 18])]
     for run in runs:
         train(run)
     assert measured(runs[0]) == measured(runs[1]) != measured(runs[2])
+    assert content_of(runs[0].final_dir) == content_of(runs[1].final_dir)
+    torch.set_num_threads(1)
 
 
 def test_updates_use_the_clipped_gradient_and_the_planned_learning_rate(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +218,13 @@ def test_steps_without_a_loss_token_end_the_run_with_the_remedy(tmp_path: Path, 
     assert len({line["adapter_norm"] for line in lines}) == 1
     first, last = (load_file(run.checkpoint_dir(step) / "teacher.safetensors") for step in (3, 9))
     assert all(torch.equal(value, last[name]) for name, value in first.items())
+
+
+def test_a_short_run_that_taught_nothing_is_no_success(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, n_epochs=2, max_completion_tokens=1, mask_clipped_completions=True)
+    with pytest.raises(NumericalError, match=r"no step taught anything: .* raise max_completion_tokens"):
+        train(run)
+    assert not run.final_dir.exists()
 
 
 def test_one_step_with_a_loss_token_starts_the_count_anew(tmp_path: Path, tiny_model_dir: Path) -> None:

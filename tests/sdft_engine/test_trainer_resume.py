@@ -21,6 +21,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "sdft_live": {"method": "sdft", "teacher": "live"},
     "sdft_automatic_temperature": {"method": "sdft", "temperature": "auto", "weight_decay": 0.01},
     "sdft_anchored": {"method": "sdft", "anchor_weight": 0.5},
+    "sdft_narrow": {
+        "method": "sdft",
+        "estimator": "top_k",
+        "top_k": 9,
+        "mask_clipped_completions": "auto",
+        "config": {"dtype": "bfloat16", "gradient_checkpointing": True, "tokens_per_pass": 100},
+    },
     "supervised": {"method": "supervised"},
 }
 MACHINE_DEPENDENT = ("metrics.json", "manifest.json")

@@ -134,6 +134,15 @@ def test_events_keep_level_and_data_and_settle_hyperparameters(run: Run) -> None
     assert (resolved["temperature"], resolved["batch_size"]) == (0.5, 4)
 
 
+def test_events_never_hold_a_nul(run: Run) -> None:
+    """Postgres stores none."""
+    run.directory.append_event("a\0b", data={"k\0": ["x\0", {"y": "\0"}]})
+    run.progress.import_new()
+    with run.workshop.database.reading() as session:
+        (row,) = session.scalars(select(JobEvent).where(JobEvent.job_id == run.job_id)).all()
+    assert (row.message, row.data) == ("a\ufffdb", {"k\ufffd": ["x\ufffd", {"y": "\ufffd"}]})
+
+
 @pytest.mark.parametrize("line", ["nonsense", "[]", '{"level": "info"}', "null"])
 def test_a_line_that_is_no_record_is_passed_over(run: Run, line: str) -> None:
     append_line(run.directory.events_path, line)

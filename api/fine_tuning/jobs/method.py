@@ -83,7 +83,7 @@ def _checked_options(kind: str, given: dict[str, Any]) -> dict[str, Any]:
             raise _unknown_option(kind, name)
         if name == "reasoning" and not isinstance(value, bool):
             raise BadRequest(f"{param}: must be true or false, not {quoted(value)}", code="bool_type", param=param)
-        if name == "retention_file" and not isinstance(value, str):
+        if name == "retention_file" and not (isinstance(value, str) and "\x00" not in value):
             raise BadRequest(f"{param}: must be the id of a file, not {quoted(value)}", code="string_type", param=param)
         if name in SDFT_OPTIONS and value not in SDFT_OPTIONS[name]:
             raise BadRequest(f"{param}: must be {' or '.join(SDFT_OPTIONS[name])}, not {quoted(value)}", code="invalid_value", param=param)

@@ -190,6 +190,7 @@ def test_retention_file_that_cannot_be_used(api: Api) -> None:
     refuse(api, 400, "file_not_found", param, **job("x" * 5000))
     refuse(api, 400, "invalid_file_purpose", param, **job(good))
     refuse(api, 400, "string_type", param, **job(7))
+    refuse(api, 400, "string_type", param, **job("a\0b"))
     too_large = api.upload(b'{"probe": "sums", "question": "' + b"1" * (16 * 1024**2) + b'", "answers": ["2"]}', purpose="evals")
     refuse(api, 400, "invalid_value", param, **job(too_large))
     for purpose in ("evals", "user_data"):

@@ -91,6 +91,13 @@ def test_default_range_and_type(form: type[SupervisedHyperparameters], name: str
         assert {error["loc"][0] for error in caught.value.errors()} == {name}
 
 
+def test_a_live_teacher_starts_where_the_student_does() -> None:
+    assert SdftHyperparameters.model_validate({"teacher": "live"}).teacher_start == "parent"
+    with pytest.raises(ValidationError, match="leave teacher_start out") as caught:
+        SdftHyperparameters.model_validate({"teacher": "live", "teacher_start": "base"})
+    assert caught.value.errors()[0]["loc"] == ("teacher_start",)
+
+
 def test_the_sampled_token_alone_has_no_entries_to_clip() -> None:
     given = {"divergence": "reverse", "estimator": "sampled"}
     assert SdftHyperparameters.model_validate(given | {"token_clip": 1.0}).token_clip == 1.0

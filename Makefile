@@ -66,7 +66,7 @@ $(TRL_STAMP): benchmarks/trl_constraints.txt
 	.venv-trl/bin/python -m pip install -c benchmarks/trl_constraints.txt trl torch peft
 	@touch $@
 
-bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (about four hours; demo_seeds and learning, the longest, skip what they have finished)
+bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (about five hours; demo_seeds and learning, the longest, skip what they have finished)
 	@for program in $(basename $(notdir $(wildcard benchmarks/*.py))); do echo "== $$program"; $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt

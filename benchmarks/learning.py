@@ -41,7 +41,7 @@ BASE = "base"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], metavar="NAME", help=f"of {', '.join(arm.name for arm in ARMS)}")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], metavar="NAME", help=f"of {'; '.join(repr(arm.name) for arm in ARMS)}")
     parser.add_argument("--out", type=Path, default=Path("learning-results"), help="directory of the results (default: ./learning-results)")
     parser.add_argument("--short", action="store_true", help="two steps and three questions of everything, one seed")
     options = parser.parse_args()

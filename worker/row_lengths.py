@@ -83,7 +83,10 @@ def fit(measured: MeasuredFile, max_completion_tokens: int | Auto | None, contex
             completion = max(row.answer, common) if max_completion_tokens == "auto" else max_completion_tokens
             if row.longest_prompt + completion > needed:
                 whose = "the teacher's prompt" if row.teacher_prompt >= row.prompt else "the prompt"
-                needed, why = row.longest_prompt + completion, f"{whose} has {row.longest_prompt:,} tokens and the completion needs {completion:,}"
+                needed, why = (
+                    row.longest_prompt + completion,
+                    f"{whose} has {row.longest_prompt:,} tokens and the completion (max_completion_tokens) needs {completion:,}",
+                )
         if needed <= context_length:
             found.rows.append(row)
         else:

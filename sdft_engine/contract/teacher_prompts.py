@@ -68,7 +68,7 @@ def check_teacher_template(template: str) -> None:
         raise ConfigurationError(f"teacher_template is not a valid template: {error}", param=PARAM) from error
     fields = Counter(name or "" for name, _, _ in parsed)
     if any(format_spec or conversion for _, format_spec, conversion in parsed):
-        raise ConfigurationError("teacher_template may not use format specifications", param=PARAM)
+        raise ConfigurationError("teacher_template may not use format specifications; write {{ and }} for braces that are text", param=PARAM)
     if unknown := sorted(fields.keys() - TEMPLATE_FIELDS):
         known = ", ".join(sorted(TEMPLATE_FIELDS))
         raise ConfigurationError(f"teacher_template has the unknown field {{{shortened(unknown[0])}}}; known are {known}", param=PARAM)

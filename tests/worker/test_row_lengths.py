@@ -138,7 +138,7 @@ def test_a_rollout_of_the_whole_length_fits_after_the_teachers_prompt(context: i
     assert (len(found.rows) == 1) is fits
     if not fits:
         assert str(found.too_long[0]) == (
-            "line 13: the teacher's prompt has 200 tokens and the completion needs 16: it needs 216 tokens, the context holds 215"
+            "line 13: the teacher's prompt has 200 tokens and the completion (max_completion_tokens) needs 16: it needs 216 tokens, the context holds 215"
         )
 
 

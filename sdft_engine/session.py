@@ -20,7 +20,7 @@ from sdft_engine.contract.hyperparameters import total_steps_of
 from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, Retention, read_probes
 from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.contract.run_directory import RunDirectory, StopReason
-from sdft_engine.contract.teacher_prompts import TeacherView
+from sdft_engine.contract.teacher_prompts import TeacherView, unshown_hints
 from sdft_engine.evaluation import greedy_answers
 from sdft_engine.identity import identity_of, require_same_run
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
@@ -33,9 +33,13 @@ from sdft_engine.rollouts import Rollout, sample_rollouts
 from sdft_engine.schedule import rows_of_step
 from sdft_engine.seeds import seed_of
 from sdft_engine.step import PassBudget
-from sdft_engine.teacher import Teacher, automatic_temperature
+from sdft_engine.teacher import KEPT_PROBABILITY, Teacher, automatic_temperature
 
 ALONE = Ranks()
+LEAST_GREEDY_ACCURACY = 0.5
+USELESS_TEACHER = (
+    "A teacher that does not say what it is shown teaches little of it: use another teacher_template (history_twice for small models), with {question} in it"
+)
 PROBED_ROWS = 32
 PROBED_ANSWER_TOKENS = 64
 MOST_REMEMBERED_TOKENS = 1 << 20
@@ -167,6 +171,8 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     else:
         processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
         session.report(f"Training started on {model.device} in {dtype_name(model.dtype)}{processes}: {session.total_steps} steps of {settings.batch_size}")
+        for hint, count in unshown_hints(demonstrations, config.teacher_template).items() if teacher else ():
+            session.report(f"{count} of {len(demonstrations)} lines have a {hint} that teacher_template does not show", level="warn")
     return session
 
 
@@ -239,9 +245,14 @@ def settle_temperature(session: Session, teacher: Teacher) -> float:
     if configured != "auto":
         return configured
     tau, measured = automatic_temperature(session.model, _teacher_answers(session, teacher.adapter), teacher.adapter, session.budget.teacher_tokens)
+    greedy, sampled = measured["greedy_token_accuracy"], measured[f"sampled_token_accuracy_at_{tau:g}"]
+    whose = "the answers'" if any(text.completion_ids for text in session.texts) else "its own greedy answers'"
+    unsure = sampled < KEPT_PROBABILITY * greedy
     session.report(
-        f"Temperature settled at {tau:g}: the teacher reproduces {measured['greedy_token_accuracy']:.0%} of the answers' tokens greedily, "
-        f"{measured[f'sampled_token_accuracy_at_{tau:g}']:.0%} when sampled so",
+        f"Temperature settled at {tau:g}: the teacher reproduces {greedy:.0%} of {whose} tokens greedily, {sampled:.0%} when sampled so"
+        + ("; less is kept than at a lower temperature, which is not chosen by itself" if unsure else "")
+        + (f". {USELESS_TEACHER}" if greedy < LEAST_GREEDY_ACCURACY else ""),
+        level="warn" if greedy < LEAST_GREEDY_ACCURACY else "info",
         data={"resolved": {"temperature": tau}, **measured},
     )
     return tau

@@ -7,6 +7,7 @@ or several of these. Whatever a line lacks is left out of the named templates an
 import json
 import string
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,20 @@ def require_hint(demonstration: Demonstration, template: str) -> None:
             f"line {demonstration.line}: teacher_template shows only the {wanted}, and this line has none: add it to the line, or use another template",
             param=PARAM,
         )
+
+
+def unshown_hints(demonstrations: Sequence[Demonstration], template: str) -> dict[str, int]:
+    """How many lines have a demonstration, context or feedback that the template has no place for, by its name. The named templates
+    show all there is."""
+    if template in NAMED_TEMPLATES:
+        return {}
+    shown = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+    has = {
+        "demonstration": sum(each.answer is not None for each in demonstrations),
+        "context": sum(each.context is not None for each in demonstrations),
+        "feedback": sum(each.feedback is not None for each in demonstrations),
+    }
+    return {name: count for name, count in has.items() if count and name not in shown}
 
 
 def teacher_messages(demonstration: Demonstration, view: TeacherView) -> list[dict[str, Any]]:

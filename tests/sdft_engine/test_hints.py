@@ -15,7 +15,7 @@ from sdft_engine.session import PROBED_ANSWER_TOKENS, Session, open_session, set
 from sdft_engine.teacher import TEACHER, automatic_temperature
 from sdft_engine.trainer import train
 from tests.sdft_engine.recording import watched
-from tests.sdft_engine.runs import example, make_run, records, stop_after, write_lines
+from tests.sdft_engine.runs import example, make_run, messages_of, records, stop_after, write_lines
 
 HINTS: dict[str, dict[str, Any]] = {
     "document": {"context": "Every lamp here is violet."},
@@ -64,6 +64,17 @@ def test_without_demonstrations_the_temperature_is_measured_on_the_teachers_own_
     assert [text.completion_ids for text in texts] == [answer.token_ids for answer in answers]
     event = next(event for event in records(run.events_path) if "Temperature settled" in event["message"])
     assert event["data"]["greedy_token_accuracy"] == pytest.approx(1, abs=0.02)
+    assert "of its own greedy answers' tokens" in event["message"]
+    assert event["level"] == "info"
+
+
+def test_what_the_template_hides_and_a_teacher_that_says_nothing_are_warned_of(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, temperature="auto", config={"teacher_template": "{question} Hint: {context}"})
+    write_lines(run.train_path, [example(number) | {"context": f"Lamps are {number}."} for number in range(6)])
+    settle(open_session(run), lambda: None)
+    hidden, useless = messages_of(run, "warn")
+    assert hidden == "6 of 6 lines have a demonstration that teacher_template does not show"
+    assert "use another teacher_template" in useless  # the random model's teacher
 
 
 @pytest.mark.parametrize(("method", "file"), [("supervised", "train"), ("sdft", "validation")])

@@ -8,7 +8,15 @@ import pytest
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.errors import ConfigurationError
 from sdft_engine.contract.prompts import ChatFormat
-from sdft_engine.contract.teacher_prompts import NAMED_TEMPLATES, TeacherView, answer_text, check_teacher_template, require_hint, teacher_messages
+from sdft_engine.contract.teacher_prompts import (
+    NAMED_TEMPLATES,
+    TeacherView,
+    answer_text,
+    check_teacher_template,
+    require_hint,
+    teacher_messages,
+    unshown_hints,
+)
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 EARLIER = {"role": "user", "content": "Hello"}
@@ -210,3 +218,16 @@ def test_a_template_that_shows_the_teacher_nothing_of_a_line_is_refused(tiny_mod
     require_hint(demonstration, "{demonstration}{context}{feedback}")
     for name in NAMED_TEMPLATES:
         require_hint(demonstration, name)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("example", {}),
+        ("{question} {demonstration}", {"context": 2, "feedback": 1}),
+        ("{question} {context} {feedback}", {"demonstration": 2}),
+        ("{question} {demonstration} {context} {feedback}", {}),
+    ],
+)
+def test_what_a_template_leaves_out_is_counted(template: str, expected: dict[str, int]) -> None:
+    assert unshown_hints([SINGLE, DOCUMENT, EVERYTHING], template) == expected

@@ -135,6 +135,8 @@ def clipped_divergence(divergence: str, teacher_logps_NV: Tensor, student_logps_
         entries_NV = _entry(teacher_NV, teacher_logps_NV, student_NV, student_logps_NV)
     elif divergence == "reverse":
         entries_NV = _entry(student_NV, student_logps_NV, teacher_NV, teacher_logps_NV)
+    elif divergence != "jsd":
+        raise ValueError(f"there is no divergence {divergence!r}")
     else:
         mixture_logps_NV = _mixture(teacher_logps_NV, student_logps_NV, jsd_beta)
         mixture_NV = mixture_logps_NV.exp()

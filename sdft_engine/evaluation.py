@@ -72,8 +72,15 @@ def check_in_context(
 ) -> InContextCheck:
     """Compare the bare base with and without a demonstration, and the distance from the base of both kinds of pupil.
 
-    `is_right(row, answer)` judges an answer to a row's question; `compared` names an adapter in memory, or None.
+    Prompts are token ids, as `ChatFormat.student_prompt_ids` and `teacher_prompt_ids` make them of a demonstration (docs/library.md
+    has an example). `is_right(row, answer)` judges an answer to a row's question; `compared` names an adapter in memory, or None.
+    `temperature` is that of the samples on which the distances are measured; the distances themselves are at 1. Raises ValueError
+    without prompts or such an adapter.
     """
+    if not prompts or len(prompts) != len(teacher_prompts):
+        raise ValueError(f"as many prompts as teacher prompts are needed, and one at least; these are {len(prompts)} and {len(teacher_prompts)}")
+    if compared is not None and compared not in model.adapters.shapes:
+        raise ValueError(f"there is no adapter {compared!r} in memory: model.adapters.load({compared!r}, directory)")
     own = greedy_answers(model, prompts, None, max_new_tokens)
     shown = greedy_answers(model, teacher_prompts, None, max_new_tokens)
     decode = model.chat_format.decode

@@ -80,3 +80,10 @@ def test_the_check_compares_greedy_answers_and_distances_from_the_base(model: La
     assert found.teacher_kl == pytest.approx(expected(shown, None), rel=1e-3)
     assert found.compared_kl == pytest.approx(expected(prompts, "tuned"), rel=1e-3)
     assert check_in_context(model, prompts, shown, lambda row, answer: False, max_new_tokens=2).compared_kl is None
+
+
+def test_what_can_not_be_checked_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="as many prompts as teacher prompts"):
+        check_in_context(model, [], [], lambda row, answer: True, max_new_tokens=3)
+    with pytest.raises(ValueError, match="no adapter 'nope' in memory"):
+        check_in_context(model, [[1]], [[1]], lambda row, answer: True, max_new_tokens=3, compared="nope")

@@ -1,5 +1,6 @@
 """docs/trainer.md: its example trains, and it names every file and field."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -14,7 +15,9 @@ from sdft_engine.contract.config import TrainingConfig
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.trainer import train
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "trainer.md").read_text()
+LIBRARY_PAGE = (ROOT / "docs" / "library.md").read_text()
 
 
 def table_names() -> set[str]:
@@ -31,6 +34,25 @@ def test_the_example_trains(tmp_path: Path, tiny_model_dir: Path) -> None:
     result = train(run)
     assert (result.outcome, result.final_step) == ("succeeded", 4)
     assert run.final_dir.is_dir()
+
+
+def test_the_librarys_example_runs_beside_it(tmp_path: Path, tiny_model_dir: Path) -> None:
+    for page in (PAGE, LIBRARY_PAGE):
+        (program,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        environment = {"BASE_MODEL_DIR": str(tiny_model_dir), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=120, capture_output=True, text=True)
+        if page is PAGE:
+            train(RunDirectory(tmp_path / "first-run"))
+    assert re.search(r"right without the demonstration \d of 4, with it \d\n", done.stdout)
+    assert re.search(r"shown the demonstration \d+\.\d\d, tuned \d+\.\d\d\n", done.stdout)
+
+
+def test_what_the_librarys_page_names_exists() -> None:
+    for row in re.findall(r"^\| (`sdft_engine\..*) \|$", LIBRARY_PAGE, re.MULTILINE):
+        modules, _, named = row.partition(" | ")
+        found = [importlib.import_module(name) for name in re.findall(r"`([\w.]+)`", modules)]
+        for name in re.findall(r"`(\w+)`", named):
+            assert any(hasattr(module, name) for module in found), name
 
 
 def test_every_file_and_every_field_is_described() -> None:

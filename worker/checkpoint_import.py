@@ -42,12 +42,14 @@ class CheckpointImport:
         self._seen: set[int] = set()
 
     def import_new(self) -> None:
-        """Store every checkpoint that is complete and not stored yet. Raises LeaseLost, StorageFull."""
-        for step, directory in self._run.complete_checkpoints():
-            if step in self._seen:
+        """Store every checkpoint that is complete and not stored yet; once the attempt is to stop, only the newest of them, so that a
+        backlog does not hold it up. Raises LeaseLost, StorageFull."""
+        waiting = [(step, directory) for step, directory in self._run.complete_checkpoints() if step not in self._seen]
+        for step, directory in waiting:
+            self._lease.check()
+            if self._lease.stop is not None and step != waiting[-1][0]:
                 continue
             self._seen.add(step)
-            self._lease.check()
             try:
                 sealed_directory.verify(directory)
                 self._store(step, directory)

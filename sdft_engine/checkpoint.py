@@ -36,16 +36,17 @@ ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainingState:
-    """`dtype`, the base's precision, `onednn`, whether its products go through oneDNN, and `identity` (see identity.py) are set when
-    training starts; `temperature` and `mask_clipped_completions` once they are settled
-    (sdft only). `barren_steps`: how many in a row taught nothing, see trainer.py. `early` and `recent` are what the
-    collapse guard compares. `last_answers`: every row's last rollout by its number, where they serve as drafts of the next."""
+    """Set when training starts: `date`, which some chat templates show; `dtype`, the base's precision; `onednn`, whether its products
+    go through oneDNN; `identity`, see identity.py. Once settled (sdft only): `temperature`, `mask_clipped_completions`.
+    `barren_steps`: how many in a row taught nothing, see trainer.py. `early` and `recent` are what the collapse guard compares.
+    `last_answers`: every row's last rollout by its number, where they serve as drafts of the next."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]  # pydantic's, for a file that is read
 
     step: Annotated[int, Field(ge=0)] = 0
     trained_tokens: Annotated[int, Field(ge=0)] = 0
     barren_steps: int = 0
+    date: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     onednn: bool | None = None
     identity: dict[str, Any] = field(default_factory=dict)

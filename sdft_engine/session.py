@@ -3,7 +3,8 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,6 +126,8 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     dtype = ranks.agree(_dtype(config, begun.dtype))
     onednn = choose_onednn(ranks.agree(onednn_is_faster() if begun.onednn is None else begun.onednn))
     model = load_base_model(config.base_model_dir, device=config.device, dtype=dtype)
+    date = ranks.agree(begun.date or datetime.now().date().isoformat())
+    model.chat_format = replace(model.chat_format, date=datetime.fromisoformat(date))
     if config.gradient_checkpointing:
         model.recompute_layers()
     chat_format, settings = model.chat_format, config.hyperparameters
@@ -146,7 +149,7 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         optimizer=optimizer,
         attestor=Attestor(model, demonstrations),
         ranks=ranks,
-        state=TrainingState(dtype=dtype, onednn=onednn, identity=identity),
+        state=TrainingState(date=date, dtype=dtype, onednn=onednn, identity=identity),
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
         budget=PassBudget(config.tokens_per_pass, 2 * config.tokens_per_pass),
         retention_probe=_retention_probe(run, config, model),
@@ -162,7 +165,7 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         )
     if resume_dir is not None:
         session.state = load_checkpoint(resume_dir, model, teacher, optimizer)
-        session.state.dtype, session.state.onednn = dtype, onednn
+        session.state.date, session.state.dtype, session.state.onednn = date, dtype, onednn
         if begun.dtype not in (None, dtype):
             session.report(f"Training goes on in {dtype}, because {begun.dtype} is slow here: not quite the numbers that it began with", level="warn")
         if begun.onednn not in (None, onednn):

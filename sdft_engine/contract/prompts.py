@@ -42,7 +42,8 @@ THINK_END = "</think>"
 class ChatFormat:
     """A base model's tokenizer and chat template.
 
-    `eos_token_ids` holds every id that ends an answer: those of the generation config and the tokenizer's own.
+    `eos_token_ids` holds every id that ends an answer: those of the generation config and the tokenizer's own. `date` is what
+    templates that write the date take for today; None: today.
     """
 
     tokenizer: Tokenizer
@@ -50,6 +51,7 @@ class ChatFormat:
     eos_token_ids: frozenset[int]
     context_length: int
     special_tokens: dict[str, str]
+    date: datetime | None = None
 
     @classmethod
     def from_directory(cls, model_dir: Path) -> "ChatFormat":
@@ -81,9 +83,13 @@ class ChatFormat:
         """The conversation as text, ending where the assistant's answer starts if `generate`."""
         shown = [_for_template(message) for message in messages]
         try:
-            return self.template.render(messages=shown, tools=tools, add_generation_prompt=generate, **self.special_tokens)
+            return self.template.render(messages=shown, tools=tools, add_generation_prompt=generate, strftime_now=self._today, **self.special_tokens)
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ConfigurationError(f"the base model's chat template refuses this conversation: {error}", param="messages") from error
+
+    def _today(self, pattern: str) -> str:
+        """Some templates write the date into every prompt."""
+        return (self.date or datetime.now()).strftime(pattern)
 
     def require_shown(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> None:
         """Raise ConfigurationError where the template silently leaves out the tools or the tool calls of this conversation."""
@@ -229,7 +235,6 @@ def _compile_template(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:

@@ -1,6 +1,9 @@
 """sdft_engine.identity: a checkpoint is only continued by the run that wrote it; and what was chosen by the machine is kept."""
 
+import shutil
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +88,24 @@ def test_a_resumed_run_keeps_its_products(tmp_path: Path, tiny_model_dir: Path, 
     train(run)
     assert products.onednn_is_faster() is measured
     assert content_of(run.final_dir) == content_of(whole.final_dir)
+
+
+def test_a_run_has_one_date_however_long_it_takes(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    template = (directory / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    run = make_run(tmp_path / "run", directory)
+    today: list[datetime] = [datetime(2026, 3, 1)]
+    monkeypatch.setattr(session, "datetime", SimpleNamespace(now=lambda: today[0], fromisoformat=datetime.fromisoformat))
+    first = session.open_session(run).texts
+    train(run, stop_after(run, 2, "pause"))
+    today[0] = datetime(2026, 11, 30)
+    resumed = session.open_session(run)
+    assert resumed.texts == first
+    assert resumed.model.chat_format.tokenizer.decode(first[0].prompt_ids).startswith("01 Mar 2026")
+    elsewhere = make_run(tmp_path / "elsewhere", directory)
+    assert session.open_session(elsewhere).texts != first
 
 
 def test_products_that_are_missing_where_a_run_goes_on_are_said(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,13 +123,9 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     identity = identity_of(run, config)
     if resume_dir is not None:
         require_same_run(begun, identity, config, resume_dir)
-    dtype = ranks.agree(_dtype(config, begun.dtype))
-    onednn = choose_onednn(ranks.agree(onednn_is_faster() if begun.onednn is None else begun.onednn))
-    model = load_base_model(config.base_model_dir, device=config.device, dtype=dtype)
-    date = ranks.agree(begun.date or datetime.now().date().isoformat())
-    model.chat_format = replace(model.chat_format, date=datetime.fromisoformat(date))
-    if config.gradient_checkpointing:
-        model.recompute_layers()
+    state = _begin(config, begun, ranks)
+    state.identity = identity
+    model = _base_model(config, state)
     chat_format, settings = model.chat_format, config.hyperparameters
     shape_kept = _add_student(run, config, model)
     teacher = _teacher(config, model) if config.method == "sdft" else None
@@ -149,7 +145,7 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         optimizer=optimizer,
         attestor=Attestor(model, demonstrations),
         ranks=ranks,
-        state=TrainingState(date=date, dtype=dtype, onednn=onednn, identity=identity),
+        state=state,
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),
         budget=PassBudget(config.tokens_per_pass, 2 * config.tokens_per_pass),
         retention_probe=_retention_probe(run, config, model),
@@ -164,19 +160,49 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
             data={"resolved": {"lora_rank": shape_kept.rank, "lora_alpha": shape_kept.alpha}},
         )
     if resume_dir is not None:
-        session.state = load_checkpoint(resume_dir, model, teacher, optimizer)
-        session.state.date, session.state.dtype, session.state.onednn = date, dtype, onednn
-        if begun.dtype not in (None, dtype):
-            session.report(f"Training goes on in {dtype}, because {begun.dtype} is slow here: not quite the numbers that it began with", level="warn")
-        if begun.onednn not in (None, onednn):
-            session.report("Training goes on without oneDNN, which is missing here: not quite the numbers that it began with", level="warn")
-        session.report(f"Training resumed at step {session.state.step}", data={"step": session.state.step})
+        _resume(session, resume_dir, begun)
     else:
-        processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
-        session.report(f"Training started on {model.device} in {dtype_name(model.dtype)}{processes}: {session.total_steps} steps of {settings.batch_size}")
-        for hint, count in unshown_hints(demonstrations, config.teacher_template).items() if teacher else ():
-            session.report(f"{count} of {len(demonstrations)} lines have a {hint} that teacher_template does not show", level="warn")
+        _announce(session)
     return session
+
+
+def _begin(config: TrainingConfig, begun: TrainingState, ranks: Ranks) -> TrainingState:
+    """What this machine and this day decide for a new run, and what a resumed one (`begun`) keeps of it."""
+    return TrainingState(
+        date=ranks.agree(begun.date or datetime.now().date().isoformat()),
+        dtype=ranks.agree(_dtype(config, begun.dtype)),
+        onednn=choose_onednn(ranks.agree(onednn_is_faster() if begun.onednn is None else begun.onednn)),
+    )
+
+
+def _base_model(config: TrainingConfig, state: TrainingState) -> LanguageModel:
+    model = load_base_model(config.base_model_dir, device=config.device, dtype=state.dtype or config.dtype)
+    model.chat_format = replace(model.chat_format, date=datetime.fromisoformat(state.date) if state.date else None)
+    if config.gradient_checkpointing:
+        model.recompute_layers()
+    return model
+
+
+def _announce(session: Session) -> None:
+    """What starts, and what of the data it does not use."""
+    model, settings, ranks = session.model, session.config.hyperparameters, session.ranks
+    processes = f" by {ranks.size} processes" if ranks.size > 1 else ""
+    session.report(f"Training started on {model.device} in {dtype_name(model.dtype)}{processes}: {session.total_steps} steps of {settings.batch_size}")
+    lines = session.demonstrations
+    for hint, count in unshown_hints(lines, session.config.teacher_template).items() if session.teacher else ():
+        session.report(f"{count} of {len(lines)} lines have a {hint} that teacher_template does not show", level="warn")
+
+
+def _resume(session: Session, checkpoint: Path, begun: TrainingState) -> None:
+    """Restore a checkpoint, and say what could not stay as it was."""
+    now = session.state
+    session.state = state = load_checkpoint(checkpoint, session.model, session.teacher, session.optimizer)
+    state.date, state.dtype, state.onednn = now.date, now.dtype, now.onednn
+    if begun.dtype not in (None, now.dtype):
+        session.report(f"Training goes on in {now.dtype}, because {begun.dtype} is slow here: not quite the numbers that it began with", level="warn")
+    if begun.onednn not in (None, now.onednn):
+        session.report("Training goes on without oneDNN, which is missing here: not quite the numbers that it began with", level="warn")
+    session.report(f"Training resumed at step {state.step}", data={"step": state.step})
 
 
 def settle(session: Session, stop_requested: Callable[[], StopReason | None]) -> StopReason | None:

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sdft_engine.contract.config import TrainingConfig
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised
+from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.session import Session, open_session, settle
 from sdft_engine.trainer import training_step
@@ -70,10 +71,7 @@ def main() -> None:
         session = open_session(run)
         settle(session, lambda: None)
         session.model.chat_format = dataclasses.replace(session.model.chat_format, eos_token_ids=frozenset())  # every answer to its full length
-        metrics = []
-        for step in range(1, spec["steps"] + 1):
-            metrics.append(training_step(session, step))
-            session.state.last_answers.clear()  # every step has the same prompts: real ones are new, and no draft is at hand
+        metrics = [undrafted_step(session, step) for step in range(1, spec["steps"] + 1)]
         shares = profiled(session, spec["steps"] + 1) if spec.get("profile") else None
     measured: dict[str, Any] = {
         name: [value for each in metrics[1:] if (value := getattr(each, name)) is not None]
@@ -86,6 +84,12 @@ def main() -> None:
     }
     measured |= {"profile": shares} if shares else {}
     print(json.dumps(measured | {"peak_bytes": metrics[-1].peak_memory_bytes, "tokens": tokens, "loss": [each.train_loss for each in metrics]}))
+
+
+def undrafted_step(session: Session, step: int) -> StepMetrics:
+    """Every step has the same prompts here. Real ones may be new, and then no draft is at hand."""
+    session.state.last_answers.clear()
+    return training_step(session, step)
 
 
 def profiled(session: Session, step: int) -> dict[str, float]:

@@ -119,7 +119,7 @@ def truncated_weights(directory: Path) -> None:
         (lambda directory: (directory / "adapter_config.json").write_text("[1]"), "not a LoRA"),
         (lambda directory: (directory / "adapter_config.json").write_text("{"), "no readable adapter"),
         (lambda directory: edit_config(directory, r=10**9), "rank"),
-        (lambda directory: edit_config(directory, r="4"), "positive numbers"),
+        (lambda directory: edit_config(directory, r="4"), "positive whole number"),
         (lambda directory: edit_config(directory, use_dora=True), "use_dora"),
         (lambda directory: edit_config(directory, alora_invocation_tokens=[1]), "alora_invocation_tokens"),
         (lambda directory: edit_config(directory, peft_type="IA3"), "not a LoRA"),

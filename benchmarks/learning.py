@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="two steps and three questions of everything, one seed")
     options = parser.parse_args()
     if options.short:
-        for settings in (SDFT, SUPERVISED, learning_arms.RESTORATION):
+        for settings in (SDFT, SUPERVISED, learning_arms.RESTORATION, learning_arms.LIMITS):
             settings.update(SHORT)
         options.seeds = options.seeds[:1]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,8 @@ Results = dict[str, Scores]
 """By the name of a row of the table."""
 RATES = (1e-4, 3e-4, 1e-3)
 MATCH_EVERY_STEPS = 4
+LIMITS: dict[str, Any] = {}
+"""What a short run changes, whatever an arm says."""
 RESTORATION = {"n_epochs": 15, "learning_rate": 3e-4, "teacher": "frozen", "teacher_start": "base", "temperature": 1.0, "max_completion_tokens": 32}
 ANCHOR = {"anchor_weight": 1.0}
 
@@ -70,7 +72,7 @@ def oracle_retrieval(bench: Bench, seed: int, so_far: Results) -> Results:
 
 def sdft(name: str, **changed: Any) -> Arm:
     def run(bench: Bench, seed: int, so_far: Results) -> Results:
-        with bench.session("sdft", SDFT | changed, seed) as session:
+        with bench.session("sdft", SDFT | changed | LIMITS, seed) as session:
             seconds = take_steps(session)
             return {name: _with(bench.scores(session.model), seconds)}
 

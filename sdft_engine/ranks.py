@@ -80,5 +80,7 @@ def join_ranks() -> Ranks:
 
 
 def leave_ranks() -> None:
+    """Give the group up, once all processes are done: its threads may otherwise still hold tensors when the interpreter ends, which
+    aborts the process now and then. Not after a failure: the others may be waiting for this process, and it for them."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -114,10 +114,12 @@ def die_with_parent() -> None:
 def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:
     """The boundary of the process: every error becomes a typed result."""
     try:
-        from sdft_engine.ranks import join_ranks
+        from sdft_engine.ranks import join_ranks, leave_ranks
         from sdft_engine.trainer import train
 
-        return train(run, supervision.requested, join_ranks())
+        result = train(run, supervision.requested, join_ranks())
+        leave_ranks()
+        return result
     except EngineError as error:  # says all there is to say
         return TrainingResult(outcome="failed", error=error.as_dict())
     except Exception as error:

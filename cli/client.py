@@ -143,7 +143,7 @@ def _refusal(body: Any, status: int) -> ServerRefused:
     message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (error, None)
     text = str(message) if message else f"the server answered {status}"
     hint = HINTS.get(str(code))
-    return ServerRefused(f"{text.rstrip('.')}; {hint}" if hint else text, status)
+    return ServerRefused(f"{text.rstrip('.')}; {hint}" if hint else text, status, str(code) if code else None)
 
 
 def _is_local(host: str) -> bool:

@@ -16,9 +16,10 @@ class CliError(Exception):
 
 
 class ServerRefused(CliError):
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, code: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
 
 
 class ServerUnreachable(CliError):

@@ -1,5 +1,7 @@
 """`sdft models`: list, get, delete, download."""
 
+import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +10,19 @@ import typer
 from cli import output
 from cli.client import Client, segment
 from cli.downloads import download, file_name
+from cli.errors import ServerRefused
 from cli.files import AsJson
+
+IN_PROGRESS = "export_in_progress"
+AGAIN_SECONDS = 2.0
+"""The server waits itself before it says so."""
+
+
+class Form(StrEnum):
+    peft = "peft"
+    merged = "merged"
+    gguf = "gguf"
+
 
 app = typer.Typer(help="Base models and tuned models.", no_args_is_help=True)
 ModelId = Annotated[str, typer.Argument(help="A model's id, as in `models list`.")]
@@ -43,11 +57,21 @@ def delete(model: ModelId) -> None:
 def download_model(
     model: ModelId,
     target: Annotated[Path | None, typer.Option("--output", "-o", help="Where to. Default: the model's id as a file name, here.")] = None,
-    form: Annotated[str, typer.Option("--format", help="Form of the weights.")] = "peft",
+    form: Annotated[Form, typer.Option("--format", help="The adapter alone, the model with it merged in, or that for llama.cpp.")] = Form.peft,
     force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
 ) -> None:
-    """Download a tuned model's adapter (a tar.gz that PEFT and vLLM load)."""
+    """Download a tuned model as a tar.gz: its adapter (for PEFT and vLLM), or a form that the server makes first."""
     if target is None:
-        target = Path(file_name(f"{model.replace(':', '-').replace('/', '-')}.tar.gz", "adapter.tar.gz"))
-    size_bytes = download(Client.from_environment(), f"/models/{segment(model)}/adapter", target, overwrite=force, format=form)
+        ending = "tar.gz" if form is Form.peft else f"{form.value}.tar.gz"
+        target = Path(file_name(f"{model.replace(':', '-').replace('/', '-')}.{ending}", f"model.{ending}"))
+    client = Client.from_environment()
+    while True:
+        try:
+            size_bytes = download(client, f"/models/{segment(model)}/adapter", target, overwrite=force, format=form.value)
+            break
+        except ServerRefused as error:
+            if error.code != IN_PROGRESS:
+                raise
+            typer.echo("the server is making it …", err=True)
+            time.sleep(AGAIN_SECONDS)
     print(f"{target} ({output.byte_size(size_bytes)})")

@@ -12,14 +12,15 @@ from core.ids import new_token
 from core.storage import ObjectDamaged, Storage, StoredObject, fetch
 
 
-def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path) -> StoredObject:
+def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path, compress_level: int = 1) -> StoredObject:
     """Archive the files of `directory` (flat, names sorted, no owner or time, so equal content gives equal bytes) and store
-    it under `key`; a key ending in .gz is compressed. `scratch_dir` must exist and holds the archive while it is written."""
+    it under `key`; a key ending in .gz is compressed (level 0: wrapped as gzip, which weights hardly gain by). `scratch_dir` must
+    exist and holds the archive while it is written."""
     scratch = scratch_dir / f".{new_token()}.tar"
     try:
         with scratch.open("wb") as file:
             if key.endswith(".gz"):
-                with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed:  # neither name nor time
+                with gzip.GzipFile("", "wb", compresslevel=compress_level, fileobj=file, mtime=0) as compressed:  # neither name nor time
                     _write_tar(compressed, directory)
             else:
                 _write_tar(file, directory)

@@ -2,7 +2,8 @@
 
 ServiceError (500 server_error)
 ├── BadRequest (400 invalid_request_error)
-│   └── InvalidFile (400 invalid_training_file)
+│   ├── InvalidFile (400 invalid_training_file)
+│   └── ExportNotPossible (400 export_not_possible)
 ├── AuthenticationFailed (401)
 ├── NotFound (404 not_found)
 │   └── ModelNotFound (404 model_not_found)
@@ -11,9 +12,11 @@ ServiceError (500 server_error)
 ├── RequestTooLarge (413)
 ├── RangeNotSatisfiable (416)
 ├── Unavailable (503)                 retried by clients after `retry-after`
-│   └── InferenceUnavailable (503 inference_unavailable)
+│   ├── InferenceUnavailable (503 inference_unavailable)
+│   └── ExportInProgress (503 export_in_progress)
 ├── InferenceFailed (502 inference_failed)
 ├── InferenceTimeout (504 inference_timeout)   never retried: every attempt would be generated anew
+├── ExportFailed (500 export_failed)  not retried at once: making it was tried three times
 └── StorageFull (507 storage_full)
 """
 
@@ -56,6 +59,10 @@ class BadRequest(ServiceError):
 
 class InvalidFile(BadRequest):
     default_code = "invalid_training_file"
+
+
+class ExportNotPossible(BadRequest):
+    default_code = "export_not_possible"
 
 
 class AuthenticationFailed(ServiceError):
@@ -115,6 +122,14 @@ class InferenceUnavailable(Unavailable):
     default_code = "inference_unavailable"
 
 
+class ExportInProgress(Unavailable):
+    default_code = "export_in_progress"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.headers = {**self.headers, "retry-after": "5"}
+
+
 class InferenceFailed(ServiceError):
     status = 502
     default_code = "inference_failed"
@@ -123,6 +138,14 @@ class InferenceFailed(ServiceError):
 class InferenceTimeout(ServiceError):
     status = 504
     default_code = "inference_timeout"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.headers = {"x-should-retry": "false", **self.headers}
+
+
+class ExportFailed(ServiceError):
+    default_code = "export_failed"
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message, **details)

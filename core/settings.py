@@ -115,6 +115,11 @@ class Settings(BaseSettings):
         return self.data_dir / "served_adapters"
 
     @property
+    def exports_dir(self) -> Path:
+        """Where a worker writes other forms of models before they are stored."""
+        return self.data_dir / "exports"
+
+    @property
     def admin_key_path(self) -> Path:
         return self.data_dir / "admin.key"
 

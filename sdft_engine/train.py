@@ -15,7 +15,6 @@ from sdft_engine.contract.thread_pool import TRAINING_THREADS
 os.environ.update(TRAINING_THREADS | os.environ)  # before torch is imported
 
 import argparse
-import ctypes
 import fcntl
 import signal
 import sys
@@ -27,11 +26,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdft_engine.contract.config import told
+from sdft_engine.contract.death_with_parent import die_with_parent
 from sdft_engine.contract.errors import DiskFull, EngineError, OutOfMemory
 from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
 from sdft_engine.contract.sealed_directory import is_disk_full
 
-PR_SET_PDEATHSIG = 1
 WATCH_SECONDS = 0.5
 TORN_READS = 4
 EXIT_NOT_STARTED = 2
@@ -103,12 +102,6 @@ def lock(run: RunDirectory) -> bool:
         os.close(descriptor)
         return False
     return True
-
-
-def die_with_parent() -> None:
-    """Ask the kernel for a SIGKILL when the thread that started this process ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:

@@ -1,11 +1,7 @@
 """Base models on this machine: prepared once by the engine in a subprocess (it needs torch), then read without torch."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +11,9 @@ from core.logging import get_logger
 from core.settings import Settings
 from sdft_engine.contract.errors import BaseModelError
 from sdft_engine.contract.prompts import ChatFormat
-from worker.engine_process import engine_environment
+from worker.engine_process import run_to_end
 
 PREPARE_COMMAND = (sys.executable, "-m", "sdft_engine.prepare_base_model")
-POLL_SECONDS = 0.2
 
 log = get_logger(__name__)
 
@@ -50,26 +45,11 @@ def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], 
 def _prepare(entry: BaseModelEntry, settings: Settings, check: Callable[[], None]) -> None:
     command = [*PREPARE_COMMAND, *entry.preparation_arguments(settings.cache_dir)]
     log.info("preparing_base_model", base_model=entry.id, directory=str(entry.directory(settings.cache_dir)))
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=engine_environment(settings), start_new_session=True
-        )
-        try:
-            while process.poll() is None:
-                check()
-                try:
-                    process.wait(POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        said = output.read().decode(errors="replace").strip()
-    if process.returncode != 0:
-        log.error("base_model_unusable", base_model=entry.id, exit_status=process.returncode, output=said[-4000:])
-        raise BaseModelError(f"the base model {entry.id} can't be prepared: {said.splitlines()[-1] if said else 'no reason given'}", param="model")
+    ended = run_to_end(command, settings, check)
+    if ended.status != 0:
+        log.error("base_model_unusable", base_model=entry.id, exit_status=ended.status, output=ended.output[-4000:])
+        said = ended.output.splitlines()[-1] if ended.output else "no reason given"
+        raise BaseModelError(f"the base model {entry.id} can't be prepared: {said}", param="model")
 
 
 def _hidden_size(directory: Path) -> int:

@@ -1,8 +1,15 @@
 """What every process of the engine that this worker starts has in common."""
 
 import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from core.settings import Settings
+
+POLL_SECONDS = 0.2
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:
@@ -14,3 +21,33 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     if settings.trainer_threads:
         kept["OMP_NUM_THREADS"] = str(settings.trainer_threads)
     return kept
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit status as subprocess gives it, and all it wrote."""
+
+    status: int
+    output: str
+
+
+def run_to_end(command: list[str], settings: Settings, check: Callable[[], None]) -> Ended:
+    """Run one of the engine's commands in a process group of its own. `check` is called all the while and may raise: the group is
+    killed then."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=engine_environment(settings), start_new_session=True
+        )
+        try:
+            while process.poll() is None:
+                check()
+                try:
+                    process.wait(POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return Ended(process.returncode, output.read().decode(errors="replace").strip())

@@ -1,4 +1,5 @@
-"""What a worker does without being told: release expired leases, find jobs whose nudge was lost, verify models.
+"""What a worker does without being told: release expired leases, find jobs whose nudge was lost, verify models,
+make the forms of models that were asked for.
 
 A Celery bootstep starts these threads before the broker is connected, so jobs run with the broker down too.
 """
@@ -11,6 +12,7 @@ from celery import bootsteps
 from core.errors import ServiceError
 from core.logging import get_logger
 from worker.expired_leases import free_expired_leases, work_is_waiting
+from worker.model_exports import Exporter
 from worker.resources import Resources, resources_of, threads_needed
 from worker.tasks import seek_work
 from worker.verification import Verifier
@@ -60,14 +62,17 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._resources = resources_of(worker.app)
         self._poll = Poll(self._resources)
         self._thread = threading.Thread(target=self._poll.run, name="poll")
+        self._exporter = threading.Thread(target=Exporter(self._resources).run, name="exporter")
 
     def start(self, worker: Any) -> None:
         self._thread.start()
         threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
+        self._exporter.start()
 
     def stop(self, worker: Any) -> None:
         """Wait for the searches: their supervisors were told already when the shutdown began."""
         self._resources.stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in (self._thread, self._exporter):
+            if thread.is_alive():
+                thread.join()
         self._poll.wait_for_searches()

@@ -8,6 +8,7 @@ from core.database import Database
 from core.errors import Unavailable
 from core.logging import get_logger
 from core.storage import ObjectDamaged, Storage, StoredObject
+from core.tables.exports import ModelExport
 from core.tables.files import File
 from core.tables.jobs import Checkpoint
 from core.tables.models import Model
@@ -28,7 +29,7 @@ def delete_unreferenced(database: Database, storage: Storage, keys: list[str]) -
     """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the deleted keys."""
     try:
         with database.reading() as session:
-            columns = (Model.storage_key, Checkpoint.storage_key, File.storage_key)
+            columns = (Model.storage_key, ModelExport.storage_key, Checkpoint.storage_key, File.storage_key)
             used = {key for column in columns for key in session.scalars(select(column).where(column.in_(keys)))}
     except Unavailable:
         log.warning("objects_left_without_rows", keys=keys)

@@ -1,15 +1,17 @@
 """Ids of tuned models hold colons and, percent-encoded, slashes; so the path of a model takes everything, and the longer
 route comes first."""
 
+from functools import partial
+
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from api.byte_ranges import stored_object_response
 from api.models import service
+from api.models.exports import stored_export
 from api.models.schemas import AdapterFormat, DeletedModel, ModelList, ModelObject
 from api.state import ProjectId, State
-from core.errors import BadRequest
-from core.storage import StoredObject
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -20,12 +22,11 @@ def list_models(state: State, project_id: ProjectId) -> ModelList:
 
 
 @router.get("/{model_id:path}/adapter")
-def download_adapter(model_id: str, state: State, project_id: ProjectId, request: Request, format: AdapterFormat = "peft") -> StreamingResponse:
-    if format != "peft":
-        raise BadRequest(f"format: {format!r} is not yet available in this version; use peft", code="not_yet_available", param="format")
-    model = service.get_tuned_model(state, project_id, model_id)
-    stored = StoredObject(model.storage_key, model.archive_bytes, model.archive_sha256)
-    return stored_object_response(request, state.storage, stored, filename=service.archive_name(model), media_type="application/gzip")
+async def download_adapter(model_id: str, state: State, project_id: ProjectId, request: Request, format: AdapterFormat = "peft") -> StreamingResponse:
+    model = await to_thread.run_sync(service.get_tuned_model, state, project_id, model_id)
+    stored = service.stored_adapter(model) if format == "peft" else await stored_export(state, model, format)
+    response = partial(stored_object_response, filename=service.archive_name(model, format), media_type="application/gzip")
+    return await to_thread.run_sync(response, request, state.storage, stored)
 
 
 @router.get("/{model_id:path}")

@@ -3,15 +3,17 @@
 import re
 from collections.abc import Iterable
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session, aliased
 
-from api.models.schemas import ModelObject
+from api.models.schemas import AdapterFormat, ModelObject
 from api.state import ApiState
 from core.base_models import PREPARED_MARK, BaseModelEntry
 from core.errors import BadRequest, Conflict, ModelNotFound
 from core.served_adapters import remove_from_server
 from core.settings import Settings
+from core.storage import StoredObject
+from core.tables.exports import ModelExport
 from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.models import Model
 
@@ -62,13 +64,21 @@ def delete_model(state: ApiState, model: Model) -> None:
         if job_id := session.scalar(continued):
             raise Conflict(f"the unfinished job {job_id} continues from {model.id}; cancel the job first", code="model_in_use", param="model")
         locked.status = "deleted"
+        exports = session.scalars(delete(ModelExport).where(ModelExport.model_id == model.id).returning(ModelExport.storage_key)).all()
     remove_from_server(model, state.settings.served_adapters_dir, state.inference)
-    state.storage.delete(model.storage_key)
+    for key in (model.storage_key, *exports):
+        if key is not None:  # an export that is not made yet
+            state.storage.delete(key)
 
 
-def archive_name(model: Model) -> str:
-    """What a downloaded adapter is called."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.id) + ".tar.gz"
+def stored_adapter(model: Model) -> StoredObject:
+    return StoredObject(model.storage_key, model.archive_bytes, model.archive_sha256)
+
+
+def archive_name(model: Model, form: AdapterFormat) -> str:
+    """What a downloaded model is called."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.id)
+    return f"{name}.tar.gz" if form == "peft" else f"{name}.{form}.tar.gz"
 
 
 def base_model_object(entry: BaseModelEntry, settings: Settings) -> ModelObject:

@@ -3,9 +3,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import Result
 
-from tests.cli.stub_server import StubServer, json_answer
+from tests.cli.stub_server import StubServer, json_answer, refusal
 
 MODEL = {"id": "ft:base:default:support/v2:abc", "object": "model", "created": 1_700_000_000, "owned_by": "default", "base_model": "base", "status": "ready"}
 ADAPTER = b"weights" * 1000
@@ -43,3 +44,22 @@ def test_a_damaged_adapter_is_refused(sdft: Callable[..., Result], stub: StubSer
     stub.routes["GET /models/.*/adapter"] = lambda _: (200, {"x-sha256": hashlib.sha256(b"other").hexdigest()}, ADAPTER)
     assert sdft("models", "download", MODEL["id"], "-o", "a.tar.gz").exit_code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_form_that_the_server_makes_first_is_waited_for(
+    sdft: Callable[..., Result], stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.models.AGAIN_SECONDS", 0.01)
+    answers = iter([refusal(503, "is being made", "export_in_progress")] * 2 + [(200, {}, ADAPTER)])
+    stub.routes["GET /models/.*/adapter"] = lambda _: next(answers)
+    result = sdft("models", "download", MODEL["id"], "--format", "gguf")
+    assert result.exit_code == 0, result.stderr
+    assert "making it" in result.stderr
+    assert (tmp_path / "ft-base-default-support-v2-abc.gguf.tar.gz").read_bytes() == ADAPTER
+    assert [request.query for request in stub.received] == [{"format": "gguf"}] * 3
+
+
+def test_a_form_that_can_t_be_made_is_not_waited_for(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["GET /models/.*/adapter"] = lambda _: refusal(400, "no such form", "export_not_possible")
+    result = sdft("models", "download", MODEL["id"], "--format", "gguf")
+    assert (result.exit_code, result.stderr) == (1, "error: no such form\n")

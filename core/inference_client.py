@@ -1,18 +1,18 @@
-"""The one client for the inference server, be it `inference/` or vLLM: the surface is the same.
+"""The one client for an inference server, be it `inference/` or vLLM: the surface is the same.
 
 Calls that stream are asynchronous (they run inside the API's event loop); loading and scoring are synchronous (they run
 in worker threads).
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from core.errors import InferenceFailed, InferenceTimeout, InferenceUnavailable, ServiceError
+from core.errors import InferenceFailed, InferenceTimeout, InferenceUnavailable
 from core.settings import Settings
 
 CONNECT_TIMEOUT_SECONDS = 5
@@ -39,13 +39,18 @@ class InferenceAnswer:
 
 
 class InferenceClient:
-    """Speaks to the server at `settings.inference_url`, with its key. Safe for several threads; one event loop."""
+    """Speaks to the server at `url`, with the settings' key. Safe for several threads; one event loop.
 
-    def __init__(self, settings: Settings) -> None:
+    `in_flight` counts the answers that are awaited; `is_down`: it could not be reached when it was last asked for an answer.
+    """
+
+    def __init__(self, url: str, settings: Settings) -> None:
         key = settings.inference_api_key
         headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}
         timeout = httpx2.Timeout(READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS)
-        self._base_url = settings.inference_url.rstrip("/")
+        self.url = self._base_url = url.rstrip("/")
+        self.in_flight = 0
+        self.is_down = False
         self._headers = headers
         self._timeout = timeout
         self._sync = httpx2.Client(base_url=self._base_url, headers=headers, timeout=timeout, limits=LIMITS, trust_env=False)
@@ -108,10 +113,8 @@ class InferenceClient:
 
         Raises InferenceUnavailable, or InferenceTimeout where the answer takes longer than READ_TIMEOUT_SECONDS.
         """
-        try:
+        with self._counted():
             answer = await self._asynchronous().post(path, json=body)
-        except httpx2.HTTPError as error:
-            raise _without_answer(error) from error
         return InferenceAnswer(answer.status_code, _json_of(answer))
 
     @asynccontextmanager
@@ -121,14 +124,37 @@ class InferenceClient:
         Raises InferenceUnavailable or InferenceTimeout before the first byte, InferenceFailed where the bytes end too early.
         """
         request = self._asynchronous().build_request("POST", path, json=body)
-        try:
+        with self._counted():
             answer = await self._asynchronous().send(request, stream=True)
-        except httpx2.HTTPError as error:
-            raise _without_answer(error) from error
+        self.in_flight += 1
         try:
             yield answer.status_code, _bytes_of(answer)
         finally:
+            self.in_flight -= 1
             await answer.aclose()
+
+    async def answers(self, timeout_seconds: float = 2) -> bool:
+        """Whether it is there; it counts as up then."""
+        try:
+            self.is_down = (await self._asynchronous().get("/health", timeout=timeout_seconds)).status_code != 200
+        except httpx2.HTTPError:
+            self.is_down = True
+        return not self.is_down
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """One request in flight. Raises InferenceUnavailable or InferenceTimeout in place of httpx's errors."""
+        self.in_flight += 1
+        try:
+            yield
+            self.is_down = False
+        except httpx2.ReadTimeout as error:
+            raise InferenceTimeout(f"the inference server took longer than {READ_TIMEOUT_SECONDS} seconds; set max_tokens, or stream the answer") from error
+        except httpx2.HTTPError as error:
+            self.is_down = True
+            raise InferenceUnavailable(UNREACHABLE) from error
+        finally:
+            self.in_flight -= 1
 
     def _asynchronous(self) -> httpx2.AsyncClient:
         if self._async is None:
@@ -139,12 +165,6 @@ class InferenceClient:
         if self._async is not None:
             await self._async.aclose()
         self._sync.close()
-
-
-def _without_answer(error: httpx2.HTTPError) -> ServiceError:
-    if isinstance(error, httpx2.ReadTimeout):
-        return InferenceTimeout(f"the inference server took longer than {READ_TIMEOUT_SECONDS} seconds; set max_tokens, or stream the answer")
-    return InferenceUnavailable(UNREACHABLE)
 
 
 async def _bytes_of(answer: httpx2.Response) -> AsyncIterator[bytes]:

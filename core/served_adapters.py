@@ -1,4 +1,4 @@
-"""From a model's row to the adapter that the inference server has loaded, and back."""
+"""From a model's row to the adapter that an inference server has loaded, and back."""
 
 import hashlib
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 from core.archives import fetch_directory
 from core.errors import InferenceUnavailable
 from core.inference_client import AdapterRefused, InferenceClient
+from core.inference_servers import InferenceServers
 from core.logging import get_logger
 from core.storage import Storage
 from core.tables.models import Model
@@ -31,15 +32,16 @@ def load_into_server(model: Model, storage: Storage, served_adapters_dir: Path, 
     client.load_adapter(model.serving_name, directory)
 
 
-def remove_from_server(model: Model, served_adapters_dir: Path, client: InferenceClient) -> None:
-    """Have the model's adapter unloaded, and remove its unpacked files. Idempotent; whoever needs it loads it again.
+def remove_from_servers(model: Model, served_adapters_dir: Path, servers: InferenceServers) -> None:
+    """Have the model's adapter unloaded everywhere, and remove its unpacked files. Idempotent; whoever needs it loads it again.
 
     It only frees memory and disk, so a server that is away or refuses is no error.
     """
-    try:
-        client.unload_adapter(model.serving_name)
-    except (InferenceUnavailable, AdapterRefused) as error:
-        log.warning("adapter_not_unloaded", model=model.id, error=str(error))
+    for client in servers.clients:
+        try:
+            client.unload_adapter(model.serving_name)
+        except (InferenceUnavailable, AdapterRefused) as error:
+            log.warning("adapter_not_unloaded", model=model.id, server=client.url, error=str(error))
     shutil.rmtree(served_adapters_dir / model.serving_name, ignore_errors=True)
 
 

@@ -3,13 +3,14 @@
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.base_models import DEFAULT_BASE_MODELS, BaseModelEntry
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256)
 HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[0-9a-fA-F:.]+\]")
 
 
@@ -20,7 +21,14 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(Path("~/.cache/sdft"), description="Converted base models; shared by all data directories.")
     database_url: str | None = Field(None, description="SQLAlchemy URL. Default: SQLite in the data directory.")
     redis_url: str | None = Field(None, description="Broker URL. Default: the embedded Valkey's socket in the data directory.")
-    inference_url: str = Field("http://127.0.0.1:8809", description="Inference server (inference/ or vLLM), on a private address.")
+    inference: Literal["embedded", "vllm"] = Field(
+        "embedded", description="Inference server that `sdft up` starts where SDFT_INFERENCE_URLS names none, or that runs there."
+    )
+    inference_urls: Annotated[list[str], NoDecode] = Field(
+        ["http://127.0.0.1:8809"],
+        min_length=1,
+        description="Inference servers (inference/ or vLLM) of one base model, on private addresses, separated by commas; each answers for every adapter.",
+    )
     inference_api_key: SecretStr | None = Field(None, description="Bearer key that the inference server expects, if any.")
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=1, le=65_535, description="Port that the API listens on.")
@@ -54,8 +62,15 @@ class Settings(BaseSettings):
     )
     tokens_per_pass: int = Field(2048, ge=1, description="Tokens that a trainer's pass with gradients holds; a batch takes as many passes as it needs.")
     trainer_threads: int | None = Field(None, ge=1, description="CPU threads of a trainer. Default: all cores.")
-    inference_threads: int | None = Field(None, ge=1, description="CPU threads of the embedded inference server. Default: all cores.")
-    inference_max_batch: int = Field(16, ge=1, description="Sequences that the embedded inference server decodes together.")
+    inference_threads: int | None = Field(None, ge=1, description="CPU threads of the inference server. Default: all cores.")
+    inference_max_batch: int = Field(16, ge=1, description="Sequences that the inference server decodes together.")
+    vllm_python: Path | None = Field(None, description="Python that has vLLM. Default: .venv-vllm/bin/python beside the service's environment (`make vllm`).")
+    vllm_max_loras: int = Field(4, ge=1, description="Adapters that vLLM applies at a time.")
+    vllm_max_cpu_loras: int = Field(32, ge=1, description="Adapters that vLLM keeps in memory; others are read from disk again when they are asked for.")
+    vllm_max_lora_rank: int = Field(32, description="Largest rank of an adapter that vLLM serves: 8, 16, 32, 64, 128 or 256.")
+    vllm_memory_share: float = Field(0.45, gt=0, lt=1, description="Share of a GPU's memory that vLLM takes; the rest is the trainer's.")
+    vllm_kv_cache_gib: int = Field(2, ge=1, description="Memory of vLLM's key-value cache on a CPU, in GiB.")
+    vllm_arguments: list[str] = Field(default_factory=list, description="More of vLLM's command line arguments, as a JSON list.")
     attestation_tolerance: float = Field(
         0.05, gt=0, description="Largest difference in log-probability (nats) between trainer and inference server for a model to become servable."
     )
@@ -67,6 +82,34 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
+
+    @field_validator("vllm_max_lora_rank")
+    @classmethod
+    def _rank_of_vllm(cls, value: int) -> int:
+        if value not in VLLM_RANKS:
+            raise ValueError(f"vLLM knows the ranks {', '.join(map(str, VLLM_RANKS))}, not {value}")
+        return value
+
+    @field_validator("vllm_python")
+    @classmethod
+    def _absolute_unresolved(cls, value: Path | None) -> Path | None:
+        """An environment's python is a link, and what it links to does not know the environment."""
+        return value and value.expanduser().absolute()
+
+    @field_validator("inference_urls", mode="before")
+    @classmethod
+    def _separated(cls, value: Any) -> Any:
+        return [url.strip() for url in value.split(",") if url.strip()] if isinstance(value, str) else value
+
+    @field_validator("inference_urls")
+    @classmethod
+    def _usable_urls(cls, value: list[str]) -> list[str]:
+        for url in value:
+            if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+                raise ValueError(f"{url!r} is not a URL like http://10.0.0.5:8000")
+        if len(set(value)) != len(value):
+            raise ValueError("a URL stands there twice")
+        return [url.rstrip("/") for url in value]
 
     @field_validator("allowed_hosts")
     @classmethod

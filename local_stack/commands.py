@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 from core.base_models import BaseModelEntry
 from core.doorbell import broker_answers, celery_application
 from core.settings import Settings
-from local_stack import valkey
+from local_stack import valkey, vllm
 from local_stack.errors import StackError
 from local_stack.ports import host_in_url, is_loopback, service_url
 from local_stack.processes import ProcessSpec
@@ -42,12 +42,15 @@ class Stack:
         resolved = {
             "SDFT_DATA_DIR": str(settings.data_dir),
             "SDFT_CACHE_DIR": str(settings.cache_dir),
-            "SDFT_INFERENCE_URL": settings.inference_url,
+            "SDFT_INFERENCE": settings.inference,
+            "SDFT_INFERENCE_URLS": ",".join(settings.inference_urls),
             "SDFT_HOST": settings.host,
             "SDFT_PORT": str(settings.port),
         }
         if self.broker_url != settings.resolved_redis_url:
             resolved["SDFT_REDIS_URL"] = self.broker_url
+        if settings.inference == "vllm":
+            resolved["SDFT_DTYPE"] = vllm.shared_dtype(settings, cuda=vllm.on_cuda(settings))
         if is_loopback(settings.host) and "allowed_hosts" not in settings.model_fields_set:
             resolved["SDFT_ALLOWED_HOSTS"] = json.dumps([host_in_url(settings.host)])  # and not to names that others point here
         return resolved
@@ -96,7 +99,11 @@ class Stack:
         return self._process("valkey", command, lambda: broker_answers(self.broker_url, HEALTH_TIMEOUT_SECONDS), start_limit_seconds=60, stop_grace_seconds=5)
 
     def inference_process(self) -> ProcessSpec:
-        settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_url)
+        settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_urls[0])
+        if settings.inference == "vllm":
+            command = vllm.server_command(settings, entry, url.host, url.port or 80)
+            spec = self._process("inference", command, self.inference_answers, start_limit_seconds=900, stop_grace_seconds=20)
+            return replace(spec, environment=spec.environment | vllm.server_environment(settings))
         words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
         words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
         words += ["--device", settings.device, "--dtype", settings.dtype]
@@ -119,7 +126,7 @@ class Stack:
         return self._process("worker", command, self._worker_answers, start_limit_seconds=120, stop_grace_seconds=30)
 
     def inference_answers(self) -> bool:
-        return _answers_ok(f"{self.settings.inference_url.rstrip('/')}/health")
+        return all(_answers_ok(f"{url}/health") for url in self.settings.inference_urls)
 
     def _worker_answers(self) -> bool:
         """Whether the worker answers through the broker: it is connected and consumes."""

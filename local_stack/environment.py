@@ -17,9 +17,9 @@ CLIENT_VARIABLES = ("SDFT_BASE_URL", "SDFT_API_KEY")
 """What the `sdft` command reads as a client: no settings, but no mistakes either."""
 
 
-def load_settings(data_dir: Path | None, host: str | None, port: int | None) -> Settings:
+def load_settings(data_dir: Path | None, host: str | None, port: int | None, inference: str | None = None) -> Settings:
     """The environment's settings under the command line's. Raises StackError that names each wrong setting."""
-    given: dict[str, Any] = {"data_dir": data_dir, "host": host, "port": port}
+    given: dict[str, Any] = {"data_dir": data_dir, "host": host, "port": port, "inference": inference}
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

@@ -23,6 +23,7 @@ MODULE_ROLES = {
     "sdft_engine.train": "trainer",
     "uvicorn": "api",
     "inference": "inference",
+    "vllm.entrypoints.openai.api_server": "inference",
     "sdft_engine.prepare_base_model": "preparation",
     "migrations": "preparation",
     "core.bootstrap": "preparation",
@@ -35,6 +36,8 @@ REQUIRED_ARGUMENT = {"worker": "worker.app", "api": "api.app:app"}
 
 def role_of(argv: list[str], data_dir: Path) -> str | None:
     """What a process is to the service on `data_dir`; None for any other process."""
+    if argv and argv[0].startswith(f"data_dir={data_dir}::"):  # vLLM's own children, which give themselves a title
+        return "inference"
     if not argv or not any(_names(argument, data_dir) for argument in argv[1:]):
         return None
     if Path(argv[0]).name in PROGRAMS:

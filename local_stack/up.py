@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from core.settings import Settings
+from local_stack import vllm
 from local_stack.commands import Stack
 from local_stack.directories import directory_problem
 from local_stack.environment import load_settings, unknown_variables
@@ -37,10 +38,10 @@ def say(message: str) -> None:
         print(f"sdft up: {message}", file=sys.stderr, flush=True)
 
 
-def run_up(data_dir: Path | None, host: str | None, port: int | None) -> int:
+def run_up(data_dir: Path | None, host: str | None, port: int | None, inference: str | None = None) -> int:
     """Run until stopped; None means: as the settings say. Returns the exit status."""
     try:
-        settings = load_settings(data_dir, host, port)
+        settings = load_settings(data_dir, host, port, inference)
         for name, nearest in unknown_variables().items():
             say(f"note: {name} is no setting" + (f"; is {nearest} meant?" if nearest else ""))
         if problem := directory_problem(settings.data_dir):
@@ -69,10 +70,12 @@ def _serve(settings: Settings, stop_requested: threading.Event) -> None:
     check_port_free(settings.host, settings.port)
     if missing := missing_training_packages():
         raise StackError(f"these packages are not installed: {', '.join(missing)}; install them with: pip install 'sdft[train]'")
-    own_inference = "inference_url" not in settings.model_fields_set
+    own_inference = "inference_urls" not in settings.model_fields_set
     if own_inference:
-        settings = settings.model_copy(update={"inference_url": f"http://127.0.0.1:{free_local_port()}"})
+        settings = settings.model_copy(update={"inference_urls": [f"http://127.0.0.1:{free_local_port()}"]})
     stack = Stack(settings)
+    if own_inference and settings.inference == "vllm":
+        vllm.python_of(settings)  # said before anything is prepared
     _prepare(stack, stop_requested)
     supervisor = Supervisor(stop_requested, say)
     try:
@@ -110,9 +113,9 @@ def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:
         supervisor.launch(stack.inference_process())
         say(f"starting; {stack.served_model.id} is being loaded into the inference server")
         for entry in settings.base_models[1:]:
-            say(f"note: {entry.id} is prepared, but the embedded inference server serves {stack.served_model.id} alone; set SDFT_INFERENCE_URL for others")
+            say(f"note: {entry.id} is prepared, but the inference server serves {stack.served_model.id} alone; set SDFT_INFERENCE_URLS for others")
     elif not stack.inference_answers():
-        say(f"note: the inference server at SDFT_INFERENCE_URL={settings.inference_url} doesn't answer; chats wait for it")
+        say(f"note: not all of SDFT_INFERENCE_URLS={','.join(settings.inference_urls)} answer; chats wait for them")
     supervisor.launch(stack.api_process())
     supervisor.launch(stack.worker_process())
     supervisor.wait_until_ready()

@@ -7,6 +7,10 @@ With r_t = pi_trainer(y_t | ...) / pi_sampler(y_t | ...), both at the sampling t
             ratio corrects nothing (its mean given the prefix is 1); what differs is how often the prefix comes up, and the
             product over the tokens before is the exact weight for that.
 
+A server reports log-probabilities at temperature 1, whatever it samples at. At the temperature tau log r_t is taken as the
+difference of those, divided by tau: with z and z + e the two programs' logits, that is (e_y - E[e]) / tau to the first order, where
+the mean is over the distribution at 1 in place of the one at tau. Both are rounding errors' means, near zero.
+
 Weights are constants: no gradient flows through them.
 """
 

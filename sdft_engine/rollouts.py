@@ -24,7 +24,8 @@ class Rollout:
     finished: bool
     """It ended by itself; False: cut off at max_completion_tokens."""
     sampler_logps: list[float] | None = None
-    """Of every completion token by a sampler that is not the trainer, at the sampling temperature; None: the trainer sampled."""
+    """Of every completion token by a sampler that is not the trainer, at temperature 1 whatever it sampled at; None: the trainer
+    sampled."""
 
     def loss_mask(self, skip_first_tokens: int, mask_clipped: bool, answer_start: int = 0) -> list[bool]:
         """Tokens that give loss: all but the first min(skip, length // 4), and none of a clipped rollout if those are masked.

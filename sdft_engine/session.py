@@ -35,6 +35,7 @@ from sdft_engine.schedule import rows_of_step
 from sdft_engine.seeds import seed_of
 from sdft_engine.step import PassBudget
 from sdft_engine.teacher import KEPT_PROBABILITY, Teacher, automatic_temperature
+from sdft_engine.vllm_sampler import RemoteSampler
 
 ALONE = Ranks()
 LEAST_GREEDY_ACCURACY = 0.5
@@ -67,6 +68,8 @@ class Session:
     budget: PassBudget
     prompt_cache: PromptCache | None = None
     """Of a frozen teacher, over several epochs."""
+    sampler: RemoteSampler | None = None
+    """None: the trainer samples the rollouts."""
     anchor: Anchor | None = None
     retention_probe: RetentionProbe | None = None
     retention: Retention | None = None
@@ -86,14 +89,20 @@ class Session:
 
 
 def rollouts_of_step(session: Session, step: int, rows: list[int]) -> list[Rollout]:
+    prompts = [text.prompt_ids for text in session.texts]
+    longest, tau, seed = session.config.distillation.max_completion_tokens, session.temperature, session.config.seed
+    if session.sampler is not None:
+        return session.sampler.sample(
+            session.model, rows, prompts, session.teacher_prompts, max_completion_tokens=longest, temperature=tau, seed=seed, step=step
+        )
     return sample_rollouts(
         session.model,
         rows,
-        [text.prompt_ids for text in session.texts],
+        prompts,
         session.teacher_prompts,
-        max_completion_tokens=session.config.distillation.max_completion_tokens,
-        temperature=session.temperature,
-        seed=session.config.seed,
+        max_completion_tokens=longest,
+        temperature=tau,
+        seed=seed,
         step=step,
         drafts=session.state.last_answers,
     )
@@ -103,7 +112,12 @@ def remember_answers(session: Session, rollouts: list[Rollout]) -> None:
     """Keep these rows' answers as the drafts of their next ones, unless there will be none, nobody reads drafts, or all would be
     too much to keep."""
     settings = session.config.distillation
-    if session.model.fused is not None and settings.n_epochs > 1 and len(session.texts) * settings.max_completion_tokens <= MOST_REMEMBERED_TOKENS:
+    if (
+        session.model.fused is not None
+        and session.sampler is None
+        and settings.n_epochs > 1
+        and len(session.texts) * settings.max_completion_tokens <= MOST_REMEMBERED_TOKENS
+    ):
         session.state.last_answers |= {rollout.row: rollout.completion_ids for rollout in rollouts}
 
 
@@ -153,6 +167,9 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
     refuse_too_long_rows(session)
     if teacher is not None and teacher.kind == "frozen" and settings.n_epochs > 1:  # else no prompt is read twice
         session.prompt_cache = PromptCache(session.teacher_prompts)
+    if teacher is not None and config.sampler is not None:
+        text = session.texts[0]
+        session.sampler = RemoteSampler(config.sampler, config.base_model, text.prompt_ids + text.completion_ids, ranks)
     if shape_kept is not None:
         session.report(
             f"Continuing the parent's adapter: its rank {shape_kept.rank} and alpha {shape_kept.alpha} are kept",

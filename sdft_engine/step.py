@@ -193,21 +193,18 @@ def backward_through_head(
 def _importance(
     model: LanguageModel, hidden_NH: Tensor, rollouts: list[Rollout], counted_N: Tensor, objective: Objective, statistics: TokenStatistics
 ) -> Tensor:
-    """Importance weights (N,) of these rollouts' tokens, one after the other. Of the trainer's own rollouts they are ones."""
+    """Importance weights (N,) of these rollouts' tokens, one after the other. Of the trainer's own rollouts they are ones. Ratios are
+    taken at the sampling temperature, from log-probabilities at 1 (see sdft_engine.importance)."""
     targets = _tensor([token for rollout in rollouts for token in rollout.completion_ids], model.device)
-    own_N = torch.cat(
-        [
-            (model.logits(hidden_NH[part]) / objective.temperature).log_softmax(dim=-1).gather(1, targets[part, None])[:, 0]
-            for part in model.chunks(len(hidden_NH))
-        ]
-    )
+    own_N = torch.cat([model.logits(hidden_NH[part]).log_softmax(dim=-1).gather(1, targets[part, None])[:, 0] for part in model.chunks(len(hidden_NH))])
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     weights = []
     for rollout, own_T, counted_T in zip(rollouts, own_N.split(lengths), counted_N.split(lengths), strict=True):
         if rollout.sampler_logps is None:
             weights.append(torch.ones_like(own_T))
             continue
-        weights_T, ratios_T = importance_weights(own_T, _tensor(rollout.sampler_logps, model.device), counted_T, objective.importance)
+        sampler_T, tau = _tensor(rollout.sampler_logps, model.device), objective.temperature
+        weights_T, ratios_T = importance_weights(own_T / tau, sampler_T / tau, counted_T, objective.importance)
         statistics.ratio_sum += float(ratios_T[counted_T].sum())
         weights.append(weights_T)
     return torch.cat(weights)

@@ -53,10 +53,16 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
     decides, and it alone writes. Raises EngineError; writes result.json only through its caller.
     """
 
-    def agreed_stop() -> StopReason | None:
-        return ranks.agree(stop_requested())
-
     session = open_session(run, ranks)
+    try:
+        return _train(session, lambda: ranks.agree(stop_requested()))
+    finally:
+        if session.sampler is not None:
+            session.sampler.close()
+
+
+def _train(session: Session, agreed_stop: Callable[[], StopReason | None]) -> TrainingResult:
+    run, ranks = session.run, session.ranks
     stop = settle(session, agreed_stop)
     if stop is not None:
         return _result(session, "stopped", stop)
@@ -163,7 +169,7 @@ def rollout_report(session: Session, step: int, rollouts: list[Rollout], masks: 
 def objective_of(session: Session) -> Objective:
     settings = session.config.distillation
     loss = TokenLoss(settings.divergence, settings.jsd_beta, settings.estimator, settings.top_k, settings.entry_clip, settings.token_clip)
-    return Objective(loss, session.temperature)
+    return Objective(loss, session.temperature, session.config.importance)
 
 
 def answer_starts(session: Session, rollouts: list[Rollout]) -> list[int] | None:

@@ -1,105 +1,69 @@
-"""Proof that the inference server serves what was trained, not the bare base model.
+"""A model on every inference server that can be reached: loaded, and compared with what its trainer measured."""
 
-The trainer left log-probabilities of fixed token sequences, with the adapter and without. The server must reproduce both
-within the tolerance, and wherever the trainer's adapter clearly differs from its base, the served one must differ from
-the served base as well. The second condition is no consequence of the first: an adapter that changes little would match
-within the tolerance even if it were never applied.
-"""
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
+from core.base_models import BaseModelEntry
 from core.database import unix_now
+from core.errors import InferenceUnavailable
 from core.inference_client import InferenceClient
+from core.served_adapters import load_into_server
 from core.tables.models import Model
-from sdft_engine.contract.run_directory import Attestation, AttestationProbe
-from sdft_engine.contract.sealed_directory import ADAPTER_WEIGHTS_NAME, ATTESTATION_NAME, file_sha256
+from sdft_engine.contract.sealed_directory import file_sha256
+from sdft_engine.contract.served_attestation import Verdict, compare_served
+from worker.resources import Resources
 
-LEAST_SHARE = 0.5
-"""Of the trainer's difference between adapter and base, summed over the places where it is clear, the served one must show
-this share. Rounding moves single places, not the sum; an adapter that is not applied shows none of it."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`reason` is None where the server proved itself. `record` goes into the model's row."""
-
-    reason: str | None
-    record: dict[str, Any]
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 
-@dataclass
-class _Differences:
-    adapter: float = 0.0
-    base: float = 0.0
-    trained_effect: float = 0.0
-    served_effect: float = 0.0
-    clear_places: int = 0
+def prove_on_servers(resources: Resources, model: Model) -> Verdict:
+    """The verdict on the model: the worst of the servers', with what identifies model, base and chat template in its record. One
+    that can't be reached is left out: it proves itself when it is asked for the model later.
 
-
-def compare_with_attestation(model: Model, adapter_dir: Path, client: InferenceClient, tolerance: float) -> Verdict:
-    """Compare the loaded adapter with its attestation. Raises InferenceUnavailable, InferenceFailed, or AdapterRefused."""
-    attestation = Attestation.model_validate_json((adapter_dir / ATTESTATION_NAME).read_bytes())
-    found = _Differences()
-    for probe in attestation.probes:
-        served = client.prompt_logprobs(model.serving_name, probe.token_ids)
-        base = client.prompt_logprobs(model.base_model, probe.token_ids)
-        _compare(probe, served, base, tolerance, found)
-    served_dtype = client.served_dtype(model.base_model)
-    reason = _reason(attestation, found, tolerance)
-    if reason and served_dtype not in (None, attestation.dtype):
-        reason += f"; the trainer computed in {attestation.dtype} and the inference server in {served_dtype}: set SDFT_DTYPE to one of them for both"
-    record = {
-        "matched": reason is None,
-        "reason": reason,
-        "probe_count": len(attestation.probes),
-        "token_count": sum(len(probe.token_ids) - 1 for probe in attestation.probes),
-        "largest_difference": _finite(found.adapter),
-        "largest_base_difference": _finite(found.base),
-        "clear_places": found.clear_places,
-        "tolerance": tolerance,
-        "dtype": attestation.dtype,
-        "served_dtype": served_dtype,
+    Raises InferenceUnavailable where none can be reached; InferenceFailed, AdapterRefused, ObjectDamaged or FileNotFoundError.
+    """
+    clients = resources.inference.clients
+    with ThreadPoolExecutor(len(clients)) as threads:
+        answers = list(threads.map(partial(_unless_unreachable, partial(_prove, resources, model)), clients))
+    found = [answer for answer in answers if isinstance(answer, Verdict)]
+    if not found:
+        raise next(answer for answer in answers if isinstance(answer, InferenceUnavailable))
+    worst = max(found, key=lambda verdict: (verdict.reason is not None, verdict.record["largest_difference"] or 0))
+    record = worst.record | {
+        "servers": len(found),
         "base_model": model.base_model,
+        **_identity_of(resources, model.base_model),
         "archive_sha256": model.archive_sha256,
-        "weights_sha256": file_sha256(adapter_dir / ADAPTER_WEIGHTS_NAME),
         "checked_at": unix_now(),
     }
-    return Verdict(reason, record)
+    return Verdict(worst.reason, record)
 
 
-def _compare(probe: AttestationProbe, served: list[float], served_base: list[float], tolerance: float, found: _Differences) -> None:
-    if not len(served) == len(served_base) == len(probe.adapter_logps) == len(probe.base_logps):
-        found.adapter = math.inf
-        return
-    for trained, trained_base, here, here_base in zip(probe.adapter_logps, probe.base_logps, served, served_base, strict=True):
-        found.adapter = _larger(found.adapter, abs(here - trained))
-        found.base = _larger(found.base, abs(here_base - trained_base))
-        if abs(trained - trained_base) > tolerance:
-            found.clear_places += 1
-            found.trained_effect += abs(trained - trained_base)
-            found.served_effect += abs(here - here_base)
+def _prove(resources: Resources, model: Model, client: InferenceClient) -> Verdict:
+    directory = resources.settings.served_adapters_dir
+    load_into_server(model, resources.storage, directory, client)
+    score = client.prompt_logprobs
+    served_dtype = client.served_dtype(model.base_model)
+    tolerance = resources.settings.attestation_tolerance
+    return compare_served(directory / model.serving_name, partial(score, model.serving_name), partial(score, model.base_model), served_dtype, tolerance)
 
 
-def _reason(attestation: Attestation, found: _Differences, tolerance: float) -> str | None:
-    if not attestation.probes:
-        return "the trainer left nothing to compare with"
-    if found.clear_places and not found.served_effect >= LEAST_SHARE * found.trained_effect:
-        return "the inference server answers as if the adapter were not applied"
-    if not found.base <= tolerance:
-        return f"the inference server's base model differs from the trainer's by {found.base:.3g} nats, more than {tolerance:g}"
-    if not found.adapter <= tolerance:
-        return f"the served adapter differs from the trained one by {found.adapter:.3g} nats, more than {tolerance:g}"
-    return None
+def _unless_unreachable(prove: Callable[[InferenceClient], Verdict], client: InferenceClient) -> Verdict | InferenceUnavailable:
+    try:
+        return prove(client)
+    except InferenceUnavailable as error:
+        return error
 
 
-def _larger(known: float, value: float) -> float:
-    """The maximum, in which a NaN is never forgotten."""
-    return math.inf if math.isnan(value) else max(known, value)
-
-
-def _finite(value: float) -> float | None:
-    """Infinity is no JSON."""
-    return value if math.isfinite(value) else None
+def _identity_of(resources: Resources, base_model: str) -> dict[str, str | None]:
+    """What the base model was made from, and its chat template, by which prompts of training and of serving are the same."""
+    entry: BaseModelEntry | None = resources.settings.base_model(base_model)
+    if entry is None:
+        return {}
+    template = entry.directory(resources.settings.cache_dir) / CHAT_TEMPLATE_NAME
+    return {
+        "base_source": entry.source,
+        "base_revision": entry.revision,
+        "chat_template_sha256": file_sha256(template) if template.exists() else None,
+    }

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from core.settings import Settings
 
 POLL_SECONDS = 0.2
+SAMPLER_KEY = "SAMPLER_API_KEY"
+"""The variable in which a trainer finds the inference server's key."""
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:
@@ -18,6 +20,8 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     kept |= {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
     if settings.training_slots > 1:
         kept.setdefault("GOMP_SPINCOUNT", "0")  # trainers side by side: a thread that waits for work takes the other's core
+    if settings.inference_api_key:
+        kept[SAMPLER_KEY] = settings.inference_api_key.get_secret_value()
     if settings.trainer_threads:
         kept["OMP_NUM_THREADS"] = str(settings.trainer_threads)
     return kept

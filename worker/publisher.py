@@ -13,13 +13,13 @@ from core.errors import InferenceFailed, InferenceUnavailable
 from core.jobs.events import append_event
 from core.jobs.transitions import Progress, record_progress, succeed
 from core.logging import get_logger
-from core.served_adapters import remove_from_server
+from core.served_adapters import remove_from_servers
 from core.tables.files import File
 from core.tables.models import Model
 from sdft_engine.contract import sealed_directory
 from sdft_engine.contract.run_directory import RunDirectory, TrainingResult
+from sdft_engine.contract.served_attestation import Verdict
 from worker.adapter_archives import store_adapter
-from worker.comparison import Verdict
 from worker.held_lease import HeldLease
 from worker.resources import Resources
 from worker.result_file import store_result_file
@@ -57,7 +57,7 @@ def publish(resources: Resources, lease: HeldLease, run: RunDirectory, prepared:
         lease.settle(lambda session: _finish(session, lease, publication, result))
     finally:
         if model.storage_key in delete_unreferenced(resources.database, resources.storage, keys):
-            remove_from_server(model, resources.settings.served_adapters_dir, resources.inference)
+            remove_from_servers(model, resources.settings.served_adapters_dir, resources.inference)
     log.info("model_published", model=model.id, status=model.status, reason=reason)
 
 
@@ -86,7 +86,7 @@ def _verify_patiently(resources: Resources, lease: HeldLease, model: Model) -> s
     model.attestation = verdict.record
     model.status = "unverified" if verdict.reason else "servable"
     if verdict.reason:
-        remove_from_server(model, resources.settings.served_adapters_dir, resources.inference)
+        remove_from_servers(model, resources.settings.served_adapters_dir, resources.inference)
     return verdict.reason
 
 

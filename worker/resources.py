@@ -8,7 +8,7 @@ from functools import lru_cache
 from celery import Celery
 
 from core.database import Database
-from core.inference_client import InferenceClient
+from core.inference_servers import InferenceServers
 from core.settings import Settings, get_settings
 from core.storage import LocalStorage, Storage
 
@@ -24,7 +24,7 @@ class Resources:
     settings: Settings
     database: Database
     storage: Storage
-    inference: InferenceClient
+    inference: InferenceServers
     doorbell: Celery
     trainer_command: tuple[str, ...] = TRAINER_COMMAND
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -50,7 +50,7 @@ def resources_of(app: Celery) -> Resources:
         settings=settings,
         database=Database(settings.resolved_database_url),
         storage=LocalStorage(settings.storage_dir),
-        inference=InferenceClient(settings),
+        inference=InferenceServers(settings),
         doorbell=app,
         trainer_command=TRAINER_COMMAND,
     )

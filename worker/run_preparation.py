@@ -19,16 +19,18 @@ from core.tables.files import File
 from core.tables.jobs import Checkpoint, Job, JobMetrics
 from core.tables.models import Model
 from core.tables.projects import Project
-from sdft_engine.contract.config import TrainingConfig
+from sdft_engine.contract.config import TrainingConfig, VllmSampler
 from sdft_engine.contract.dataset import DatasetProblem
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised, SdftHyperparameters
 from sdft_engine.contract.probes import PARAM as RETENTION_PARAM
 from sdft_engine.contract.run_directory import RunDirectory, write_atomically
 from worker.base_models import PreparedBaseModel, load_base_model
 from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, retention_file_id, teacher_view, wire_hyperparameters
+from worker.engine_process import SAMPLER_KEY
 from worker.failures import JobRejected
 from worker.held_lease import HeldLease
 from worker.resources import Resources
+from worker.rollout_adapters import rollout_adapters_of
 
 log = get_logger(__name__)
 
@@ -54,7 +56,7 @@ def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> Pr
         validation_file = session.get(File, job.validation_file_id) if job.validation_file_id else None
         retention_file = session.get(File, file_id) if (file_id := retention_file_id(job)) else None
     base_model = load_base_model(resources.settings, job.base_model, lease.check_wanted)
-    config = _config(resources, job, base_model)
+    config = _config(resources, job, base_model, lease.claim.attempt)
     write_atomically(run.config_path, config.model_dump_json(indent=1).encode())
     dropped, validation_dropped = _dropped_lines(resources, lease, job, base_model, training_file, validation_file)
     _write_rows(run.train_path, read_lines(resources.storage, training_file, "training_file"), dropped, lease)
@@ -79,7 +81,7 @@ def discard_bulk(run: RunDirectory) -> None:
         shutil.rmtree(scratch, ignore_errors=True) if scratch.is_dir() else scratch.unlink(missing_ok=True)
 
 
-def _config(resources: Resources, job: Job, base_model: PreparedBaseModel) -> TrainingConfig:
+def _config(resources: Resources, job: Job, base_model: PreparedBaseModel, attempt: int) -> TrainingConfig:
     method = job.method["type"]
     resolved = job.resolved_hyperparameters
     return TrainingConfig(
@@ -96,7 +98,22 @@ def _config(resources: Resources, job: Job, base_model: PreparedBaseModel) -> Tr
         threads=resources.settings.trainer_threads,
         gradient_checkpointing=resources.settings.gradient_checkpointing,
         tokens_per_pass=resources.settings.tokens_per_pass,
+        sampler=_sampler(resources, job, attempt),
         retention=_when_retention_is_measured(resources.settings, job),
+    )
+
+
+def _sampler(resources: Resources, job: Job, attempt: int) -> VllmSampler | None:
+    """The first inference server that answers, where the job wants its rollouts from vLLM."""
+    if job.method.get("sdft", {}).get("sampler") != "vllm":
+        return None
+    clients = resources.inference.clients
+    client = next((client for client in clients if client.healthy()), clients[0])
+    return VllmSampler(
+        url=client.url,
+        adapters_dir=resources.settings.served_adapters_dir,
+        name_prefix=f"{rollout_adapters_of(job.id)}{attempt}",
+        api_key_env=SAMPLER_KEY if resources.settings.inference_api_key else None,
     )
 
 

@@ -23,6 +23,7 @@ from worker.held_lease import HeldLease, StopRequested
 from worker.metrics_import import ProgressImport
 from worker.publisher import publish
 from worker.resources import Resources
+from worker.rollout_adapters import forget_rollout_adapters
 from worker.run_preparation import PreparedRun, discard_bulk, prepare_run
 from worker.stored_objects import delete_unreferenced
 from worker.trainer_process import TrainerProcess, last_log_lines
@@ -47,6 +48,7 @@ def train(resources: Resources, claim: Claim, claimed_at: float) -> None:
                 _attempt_or_give_up(resources, lease, run)
         finally:
             discard_bulk(run)
+            forget_rollout_adapters(resources, claim.job_id)
 
 
 def _attempt_or_give_up(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:

@@ -14,10 +14,11 @@ from core.errors import InferenceFailed, InferenceUnavailable, ServiceError
 from core.inference_client import AdapterRefused
 from core.jobs.events import append_event
 from core.logging import get_logger
-from core.served_adapters import load_into_server, remove_from_server
+from core.served_adapters import remove_from_servers
 from core.storage import ObjectDamaged
 from core.tables.models import Model
-from worker.comparison import Verdict, compare_with_attestation
+from sdft_engine.contract.served_attestation import Verdict
+from worker.comparison import prove_on_servers
 from worker.resources import Resources
 
 LOOK_SECONDS = 3.0
@@ -31,10 +32,8 @@ log = get_logger(__name__)
 
 
 def verify(resources: Resources, model: Model) -> Verdict:
-    """Load the model into the inference server and compare. Raises ObjectDamaged or one of NOT_VERIFIABLE_NOW."""
-    directory = resources.settings.served_adapters_dir
-    load_into_server(model, resources.storage, directory, resources.inference)
-    return compare_with_attestation(model, directory / model.serving_name, resources.inference, resources.settings.attestation_tolerance)
+    """Load the model into the inference servers and compare. Raises ObjectDamaged or one of NOT_VERIFIABLE_NOW."""
+    return prove_on_servers(resources, model)
 
 
 @dataclass
@@ -76,7 +75,7 @@ class Verifier:
         if not self._record(model, verdict):
             stays = not self._is_deleted(model)  # another worker was faster, and looks after it
         if not stays:
-            remove_from_server(model, self.resources.settings.served_adapters_dir, self.resources.inference)
+            remove_from_servers(model, self.resources.settings.served_adapters_dir, self.resources.inference)
         return True
 
     def _record(self, model: Model, verdict: Verdict) -> bool:

@@ -1,6 +1,11 @@
-"""Has adapters loaded into the inference server when a chat needs one that is not there: after its restart, say."""
+"""Has adapters loaded into an inference server when a chat needs one that is not there: after its restart, say.
+
+A server that has just loaded one proves that it serves what was trained before it answers for it: it may be another than the one
+that proved itself when the model was published, or have come back as another.
+"""
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
@@ -11,37 +16,57 @@ from core.logging import get_logger
 from core.served_adapters import load_into_server
 from core.storage import Storage
 from core.tables.models import Model
+from sdft_engine.contract.served_attestation import compare_served
 
 log = get_logger(__name__)
 
 
 class AdapterLoading:
-    """One load at a time for each adapter; whoever asks meanwhile waits for that one."""
+    """One load at a time for each adapter and server; whoever asks meanwhile waits for that one. `tolerance` in nats."""
 
-    def __init__(self, storage: Storage, served_adapters_dir: Path, client: InferenceClient) -> None:
+    def __init__(self, storage: Storage, served_adapters_dir: Path, tolerance: float) -> None:
         self._storage = storage
         self._served_adapters_dir = served_adapters_dir
-        self._client = client
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._tolerance = tolerance
+        self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
 
-    async def load(self, model: Model) -> None:
-        """Raises InferenceUnavailable, InferenceFailed with the server's reason, or ObjectDamaged."""
-        task = self._running.get(model.serving_name)
+    async def settled(self, model: Model, client: InferenceClient) -> None:
+        """Wait for a load that is under way: until its end the server may answer for the model unproved. Raises what `load` does."""
+        if (task := self._running.get((client.url, model.serving_name))) is not None:
+            await asyncio.shield(task)
+
+    async def load(self, model: Model, client: InferenceClient) -> None:
+        """Raises InferenceUnavailable, InferenceFailed with the reason, or ObjectDamaged."""
+        key = (client.url, model.serving_name)
+        task = self._running.get(key)
         if task is None:
-            task = asyncio.create_task(self._load(model))
-            self._running[model.serving_name] = task
-            task.add_done_callback(lambda done: self._forget(model.serving_name, done))
+            task = asyncio.create_task(self._load(model, client))
+            self._running[key] = task
+            task.add_done_callback(lambda done: self._forget(key, done))
         await asyncio.shield(task)  # a client that leaves must not stop the load that others wait for
 
-    def _forget(self, serving_name: str, done: asyncio.Task[None]) -> None:
-        del self._running[serving_name]
+    def _forget(self, key: tuple[str, str], done: asyncio.Task[None]) -> None:
+        del self._running[key]
         if not done.cancelled():
             done.exception()  # seen here too, for the case that everybody who waited has left
 
-    async def _load(self, model: Model) -> None:
-        log.info("adapter_loading", model=model.id)
+    async def _load(self, model: Model, client: InferenceClient) -> None:
+        log.info("adapter_loading", model=model.id, server=client.url)
         try:
-            await anyio.to_thread.run_sync(load_into_server, model, self._storage, self._served_adapters_dir, self._client)
+            reason = await anyio.to_thread.run_sync(self._loaded_and_compared, model, client)
         except AdapterRefused as error:
-            log.error("adapter_refused", model=model.id, error=str(error))
+            log.error("adapter_refused", model=model.id, server=client.url, error=str(error))
             raise InferenceFailed(f"the inference server can't load the model {model.id}: {error}") from error
+        if reason is not None:
+            log.error("served_model_differs", model=model.id, server=client.url, reason=reason)
+            raise InferenceFailed(f"the inference server does not serve {model.id} as it was trained: {reason}")
+
+    def _loaded_and_compared(self, model: Model, client: InferenceClient) -> str | None:
+        """Returns why the server may not answer for the model; it is unloaded then."""
+        load_into_server(model, self._storage, self._served_adapters_dir, client)
+        directory, score = self._served_adapters_dir / model.serving_name, client.prompt_logprobs
+        served_dtype = client.served_dtype(model.base_model)
+        verdict = compare_served(directory, partial(score, model.serving_name), partial(score, model.base_model), served_dtype, self._tolerance)
+        if verdict.reason is not None:
+            client.unload_adapter(model.serving_name)
+        return verdict.reason

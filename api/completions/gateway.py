@@ -4,7 +4,7 @@ No database session is held while the inference server works. A client that leav
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
@@ -19,8 +19,12 @@ from api.completions.served_models import ServedModel, find_served_model
 from api.completions.streamed_answer import StreamedAnswer
 from api.completions.upstream_errors import translated
 from api.state import ApiState
+from core.errors import InferenceFailed, InferenceUnavailable
+from core.inference_client import InferenceAnswer, InferenceClient
+from core.logging import get_logger
 
 Result = TypeVar("Result")
+log = get_logger(__name__)
 
 
 async def answer(request: Request, state: ApiState, project_id: str, path: str, wanted: SamplingRequest) -> Response:
@@ -35,26 +39,52 @@ async def answer(request: Request, state: ApiState, project_id: str, path: str, 
 
 
 async def _whole(state: ApiState, model: ServedModel, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    found = await state.inference.complete(path, body)
-    if found.status == 404 and model.adapter is not None:
-        await state.adapter_loading.load(model.adapter)
-        found = await state.inference.complete(path, body)
+    async def ask(client: InferenceClient) -> InferenceAnswer:
+        found = await client.complete(path, body)
+        if found.status == 404 and model.adapter is not None:
+            await state.adapter_loading.load(model.adapter, client)
+            found = await client.complete(path, body)
+        return found
+
+    found = await _first_answer(state, model, ask)
     if found.status != 200:
         raise translated(found.status, found.body, model)
     return {**found.body, "model": model.public_id}
 
 
 async def _streamed(state: ApiState, model: ServedModel, path: str, body: dict[str, Any]) -> Response:
-    """Returns once the inference server has accepted the request, so that a refusal still gets its own status."""
-    async with AsyncExitStack() as opened:
-        status, chunks = await opened.enter_async_context(state.inference.stream(path, body))
+    """Returns once an inference server has accepted the request, so that a refusal still gets its own status."""
+
+    async def ask(client: InferenceClient) -> tuple[int, AsyncIterator[bytes]]:
+        status, chunks = await opened.enter_async_context(client.stream(path, body))
         if status == 404 and model.adapter is not None:
             await opened.aclose()
-            await state.adapter_loading.load(model.adapter)
-            status, chunks = await opened.enter_async_context(state.inference.stream(path, body))
+            await state.adapter_loading.load(model.adapter, client)
+            status, chunks = await opened.enter_async_context(client.stream(path, body))
+        return status, chunks
+
+    async with AsyncExitStack() as opened:
+        status, chunks = await _first_answer(state, model, ask)
         if status != 200:
             raise translated(status, await _json_of(chunks), model)
         return StreamedAnswer(chunks, model, opened.pop_all())
+
+
+async def _first_answer(state: ApiState, model: ServedModel, ask: Callable[[InferenceClient], Awaitable[Result]]) -> Result:
+    """What the first server says that can be reached and serves the model. Raises what the last one raised where none does."""
+
+    async def ask_settled(client: InferenceClient) -> Result:
+        if model.adapter is not None:
+            await state.adapter_loading.settled(model.adapter, client)
+        return await ask(client)
+
+    *others, last = state.inference.in_order(model.serving_name)
+    for client in others:
+        try:
+            return await ask_settled(client)
+        except (InferenceUnavailable, InferenceFailed) as error:
+            log.warning("asking_another_server", model=model.public_id, server=client.url, error=error.message)
+    return await ask_settled(last)
 
 
 async def _json_of(chunks: AsyncIterator[bytes]) -> Any:

@@ -10,7 +10,7 @@ from api.models.schemas import AdapterFormat, ModelObject
 from api.state import ApiState
 from core.base_models import PREPARED_MARK, BaseModelEntry
 from core.errors import BadRequest, Conflict, ModelNotFound
-from core.served_adapters import remove_from_server
+from core.served_adapters import remove_from_servers
 from core.settings import Settings
 from core.storage import StoredObject
 from core.tables.exports import ModelExport
@@ -65,7 +65,7 @@ def delete_model(state: ApiState, model: Model) -> None:
             raise Conflict(f"the unfinished job {job_id} continues from {model.id}; cancel the job first", code="model_in_use", param="model")
         locked.status = "deleted"
         exports = session.scalars(delete(ModelExport).where(ModelExport.model_id == model.id).returning(ModelExport.storage_key)).all()
-    remove_from_server(model, state.settings.served_adapters_dir, state.inference)
+    remove_from_servers(model, state.settings.served_adapters_dir, state.inference)
     for key in (model.storage_key, *exports):
         if key is not None:  # an export that is not made yet
             state.storage.delete(key)

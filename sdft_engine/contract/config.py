@@ -18,6 +18,22 @@ def _usable_template(template: str) -> str:
     return template
 
 
+class VllmSampler(BaseModel):
+    """A vLLM server that samples the rollouts: serves the base model under `base_model`'s id, with LoRA at run time."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: str
+    adapters_dir: Path
+    """Which server and trainer both see under this path."""
+    name_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
+    """Of the names that the student is loaded under: no other run's."""
+    api_key_env: str | None = None
+    """The environment variable that holds the server's key."""
+    tolerance: float = Field(0.1, gt=0)
+    """Largest difference in log-probability (nats) between server and trainer on a fixed text."""
+
+
 class TrainingConfig(BaseModel):
     """Everything a trainer needs to know besides the data. Nothing in it is "auto" but dtype, device, temperature and
     the masking of cut-off answers, which depend on the machine and the model and are settled, and reported, by the trainer."""
@@ -42,6 +58,10 @@ class TrainingConfig(BaseModel):
     """Padded tokens of a pass with gradients (at least one row is read); without gradients twice as many. The gradients of a
     batch's passes are added up."""
     rollout_sample_every_steps: int = Field(10, ge=1)
+    sampler: VllmSampler | None = None
+    """Who samples the rollouts; none: the trainer itself."""
+    importance: Literal["sequence", "prefix"] = "sequence"
+    """How rollouts of a sampler that is not the trainer are weighed (sdft_engine.importance)."""
     retention: Literal["off", "end", "checkpoints"] = "off"
     """When the general questions are asked: never, after the last step, or at every checkpoint too."""
 

@@ -9,6 +9,8 @@
     ├── NumericalError          numerical_error        the user: learning rate, precision
     ├── Collapsed               collapsed           the user: the teacher, the learning rate
     ├── OutOfMemory             out_of_memory          the user: batch size, completion length
+    ├── SamplerUnavailable      sampler_unavailable    the operator: the inference server that samples rollouts
+    ├── StaleSampler            stale_sampler          the operator: that server, or its precision
     └── DiskFull                disk_full              the operator
 
 Torch-free.
@@ -59,6 +61,22 @@ class Collapsed(EngineError):
     """The student degenerates; checkpoints from before are kept."""
 
     code = "collapsed"
+
+
+class SamplerUnavailable(EngineError):
+    """The server that samples rollouts can't be reached, or refuses. `lasting`: it would refuse again."""
+
+    code = "sampler_unavailable"
+
+    def __init__(self, message: str, *, param: str | None = None, lasting: bool = False) -> None:
+        super().__init__(message, param=param)
+        self.lasting = lasting
+
+
+class StaleSampler(EngineError):
+    """The server that samples rollouts does not hold the weights that are trained."""
+
+    code = "stale_sampler"
 
 
 class OutOfMemory(EngineError):

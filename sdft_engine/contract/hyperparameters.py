@@ -15,7 +15,6 @@ Auto = Literal["auto"]
 Wire = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 NOT_YET_AVAILABLE = {
-    "sampler": ("vllm",),
     "baseline": ("sft_matched",),
 }
 """Values of known fields that this version refuses, by field."""

@@ -16,14 +16,14 @@ SETTINGS: dict[str, Any] = {"base_models": [{"id": "tiny", "source": "/models/ti
 @pytest.fixture
 def api(make_settings: MakeSettings, sqlite_url: str, valkey: str) -> Iterator[Api]:
     """The API in this process, on SQLite, with nothing behind its inference URL."""
-    with serve(make_settings(redis_url=valkey, inference_url="http://127.0.0.1:1", **SETTINGS)) as opened:
+    with serve(make_settings(redis_url=valkey, inference_urls=["http://127.0.0.1:1"], **SETTINGS)) as opened:
         yield opened
 
 
 @pytest.fixture
 def api_on_both(make_settings: MakeSettings, database_url: str, valkey: str) -> Iterator[Api]:
     """Likewise, on SQLite and on Postgres: for queries."""
-    with serve(make_settings(database_url=database_url, redis_url=valkey, inference_url="http://127.0.0.1:1", **SETTINGS)) as opened:
+    with serve(make_settings(database_url=database_url, redis_url=valkey, inference_urls=["http://127.0.0.1:1"], **SETTINGS)) as opened:
         yield opened
 
 
@@ -37,7 +37,7 @@ def live_api(make_settings: MakeSettings, sqlite_url: str, valkey: str, inferenc
     """The API on a port, and the inference stub behind it."""
     with (
         on_a_port(inference.application()) as inference_url,
-        serve(make_settings(redis_url=valkey, inference_url=inference_url, **SETTINGS)) as opened,
+        serve(make_settings(redis_url=valkey, inference_urls=[inference_url], **SETTINGS)) as opened,
         on_a_port(opened.app) as base_url,
     ):
         yield replace(opened, base_url=base_url)

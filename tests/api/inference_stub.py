@@ -11,6 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.fixtures.scripted_model import logps
+
+ADAPTER = 7
+"""Every adapter's state: see tests/fixtures/scripted_model.py."""
 WORDS = ("The ", "tank ", "is full ✓.")
 
 
@@ -23,6 +27,12 @@ class InferenceStub:
     load_paths: list[str] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
     chats: list[dict[str, Any]] = field(default_factory=list)
+    scored: list[str] = field(default_factory=list)
+    """Models that were asked for log-probabilities of a prompt, as a proof that they are served as trained."""
+    score_seconds: float = 0
+    ignores_adapters: bool = False
+    answered: dict[str, int] = field(default_factory=dict)
+    """Answers by the model's name."""
     misbehaviour: Callable[[Request], Response] | None = None
     refuses_loads: str | None = None
     load_seconds: float = 0
@@ -37,7 +47,8 @@ class InferenceStub:
                 Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
                 Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
-                Route("/v1/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/v1/models", lambda request: JSONResponse({"data": [{"id": self.base_model}]})),
             ]
         )
 
@@ -56,6 +67,15 @@ class InferenceStub:
         self.loaded.discard(name)
         return JSONResponse({})
 
+    async def _complete(self, request: Request) -> Response:
+        body = await request.json()
+        if not (body.get("echo") and body.get("temperature") == 0):
+            return await self._chat(request)
+        self.scored.append(body["model"])
+        await asyncio.sleep(self.score_seconds)
+        state = ADAPTER if body["model"] in self.loaded and not self.ignores_adapters else None
+        return JSONResponse({"choices": [{"logprobs": {"token_logprobs": [None, *logps(state, body["prompt"]), -1.0]}}]})
+
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
         self.chats.append(body)
@@ -63,6 +83,7 @@ class InferenceStub:
             return self.misbehaviour(request)
         if body["model"] not in (self.base_model, *self.loaded):
             return _error(404, f"The model `{body['model']}` does not exist.")
+        self.answered[body["model"]] = self.answered.get(body["model"], 0) + 1
         if body.get("stream"):
             return StreamingResponse(self._stream(body), media_type="text/event-stream")
         if self.endless:

@@ -29,7 +29,7 @@ def test_degraded_without_inference_server(api: Api) -> None:
 
 @pytest.mark.parametrize("path", ["/readyz", "/metrics"])
 def test_database_that_is_down(make_settings: MakeSettings, path: str) -> None:
-    settings = make_settings(database_url="postgresql://nobody@127.0.0.1:1/none", redis_url="redis://127.0.0.1:1/0", inference_url="http://127.0.0.1:1")
+    settings = make_settings(database_url="postgresql://nobody@127.0.0.1:1/none", redis_url="redis://127.0.0.1:1/0", inference_urls=["http://127.0.0.1:1"])
     with TestClient(create_app(settings)) as client:
         answer = client.get(path)
         if path == "/metrics":

@@ -12,7 +12,7 @@ MakeSettings = Callable[..., Settings]
 
 def test_only_the_listed_names_are_answered(make_settings: MakeSettings, sqlite_url: str, valkey: str) -> None:
     hosts = ["models.example.com", "*.example.net", "[2001:db8::1]"]
-    with serve(make_settings(redis_url=valkey, inference_url="http://127.0.0.1:1", allowed_hosts=hosts, **SETTINGS)) as api:
+    with serve(make_settings(redis_url=valkey, inference_urls=["http://127.0.0.1:1"], allowed_hosts=hosts, **SETTINGS)) as api:
         for host in ("models.example.com", "MODELS.example.com:443", "a.example.net", "[2001:db8::1]:8000", "127.0.0.1:8000", "localhost", "[::1]:8000"):
             assert api.client.get("/v1/files", headers={"host": host}).status_code == 200, host
         for host in ("evil.example", "evil.example:8000", "models.example.com.evil.example", "example.net", "user@localhost", "127.0.0.1.evil.example", ""):
@@ -21,7 +21,7 @@ def test_only_the_listed_names_are_answered(make_settings: MakeSettings, sqlite_
 
 
 def test_a_wrong_host_is_refused_before_the_key_is_looked_at(make_settings: MakeSettings, sqlite_url: str, valkey: str) -> None:
-    with serve(make_settings(redis_url=valkey, inference_url="http://127.0.0.1:1", allowed_hosts=[], **SETTINGS)) as api:
+    with serve(make_settings(redis_url=valkey, inference_urls=["http://127.0.0.1:1"], allowed_hosts=[], **SETTINGS)) as api:
         answer = api.client.post("/v1/files", headers={"host": "evil.example", "authorization": "Bearer wrong"})
         assert "'evil.example'" in assert_error(answer, 400, "invalid_host")
         assert_error(api.client.get("/v1/files", headers={"host": "localhost", "authorization": "Bearer wrong"}), 401, "invalid_api_key")

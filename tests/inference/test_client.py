@@ -20,7 +20,7 @@ def test_loading_scoring_and_unloading(
     make_server: MakeServer, make_settings: Callable[..., Settings], reference_logprobs: Callable[..., torch.Tensor]
 ) -> None:
     with make_server(api_key="geheim") as server:
-        client = InferenceClient(make_settings(inference_url=server.url, inference_api_key="geheim"))
+        client = InferenceClient(server.url, make_settings(inference_api_key="geheim"))
         ids = [70, 81, 92, 103]
         with pytest.raises(AdapterRefused, match="does not exist"):
             client.prompt_logprobs("first", ids)
@@ -50,6 +50,6 @@ def test_answers_whole_and_streamed(make_server: MakeServer, make_settings: Call
         return whole.body["choices"][0]["message"]["content"], "".join(e["choices"][0]["delta"].get("content", "") for e in events)
 
     with make_server() as server:
-        whole, streamed = asyncio.run(ask(InferenceClient(make_settings(inference_url=server.url))))
+        whole, streamed = asyncio.run(ask(InferenceClient(server.url, make_settings())))
         assert whole
         assert whole == streamed

@@ -8,6 +8,7 @@ import pytest
 from core.base_models import BaseModelEntry
 from core.settings import Settings
 from local_stack.commands import Stack
+from local_stack.errors import StackError
 from local_stack.leftovers import role_of
 
 MakeSettings = Callable[..., Settings]
@@ -16,7 +17,7 @@ MakeSettings = Callable[..., Settings]
 @pytest.fixture
 def stack(make_settings: MakeSettings) -> Stack:
     settings = make_settings(
-        inference_url="http://127.0.0.1:4321", port=4322, training_slots=3, inference_threads=1, inference_max_batch=7, device="cpu", dtype="bfloat16"
+        inference_urls=["http://127.0.0.1:4321"], port=4322, training_slots=3, inference_threads=1, inference_max_batch=7, device="cpu", dtype="bfloat16"
     )
     settings.data_dir.mkdir(parents=True)
     return Stack(settings)
@@ -48,7 +49,7 @@ def test_children_get_absolute_settings_and_threads_that_do_not_spin(stack: Stac
     environment = stack.environment
     assert environment["SDFT_DATA_DIR"] == str(stack.settings.data_dir)
     assert environment["SDFT_CACHE_DIR"] == str(stack.settings.cache_dir)
-    assert environment["SDFT_INFERENCE_URL"] == "http://127.0.0.1:4321"
+    assert environment["SDFT_INFERENCE_URLS"] == "http://127.0.0.1:4321"
     assert environment["SDFT_PORT"] == "4322"
     assert environment["OMP_WAIT_POLICY"] == "passive"
 
@@ -92,3 +93,76 @@ def test_on_a_loopback_address_only_its_names_are_answered(make_settings: MakeSe
 
 def test_hosts_that_the_user_allows_are_left_as_they_are(make_settings: MakeSettings) -> None:
     assert "SDFT_ALLOWED_HOSTS" not in Stack(make_settings(allowed_hosts=["*"])).resolved_settings
+
+
+def vllm_environment(directory: Path, *, plugin: bool = True) -> Path:
+    """What looks like one; returns its Python."""
+    python = directory / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    if plugin:
+        (directory / "vllm" / "lib" / "python3.11" / "site-packages" / "sdft_vllm_plugin-0.1.0.dist-info").mkdir(parents=True)
+    return python
+
+
+@pytest.fixture
+def vllm_stack(make_settings: MakeSettings, tmp_path: Path) -> Stack:
+    settings = make_settings(
+        inference="vllm", inference_urls=["http://127.0.0.1:4321"], vllm_python=vllm_environment(tmp_path), device="cpu", inference_api_key="secret"
+    )
+    settings.data_dir.mkdir(parents=True)
+    return Stack(settings)
+
+
+def test_vllm_serves_the_prepared_model_with_adapters(vllm_stack: Stack) -> None:
+    spec = vllm_stack.inference_process()
+    assert Path(spec.argv[0]) == vllm_stack.settings.vllm_python
+    words = " ".join(spec.argv)
+    assert f"--model {vllm_stack.served_model.directory(vllm_stack.settings.cache_dir)} --served-model-name smollm2-135m-instruct" in words
+    assert "--host 127.0.0.1 --port 4321 --dtype float32 --enable-lora --max-lora-rank 32 --max-loras 4 --max-cpu-loras 32" in words
+    assert spec.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert (spec.environment["VLLM_API_KEY"], "secret" in words) == ("secret", False)
+    assert vllm_stack.api_process().environment["SDFT_INFERENCE"] == "vllm", "jobs may ask for its rollouts"
+    assert spec.environment["VLLM_PLUGINS"] == "sdft_cpu_lora", "and no resolver answers with adapters that nobody proved"
+
+
+def test_vllm_and_its_children_are_found_again(vllm_stack: Stack) -> None:
+    spec = vllm_stack.inference_process()
+    data_dir = vllm_stack.settings.data_dir
+    assert role_of(spec.argv, data_dir) == "inference"
+    assert role_of([f"{spec.environment['VLLM_PROCESS_NAME_PREFIX']}::EngineCore"], data_dir) == "inference"
+    assert role_of([f"data_dir={data_dir}2::EngineCore"], data_dir) is None
+
+
+@pytest.mark.parametrize(("dtype", "device", "expected"), [("auto", "cpu", "float32"), ("auto", "cuda", "bfloat16"), ("bfloat16", "cpu", "bfloat16")])
+def test_trainers_compute_in_vllm_s_precision(make_settings: MakeSettings, tmp_path: Path, dtype: str, device: str, expected: str) -> None:
+    stack = Stack(make_settings(inference="vllm", dtype=dtype, device=device, vllm_python=vllm_environment(tmp_path)))
+    argv = stack.inference_process().argv
+    assert stack.environment["SDFT_DTYPE"] == argv[argv.index("--dtype") + 1] == expected
+    assert ("--gpu-memory-utilization" in argv) == (device == "cuda")
+
+
+def test_vllm_that_is_not_installed_is_named_with_the_remedy(make_settings: MakeSettings, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"make vllm.*SDFT_VLLM_PYTHON"):
+        Stack(make_settings(inference="vllm", vllm_python=tmp_path / "none")).inference_process()
+
+
+def test_vllm_without_the_plugin_is_not_started_on_a_cpu(make_settings: MakeSettings, tmp_path: Path) -> None:
+    """Its kernels would answer for the base model with some adapter's weights."""
+    python = vllm_environment(tmp_path, plugin=False)
+    with pytest.raises(StackError, match=r"mix adapters up.*make vllm"):
+        Stack(make_settings(inference="vllm", vllm_python=python, device="cpu")).inference_process()
+    assert Stack(make_settings(inference="vllm", vllm_python=python, device="cuda")).inference_process().argv[0] == str(python)
+
+
+def test_vllm_adapts_the_layers_that_adapters_change_and_no_other(make_settings: MakeSettings, tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = make_settings(
+        inference="vllm", vllm_python=vllm_environment(tmp_path), device="cpu", base_models=[{"id": "tiny", "source": str(tiny_model_dir)}]
+    )
+    prepared = settings.base_models[0].directory(settings.cache_dir)
+    prepared.parent.mkdir(parents=True)
+    prepared.symlink_to(tiny_model_dir)
+    argv = Stack(settings).inference_process().argv
+    start = argv.index("--lora-target-modules") + 1
+    assert argv[start : start + 7] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert not {"lm_head", "embed_tokens"} & set(argv)

@@ -53,7 +53,7 @@ def test_compose_has_every_process() -> None:
 def test_every_variable_is_a_setting(name: str) -> None:
     ours = {variable for variable in environment_of(SERVICES[name]) if variable.startswith("SDFT_")}
     assert ours <= SETTINGS
-    assert {"SDFT_DATA_DIR", "SDFT_CACHE_DIR", "SDFT_DATABASE_URL", "SDFT_REDIS_URL", "SDFT_INFERENCE_URL"} <= ours
+    assert {"SDFT_DATA_DIR", "SDFT_CACHE_DIR", "SDFT_DATABASE_URL", "SDFT_REDIS_URL", "SDFT_INFERENCE_URLS"} <= ours
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -71,7 +71,7 @@ def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.Mon
         postgres["environment"]["POSTGRES_DB"],
     )
     assert urlsplit(settings.resolved_redis_url).hostname == "redis"
-    assert urlsplit(settings.inference_url).netloc == f"inference:{STAGES['inference'].ports[0]}"
+    assert urlsplit(settings.inference_urls[0]).netloc == f"inference:{STAGES['inference'].ports[0]}"
     assert settings.data_dir in {Path(volume.partition(":")[2]) for volume in SERVICES[name]["volumes"]}
     assert settings.cache_dir in {Path(volume.partition(":")[2]) for volume in SERVICES[name]["volumes"]}
 

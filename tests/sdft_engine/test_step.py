@@ -137,16 +137,18 @@ def test_every_loss_of_a_token_reaches_the_gradient(trained: LanguageModel, plai
 
 @pytest.mark.parametrize("correction", ["sequence", "prefix"])
 def test_rollouts_of_another_sampler_are_weighted(trained: LanguageModel, plain: PlainModel, correction: Any, chunks: str) -> None:
-    """The sampler's probabilities are the trainer's, perturbed; one rollout of the five is the trainer's own."""
+    """The sampler's probabilities, which it tells at temperature 1, are the trainer's, perturbed; one rollout of the five is the
+    trainer's own."""
     student = in_float64(trained.adapters.parameters(STUDENT), requires_grad=True)
     teacher = in_float64(trained.adapters.parameters(TEACHER))
     masks, rollouts, ratio_sum, total = masks_of(), [], 0.0, torch.zeros((), dtype=torch.float64)
     for row, (each, mask) in enumerate(zip(ROLLOUTS, masks, strict=True)):
         q = plain.completion_logps(each.student_prompt_ids, each.completion_ids, student, SHAPE.scaling, 0.7)
         p = plain.completion_logps(each.teacher_prompt_ids, each.completion_ids, teacher, SHAPE.scaling, 0.7)
-        own = [float(q.detach()[position, token]) for position, token in enumerate(each.completion_ids)]
+        at_one = plain.completion_logps(each.student_prompt_ids, each.completion_ids, student, SHAPE.scaling, 1.0).detach()
+        own = [float(at_one[position, token]) for position, token in enumerate(each.completion_ids)]
         noise = torch.randn(len(own), generator=torch.Generator().manual_seed(row)).tolist() if row else [0.0] * len(own)
-        ratios = [math.exp(value) for value in noise]  # trainer / sampler
+        ratios = [math.exp(value / 0.7) for value in noise]  # trainer / sampler, at the sampling temperature
         rollouts.append(dataclasses.replace(each, sampler_logps=[a - b for a, b in zip(own, noise, strict=True)] if row else None))
         counted = [position for position, flag in enumerate(mask) if flag]
         ratio_sum += sum(ratios[position] for position in counted) if row else 0

@@ -12,7 +12,7 @@ import pytest
 from core.database import Database, unix_now
 from core.doorbell import celery_application
 from core.ids import new_id, new_token
-from core.inference_client import InferenceClient
+from core.inference_servers import InferenceServers
 from core.settings import Settings
 from core.storage import LocalStorage
 from core.tables.files import File
@@ -110,7 +110,7 @@ def worker_settings(make_settings: Callable[..., Settings], tiny_model_dir: Path
     """Settings with one prepared base model, the scripted inference server, and a broker that does not exist."""
 
     def make(**overrides: Any) -> Settings:
-        settings = make_settings(**({"base_models": [{"id": "tiny", "source": str(tiny_model_dir)}], "inference_url": inference.url} | overrides))
+        settings = make_settings(**({"base_models": [{"id": "tiny", "source": str(tiny_model_dir)}], "inference_urls": [inference.url]} | overrides))
         prepared = settings.base_models[0].directory(settings.cache_dir)
         prepared.parent.mkdir(parents=True, exist_ok=True)
         if not prepared.exists():
@@ -126,7 +126,7 @@ def workshop_of(settings: Settings, database: Database, tmp_path: Path) -> Works
         settings=settings,
         database=database,
         storage=LocalStorage(settings.storage_dir),
-        inference=InferenceClient(settings),
+        inference=InferenceServers(settings),
         doorbell=celery_application(settings),
         trainer_command=(sys.executable, str(SCRIPTED_TRAINER), str(script_path)),
     )

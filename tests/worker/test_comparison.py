@@ -1,111 +1,83 @@
-"""What proves that a server serves the trained adapter, and what gives away one that does not."""
+"""A model is proved on every inference server that can be reached."""
 
-import hashlib
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 
-from core.inference_client import InferenceClient
+from core.archives import store_directory
+from core.database import Database
+from core.errors import InferenceUnavailable
+from core.settings import Settings
 from core.tables.models import Model
 from sdft_engine.contract.run_directory import Attestation, AttestationProbe
-from worker.comparison import Verdict, compare_with_attestation
+from sdft_engine.contract.sealed_directory import file_sha256
+from tests.fixtures.scripted_inference import ScriptedInference
+from tests.fixtures.scripted_model import logps, write_adapter
+from tests.worker.conftest import Workshop, workshop_of
+from worker.comparison import prove_on_servers
 
-TOLERANCE = 0.05
-
-
-class Server:
-    """Answers with fixed log-probabilities: the adapter's and the base's, one list for each probe."""
-
-    def __init__(self, adapter: list[list[float]], base: list[list[float]], dtype: str | None = None) -> None:
-        self.answers = {"served": iter(adapter), "tiny": iter(base)}
-        self.dtype = dtype
-
-    def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
-        return next(self.answers[model])
-
-    def served_dtype(self, base_model: str) -> str | None:
-        return self.dtype if base_model == "tiny" else None
+AWAY = "http://127.0.0.1:9"
+PROBE = [1, 2, 3, 4]
 
 
-def verdict_on(
-    tmp_path: Path, trained: list[float], trained_base: list[float], served: list[float], served_base: list[float], served_dtype: str | None = None
-) -> Verdict:
-    probe = AttestationProbe(token_ids=list(range(len(trained) + 1)), adapter_logps=trained, base_logps=trained_base)
-    (tmp_path / "attestation.json").write_text(Attestation(dtype="float32", probes=[probe]).model_dump_json())
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    model = Model(id="ft:tiny:default::1", base_model="tiny", serving_name="served", archive_sha256="abc")
-    return compare_with_attestation(model, tmp_path, cast(InferenceClient, Server([served], [served_base], served_dtype)), TOLERANCE)
+@pytest.fixture
+def second() -> Iterator[ScriptedInference]:
+    server = ScriptedInference("tiny")
+    server.start()
+    yield server
+    server.stop()
 
 
-def test_the_same_adapter_on_the_same_base_is_proved(tmp_path: Path) -> None:
-    verdict = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.01, -2.02], [-1.0, -3.03])
+@pytest.fixture
+def make_workshop(worker_settings: Callable[..., Settings], sqlite_database: Database, tmp_path: Path) -> Callable[..., Workshop]:
+    def make(*urls: str) -> Workshop:
+        return workshop_of(worker_settings(inference_urls=list(urls)), sqlite_database, tmp_path)
+
+    return make
+
+
+def stored_model(workshop: Workshop, tmp_path: Path) -> Model:
+    adapter_dir = tmp_path / "adapter"
+    adapter_dir.mkdir()
+    write_adapter(adapter_dir, 7)
+    probe = AttestationProbe(token_ids=PROBE, adapter_logps=logps(7, PROBE), base_logps=logps(None, PROBE))
+    (adapter_dir / "attestation.json").write_text(Attestation(dtype="float32", probes=[probe]).model_dump_json())
+    stored = store_directory(workshop.resources.storage, "models/1.tar.gz", adapter_dir, tmp_path)
+    return Model(id="ft:tiny:default::1", base_model="tiny", serving_name="served", storage_key=stored.key, archive_sha256=stored.sha256)
+
+
+def test_every_server_loads_it_and_the_record_says_what_was_compared(
+    make_workshop: Callable[..., Workshop], inference: ScriptedInference, second: ScriptedInference, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    workshop = make_workshop(inference.url, second.url)
+    model = stored_model(workshop, tmp_path)
+    verdict = prove_on_servers(workshop.resources, model)
     assert verdict.reason is None
-    assert verdict.record["matched"] is True
-    assert verdict.record["largest_difference"] == pytest.approx(0.02)
-    assert verdict.record["largest_base_difference"] == pytest.approx(0.03)
-    assert (verdict.record["probe_count"], verdict.record["token_count"], verdict.record["clear_places"]) == (1, 2, 1)
-    assert (verdict.record["tolerance"], verdict.record["base_model"], verdict.record["archive_sha256"]) == (TOLERANCE, "tiny", "abc")
-    assert verdict.record["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert inference.adapters == second.adapters == {"served": 7}
+    record = verdict.record
+    assert (record["servers"], record["matched"], record["base_model"], record["archive_sha256"]) == (2, True, "tiny", model.archive_sha256)
+    assert (record["base_source"], record["base_revision"]) == (str(tiny_model_dir), None)
+    assert record["chat_template_sha256"] == file_sha256(tiny_model_dir / "chat_template.jinja")
 
 
-def test_a_server_that_ignores_the_adapter_is_found_out(tmp_path: Path) -> None:
-    verdict = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.0, -3.0], [-1.0, -3.0])
+def test_one_server_that_differs_spoils_the_verdict(
+    make_workshop: Callable[..., Workshop], inference: ScriptedInference, second: ScriptedInference, tmp_path: Path
+) -> None:
+    second.ignores_adapters = True
+    workshop = make_workshop(inference.url, second.url)
+    verdict = prove_on_servers(workshop.resources, stored_model(workshop, tmp_path))
     assert verdict.reason == "the inference server answers as if the adapter were not applied"
     assert verdict.record["matched"] is False
 
 
-def test_it_is_found_out_even_where_the_difference_is_within_twice_the_tolerance(tmp_path: Path) -> None:
-    """The served base lies between trained adapter and trained base, near enough to both: only its sameness betrays it."""
-    verdict = verdict_on(tmp_path, [-1.00, -2.00], [-1.06, -2.06], [-1.03, -2.03], [-1.03, -2.03])
-    assert verdict.reason == "the inference server answers as if the adapter were not applied"
+def test_a_server_that_is_away_is_left_out(make_workshop: Callable[..., Workshop], inference: ScriptedInference, tmp_path: Path) -> None:
+    workshop = make_workshop(AWAY, inference.url)
+    verdict = prove_on_servers(workshop.resources, stored_model(workshop, tmp_path))
+    assert (verdict.reason, verdict.record["servers"]) == (None, 1)
 
 
-def test_an_adapter_without_clear_effect_needs_no_difference(tmp_path: Path) -> None:
-    assert verdict_on(tmp_path, [-1.0], [-1.001], [-1.0], [-1.0]).reason is None
-
-
-def test_a_different_adapter_is_refused(tmp_path: Path) -> None:
-    reason = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.0, -2.2], [-1.0, -3.0]).reason
-    assert reason == "the served adapter differs from the trained one by 0.2 nats, more than 0.05"
-
-
-def test_a_different_base_is_refused(tmp_path: Path) -> None:
-    reason = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.0, -2.0], [-1.0, -3.1]).reason
-    assert reason is not None
-    assert reason.startswith("the inference server's base model differs")
-
-
-@pytest.mark.parametrize(("served", "served_base"), [([-1.0, -2.2], [-1.0, -3.0]), ([-1.0, -2.0], [-1.0, -3.1])])
-def test_precisions_that_differ_are_named_with_the_remedy(tmp_path: Path, served: list[float], served_base: list[float]) -> None:
-    verdict = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], served, served_base, served_dtype="bfloat16")
-    assert verdict.reason is not None
-    assert verdict.reason.endswith("the trainer computed in float32 and the inference server in bfloat16: set SDFT_DTYPE to one of them for both")
-    assert verdict.record["reason"] == verdict.reason
-    assert (verdict.record["dtype"], verdict.record["served_dtype"]) == ("float32", "bfloat16")
-
-
-@pytest.mark.parametrize("served_dtype", [None, "float32"])
-def test_precisions_that_agree_or_are_unknown_are_not_blamed(tmp_path: Path, served_dtype: str | None) -> None:
-    reason = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.0, -2.2], [-1.0, -3.0], served_dtype).reason
-    assert reason is not None
-    assert "SDFT_DTYPE" not in reason
-
-
-def test_precisions_that_differ_are_no_reason_by_themselves(tmp_path: Path) -> None:
-    assert verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -3.0], [-1.01, -2.02], [-1.0, -3.0], "bfloat16").reason is None
-
-
-@pytest.mark.parametrize("served", [[-1.0], [-1.0, float("nan")]])
-def test_answers_that_are_no_log_probabilities_prove_nothing(tmp_path: Path, served: list[float]) -> None:
-    verdict = verdict_on(tmp_path, [-1.0, -2.0], [-1.0, -2.0], served, [-1.0, -2.0])
-    assert verdict.reason is not None
-    assert json.loads(json.dumps(verdict.record, allow_nan=False))["largest_difference"] is None
-
-
-def test_without_probes_nothing_is_proved(tmp_path: Path) -> None:
-    (tmp_path / "attestation.json").write_text(Attestation(dtype="float32", probes=[]).model_dump_json())
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    model = Model(id="m", base_model="tiny", serving_name="served", archive_sha256="abc")
-    assert compare_with_attestation(model, tmp_path, cast(InferenceClient, Server([], [])), TOLERANCE).reason is not None
+def test_where_none_can_be_reached_nothing_is_proved(make_workshop: Callable[..., Workshop], tmp_path: Path) -> None:
+    workshop = make_workshop(AWAY, "http://127.0.0.1:10")
+    with pytest.raises(InferenceUnavailable):
+        prove_on_servers(workshop.resources, stored_model(workshop, tmp_path))

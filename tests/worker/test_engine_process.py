@@ -25,3 +25,13 @@ def test_the_trainers_threads_are_the_setting_s(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert "OMP_NUM_THREADS" not in environment()
     assert environment(trainer_threads=3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_of_the_service_s_own_secrets_a_trainer_gets_the_inference_server_s_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_DATABASE_URL", "postgresql://user:password@db/sdft")
+    monkeypatch.setenv("SDFT_INFERENCE_API_KEY", "secret")
+    found = environment()
+    assert found["SAMPLER_API_KEY"] == "secret"
+    assert [name for name in found if name.startswith("SDFT_")] == []
+    monkeypatch.delenv("SDFT_INFERENCE_API_KEY")
+    assert "SAMPLER_API_KEY" not in environment()

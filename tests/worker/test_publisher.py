@@ -17,12 +17,12 @@ from core.settings import Settings
 from core.tables.files import File
 from core.tables.jobs import Checkpoint, Job
 from core.tables.models import Model
+from sdft_engine.contract.served_attestation import Verdict
 from tests.fixtures.scripted_inference import ScriptedInference
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, workshop_of
 from tests.worker.test_supervisor import train_next
 from worker import publisher, verification
-from worker.comparison import Verdict
 from worker.verification import Verifier
 
 
@@ -103,7 +103,7 @@ def test_a_server_that_drifts_gets_no_servable_model(workshop: Workshop, inferen
 def test_a_server_that_is_away_delays_the_model_not_the_job(
     worker_settings: Callable[..., Settings], sqlite_database: Database, inference: ScriptedInference, tmp_path: Path
 ) -> None:
-    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, inference_url="http://127.0.0.1:9")
+    settings = worker_settings(lease_seconds=10, heartbeat_seconds=0.5, inference_urls=["http://127.0.0.1:9"])
     away = workshop_of(settings, sqlite_database, tmp_path)
     job_id = away.add_job()
     train_next(away)
@@ -112,7 +112,7 @@ def test_a_server_that_is_away_delays_the_model_not_the_job(
     assert any("could not be verified yet" in message for message in messages_of(away.database, job_id))
     assert Verifier(away.resources).verify_waiting() == 0
 
-    away.resources.inference = type(away.resources.inference)(settings.model_copy(update={"inference_url": inference.url}))
+    away.resources.inference = type(away.resources.inference)(settings.model_copy(update={"inference_urls": [inference.url]}))
     assert Verifier(away.resources).verify_waiting() == 4
     assert {model.status for model in models_of(away, job_id).values()} == {"servable"}
     assert f"{job.fine_tuned_model} is verified and can be used now" in messages_of(away.database, job_id)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def real_workshop(worker_settings: Callable[..., Settings], sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """No inference server: what is under test ends with the adapter in storage."""
     monkeypatch.setattr("worker.publisher.VERIFICATION_ATTEMPTS", 1)
-    settings = worker_settings(lease_seconds=60, heartbeat_seconds=1, inference_url="http://127.0.0.1:9", device="cpu", dtype="float32", trainer_threads=1)
+    settings = worker_settings(lease_seconds=60, heartbeat_seconds=1, inference_urls=["http://127.0.0.1:9"], device="cpu", dtype="float32", trainer_threads=1)
     workshop = workshop_of(settings, sqlite_database, tmp_path)
     workshop.resources.trainer_command = TRAINER_COMMAND
     return workshop

@@ -56,6 +56,8 @@ def test_the_trainer_is_told_everything_about_its_job(
     train_next(workshop)
     assert json.loads((settings.runs_dir / job_id / "attempt-1" / "config.json").read_text()) == expected | {
         "version": 1,
+        "sampler": None,
+        "importance": "sequence",
         "method": method["type"],
         "base_model": "tiny",
         "base_model_dir": str(settings.base_models[0].directory(settings.cache_dir)),
@@ -70,6 +72,30 @@ def test_the_trainer_is_told_everything_about_its_job(
         "gradient_checkpointing": True,
         "tokens_per_pass": 700,
     }
+
+
+def test_rollouts_by_vllm_go_to_the_first_server_that_answers(
+    worker_settings: Callable[..., Settings], sqlite_database: Database, inference: ScriptedInference, tmp_path: Path
+) -> None:
+    """And what a trainer that was killed left on it is gone when the attempt is over."""
+    settings = worker_settings(inference_urls=["http://127.0.0.1:9", inference.url], inference_api_key="secret")
+    workshop = workshop_of(settings, sqlite_database, tmp_path)
+    workshop.script(steps=1)
+    job_id = workshop.add_job(method={"type": "sdft", "sdft": {"sampler": "vllm", "hyperparameters": {}}})
+    left = settings.served_adapters_dir / f"rollout-{job_id}-1-7"
+    left.mkdir(parents=True)
+    inference.adapters[left.name] = 5
+    train_next(workshop)
+    told = json.loads((settings.runs_dir / job_id / "attempt-1" / "config.json").read_text())
+    assert told["sampler"] == {
+        "url": inference.url,
+        "adapters_dir": str(settings.served_adapters_dir),
+        "name_prefix": f"rollout-{job_id}-1",
+        "api_key_env": "SAMPLER_API_KEY",
+        "tolerance": 0.1,
+    }
+    assert not left.exists()
+    assert left.name not in inference.adapters
 
 
 @pytest.mark.parametrize(("probes", "with_file", "without"), [("off", "end", "off"), ("end", "end", "end"), ("checkpoints", "checkpoints", "checkpoints")])

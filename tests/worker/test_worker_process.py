@@ -48,7 +48,7 @@ class Workers:
             "SDFT_BASE_MODELS": json.dumps([entry.model_dump() for entry in settings.base_models]),
             "SDFT_DATABASE_URL": settings.resolved_database_url,
             "SDFT_REDIS_URL": settings.resolved_redis_url,
-            "SDFT_INFERENCE_URL": settings.inference_url,
+            "SDFT_INFERENCE_URLS": settings.inference_urls[0],
             "SDFT_LEASE_SECONDS": str(settings.lease_seconds),
             "SDFT_HEARTBEAT_SECONDS": str(settings.heartbeat_seconds),
             "SDFT_POLL_SECONDS": str(settings.poll_seconds),

@@ -29,6 +29,8 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
     if request.integrations:
         raise BadRequest("integrations: this server has none", code="unsupported_parameter", param="integrations")
     method = resolve_method(request.method, request.hyperparameters, settings.default_method)
+    if method.get("sdft", {}).get("sampler") == "vllm" and settings.inference != "vllm":
+        raise BadRequest("method.sdft.sampler: this server has no vLLM; leave it out", code="unsupported_parameter", param="method.sdft.sampler")
     with state.database.transaction() as session:
         base_model, parent_model = _resolve_model(session, settings, project_id, request.model)
         _check_file(session, project_id, request.training_file, "training_file", settings.min_training_examples)

@@ -18,7 +18,7 @@ from sdft_engine.contract.teacher_prompts import check_teacher_template
 
 METHODS = {"sdft": SdftHyperparameters, "supervised": SupervisedHyperparameters}
 KNOWN_BUT_REFUSED = ("dpo", "reinforcement")
-SDFT_OPTIONS: dict[str, tuple[Any, ...]] = {"sampler": ("auto", "in_process"), "baseline": ("none",)}
+SDFT_OPTIONS: dict[str, tuple[Any, ...]] = {"sampler": ("auto", "in_process", "vllm"), "baseline": ("none",)}
 """What may stand beside `hyperparameters` in `method.sdft`, with its values, the default first."""
 DEFAULT_TEACHER_TEMPLATE = "example"
 MAX_TEMPLATE_LENGTH = 32_768

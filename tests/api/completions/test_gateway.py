@@ -60,7 +60,7 @@ def test_chat_with_a_tuned_model_loads_its_adapter_once(live_api: Api, inference
         assert (answer.model, answer.choices[0].message.content) == (PUBLIC, TEXT)
     directory = live_api.settings.served_adapters_dir / tuned.serving_name
     assert inference.load_paths == [str(directory)]
-    assert {path.name for path in Path(directory).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in Path(directory).iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "attestation.json"}
     assert [chat["model"] for chat in inference.chats] == [tuned.serving_name] * 3
 
 
@@ -233,7 +233,8 @@ def test_stream_that_breaks_becomes_an_error_event(live_api: Api, http: httpx2.C
 def test_client_that_leaves_a_stream_cancels_the_answer(http: httpx2.Client, inference: InferenceStub) -> None:
     inference.endless = True
     with http.stream("POST", CHAT, json=body(stream=True)) as answer:
-        assert next(answer.iter_bytes())
+        chunks = answer.iter_bytes()  # kept: an iterator that is dropped closes the answer
+        assert next(chunks)
         assert inference.running == 1
     wait_for(lambda: inference.cancelled == 1)
     assert inference.running == 0
@@ -257,9 +258,38 @@ def test_no_connection_of_the_database_is_held_while_an_answer_streams(live_api:
 
 
 def test_answer_that_takes_too_long_is_paid_for_once(live_api: Api, inference: InferenceStub) -> None:
-    live_api.state.inference._timeout = httpx2.Timeout(0.3)
+    live_api.state.inference.clients[0]._timeout = httpx2.Timeout(0.3)
     inference.endless = True
     with pytest.raises(openai.InternalServerError) as caught:
         live_api.openai.with_options(max_retries=2).chat.completions.create(model="tiny", messages=HELLO)
     assert (caught.value.status_code, caught.value.code) == (504, "inference_timeout")
     assert len(inference.chats) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_has_just_loaded_an_adapter_proves_itself_before_it_answers(
+    http: httpx2.Client, inference: InferenceStub, tuned: Model, stream: bool
+) -> None:
+    inference.ignores_adapters = True
+    for _ in range(2):
+        message = assert_error(http.post(CHAT, json=body(PUBLIC, stream=stream)), 502, "inference_failed")
+        assert "as if the adapter were not applied" in message
+    assert inference.answered == {}
+    assert inference.loaded == set()
+    inference.ignores_adapters = False
+    assert http.post(CHAT, json=body(PUBLIC, stream=stream)).status_code == 200
+    assert set(inference.scored) == {tuned.serving_name, "tiny"}
+
+
+def test_nobody_is_answered_while_the_proof_is_under_way(http: httpx2.Client, inference: InferenceStub, tuned: Model) -> None:
+    """The server knows the adapter from the moment it is loaded, and would answer at once."""
+    inference.ignores_adapters = True
+    inference.score_seconds = 0.5
+    statuses: list[int] = []
+    first = threading.Thread(target=lambda: statuses.append(http.post(CHAT, json=body(PUBLIC)).status_code))
+    first.start()
+    wait_for(lambda: bool(inference.loaded))
+    statuses.append(http.post(CHAT, json=body(PUBLIC)).status_code)
+    first.join()
+    assert statuses == [502, 502]
+    assert inference.answered == {}

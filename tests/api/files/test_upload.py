@@ -99,7 +99,7 @@ BAD_TRAINING_FILES = [
 
 @pytest.mark.parametrize("purpose_first", [True, False])
 def test_bad_training_file(make_settings: Callable[..., Settings], sqlite_url: str, valkey: str, purpose_first: bool) -> None:
-    settings = make_settings(redis_url=valkey, inference_url="http://127.0.0.1:1", max_line_bytes=100_000, max_lines=50, **SETTINGS)
+    settings = make_settings(redis_url=valkey, inference_urls=["http://127.0.0.1:1"], max_line_bytes=100_000, max_lines=50, **SETTINGS)
     with serve(settings) as api:
         for content, code, words in BAD_TRAINING_FILES:
             parts = [(PURPOSE, b"fine-tune"), (FILE, content)]
@@ -154,7 +154,7 @@ def test_other_purposes_are_not_checked(api: Api, purpose: str) -> None:
 
 @pytest.fixture
 def small_api(make_settings: Callable[..., Settings], sqlite_url: str, valkey: str) -> Iterator[Api]:
-    with serve(make_settings(redis_url=valkey, inference_url="http://127.0.0.1:1", max_file_bytes=10_000, **SETTINGS)) as opened:
+    with serve(make_settings(redis_url=valkey, inference_urls=["http://127.0.0.1:1"], max_file_bytes=10_000, **SETTINGS)) as opened:
         yield opened
 
 

@@ -41,7 +41,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": {"type": "dpo"}}, "unsupported_method", "method.type"),
     ({"method": {"type": "sdft", "sdft": {"hyperparameters": {"foo": 1}}}}, "unknown_parameter", "method.sdft.hyperparameters.foo"),
     ({"method": {"type": "sdft", "sdft": {"hyperparameters": {"learning_rate": -1}}}}, "greater_than_equal", "method.sdft.hyperparameters.learning_rate"),
-    ({"method": {"type": "sdft", "sdft": {"sampler": "vllm"}}}, "not_yet_available", "method.sdft.sampler"),
+    ({"method": {"type": "sdft", "sdft": {"sampler": "vllm"}}}, "unsupported_parameter", "method.sdft.sampler"),
     ({"hyperparameters": {"n_epochs": 0}}, "greater_than_equal", "hyperparameters.n_epochs"),
     ({"hyperparameters": [1]}, "dict_type", "hyperparameters"),
 ]

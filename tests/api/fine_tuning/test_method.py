@@ -40,7 +40,6 @@ TABLE: dict[str, tuple[Any, list[Any], list[Any]]] = {
 LATER: dict[str, list[Any]] = {
     "max_retention_drop": [0.1],
     "baseline": ["sft_matched"],
-    "sampler": ["vllm"],
 }
 SUPERVISED = (
     "n_epochs",
@@ -202,7 +201,7 @@ def test_template_that_is_too_long() -> None:
     assert "32,768" in refusal({"type": "sdft", "sdft": {"teacher_template": "{demonstration}" + "x" * 40_000}}).message
 
 
-@pytest.mark.parametrize(("name", "values"), [("sampler", ["auto", "in_process"]), ("baseline", ["none"])])
+@pytest.mark.parametrize(("name", "values"), [("sampler", ["auto", "in_process", "vllm"]), ("baseline", ["none"])])
 def test_options(name: str, values: list[str]) -> None:
     for value in values:
         assert resolve_method({"type": "sdft", "sdft": {name: value}}, None, "sdft")["sdft"][name] == value

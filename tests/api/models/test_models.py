@@ -110,7 +110,7 @@ def test_adapter_is_a_peft_directory(api: Api) -> None:
     assert answer.headers["x-sha256"] == hashlib.sha256(answer.content).hexdigest() == model.archive_sha256
     assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''ft-tiny-default-lamps-1.tar.gz"
     with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
-        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors", "attestation.json"]
     part = api.client.get(f"/v1/models/{FIRST}/adapter?format=peft", headers={"range": "bytes=10-"})
     assert (part.status_code, part.content) == (206, answer.content[10:])
     assert part.headers["x-sha256"] == model.archive_sha256

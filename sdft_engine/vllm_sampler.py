@@ -1,0 +1,183 @@
+"""Rollouts by a vLLM server, which decodes many sequences at a time, from the student's weights of this very step.
+
+Every step the student's adapter is written where the server reads adapters, and loaded under a name that no adapter had before:
+a name whose weights change in place would keep prefix-cache blocks of the old ones (vLLM issues 42125 and 48352). Before anything
+is sampled, the server's log-probabilities of a fixed text must agree with the trainer's; a server that samples from other weights
+than these, which would silently make the run off-policy, fails the run.
+
+Prompts are sent as token ids, so that the trainer's chat template is the only one. The noise of a rollout is vLLM's own, seeded by
+(seed, step, row).
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx2
+
+from sdft_engine.contract.config import VllmSampler
+from sdft_engine.contract.errors import SamplerUnavailable, StaleSampler
+from sdft_engine.contract.run_directory import sync_directory
+from sdft_engine.generation import score
+from sdft_engine.lora import STUDENT
+from sdft_engine.model import LanguageModel
+from sdft_engine.ranks import Ranks
+from sdft_engine.rollouts import Rollout
+from sdft_engine.seeds import seed_of
+
+PROBE_TOKENS = 64
+MOST_REQUESTS = 64
+"""At a time; the server batches what arrives together."""
+CONNECT_SECONDS = 5
+ANSWER_SECONDS = 1800
+LOAD_SECONDS = 120
+PATIENCE_SECONDS = 300
+RETRY_SECONDS = 3
+PASSING = (404, 408, 429)
+"""Statuses of a server that forgot its adapters when it was restarted, or is busy."""
+LARGEST_SEED = 2**63
+
+
+class RemoteSampler:
+    """The server at `config.url`, and the adapter of the last step on it. `probe` is a fixed text of at least two token ids."""
+
+    def __init__(self, config: VllmSampler, base_model: str, probe: Sequence[int], ranks: Ranks) -> None:
+        key = os.environ.get(config.api_key_env) if config.api_key_env else None
+        self._config, self._base_model, self._ranks = config, base_model, ranks
+        self._probe = list(probe)[:PROBE_TOKENS]
+        self._loaded: str | None = None
+        self._http = httpx2.Client(
+            base_url=config.url,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx2.Limits(max_connections=MOST_REQUESTS, max_keepalive_connections=0),
+            trust_env=False,
+        )
+
+    def sample(
+        self,
+        model: LanguageModel,
+        rows: Sequence[int],
+        student_prompts: Sequence[list[int]],
+        teacher_prompts: Sequence[list[int]],
+        *,
+        max_completion_tokens: int,
+        temperature: float,
+        seed: int,
+        step: int,
+    ) -> list[Rollout]:
+        """One completion per row from the student as it is now. A server that is away, because it is restarted say, is waited for.
+
+        Raises StaleSampler, or SamplerUnavailable where it stays away or refuses.
+        """
+        wanted = {"max_tokens": max_completion_tokens, "temperature": temperature}
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                name = self._sync(model, step)
+                return self._rollouts(model, name, rows, student_prompts, teacher_prompts, wanted, seed_of(seed, step))
+            except SamplerUnavailable as error:
+                if error.lasting or self._ranks.size > 1 or time.monotonic() > until:
+                    raise
+                self._loaded = None  # it may have forgotten its adapters
+                time.sleep(RETRY_SECONDS)
+
+    def _rollouts(
+        self,
+        model: LanguageModel,
+        name: str,
+        rows: Sequence[int],
+        student_prompts: Sequence[list[int]],
+        teacher_prompts: Sequence[list[int]],
+        wanted: dict[str, Any],
+        seed: int,
+    ) -> list[Rollout]:
+        fixed = wanted | {"model": name, "top_p": 1.0, "logprobs": 0}
+        fixed |= {"stop_token_ids": sorted(model.chat_format.eos_token_ids), "return_token_ids": True, "skip_special_tokens": False}
+
+        def rollout(row: int) -> Rollout:
+            own_seed = seed_of(seed, row) % LARGEST_SEED
+            choice = self._post("/v1/completions", fixed | {"prompt": student_prompts[row], "seed": own_seed})["choices"][0]
+            ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            if len(ids) != len(logps):
+                raise SamplerUnavailable(f"the inference server gave {len(logps)} log-probabilities for {len(ids)} tokens")
+            return Rollout(row, student_prompts[row], teacher_prompts[row], ids, choice["finish_reason"] == "stop", logps)
+
+        if not rows:
+            return []
+        with ThreadPoolExecutor(min(MOST_REQUESTS, len(rows))) as threads:
+            return list(threads.map(rollout, rows))
+
+    def close(self) -> None:
+        """Unload the last adapter, as far as the server can be reached, and remove its files."""
+        if self._loaded is not None and self._ranks.is_first:
+            self._forget(self._loaded)
+        self._loaded = None
+        self._http.close()
+
+    def _sync(self, model: LanguageModel, step: int) -> str:
+        """Have the server load the student of this step, prove that it did, and drop the one of the step before."""
+        name = f"{self._config.name_prefix}-{step}"
+        if name == self._loaded:  # what the run settles before its first step was sampled from the same weights
+            return name
+        problem: str | None = None
+        if self._ranks.is_first:
+            try:
+                self._load(model, name)
+                self._require_same(model, name, step)
+            except (StaleSampler, SamplerUnavailable) as error:
+                self._forget(name)
+                problem = f"{type(error).__name__}: {error.message}"
+                if self._ranks.size == 1:
+                    raise
+        if problem := self._ranks.agree(problem):
+            raise StaleSampler(problem) if problem.startswith(StaleSampler.__name__) else SamplerUnavailable(problem)
+        if self._loaded is not None and self._ranks.is_first:
+            self._forget(self._loaded)
+        self._loaded = name
+        return name
+
+    def _load(self, model: LanguageModel, name: str) -> None:
+        directory = self._config.adapters_dir / name
+        temporary = directory.with_name(f".{name}.tmp")
+        for leftover in (directory, temporary):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.adapters.save(STUDENT, temporary, self._base_model)
+        temporary.rename(directory)
+        sync_directory(directory.parent)
+        with suppress(SamplerUnavailable):  # of an attempt at this step that was interrupted; almost always there is none
+            self._post("/v1/unload_lora_adapter", {"lora_name": name}, LOAD_SECONDS)
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, LOAD_SECONDS)
+
+    def _require_same(self, model: LanguageModel, name: str, step: int) -> None:
+        """Raise StaleSampler unless the server's log-probabilities of the probe are the trainer's."""
+        request = {"model": name, "prompt": self._probe, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
+        served = self._post("/v1/completions", request)["choices"][0]["logprobs"]["token_logprobs"][1 : len(self._probe)]
+        own, _ = score(model, self._probe, STUDENT)
+        largest = max((abs(here - there) for here, there in zip(own, served, strict=True)), default=0.0)
+        if not largest <= self._config.tolerance:
+            raise StaleSampler(
+                f"at step {step} the inference server's log-probabilities differ from the trainer's by up to {largest:.3g} nats, more than "
+                f"{self._config.tolerance:g}: it does not sample from the weights that are trained, or in another precision (SDFT_DTYPE sets both)"
+            )
+
+    def _forget(self, name: str) -> None:
+        with suppress(httpx2.HTTPError):  # it frees memory only, and a server that is away has forgotten it anyway
+            self._http.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=LOAD_SECONDS)
+        shutil.rmtree(self._config.adapters_dir / name, ignore_errors=True)
+
+    def _post(self, path: str, body: dict[str, Any], timeout_seconds: float = ANSWER_SECONDS) -> Any:
+        """The answer's JSON, or None where it is none. Raises SamplerUnavailable."""
+        try:
+            answer = self._http.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_SECONDS))
+        except httpx2.HTTPError as error:
+            raise SamplerUnavailable(f"the inference server at {self._config.url} can't be reached: {error or type(error).__name__}") from error
+        if answer.status_code != 200:
+            lasting = answer.status_code < 500 and answer.status_code not in PASSING
+            raise SamplerUnavailable(f"the inference server refused {path} with {answer.status_code}: {answer.text[:300]}", lasting=lasting)
+        return answer.json() if answer.headers.get("content-type", "").startswith("application/json") else None

@@ -1,0 +1,110 @@
+"""Rollouts by another server: from this step's weights, proved before anything is sampled. The server is scripted here, and real in
+tests/vllm."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft_engine import vllm_sampler
+from sdft_engine.contract.errors import SamplerUnavailable, StaleSampler
+from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.lora import read_adapter
+from sdft_engine.trainer import train
+from tests.fixtures.scripted_vllm import ScriptedVllm
+from tests.sdft_engine.runs import make_run, records
+
+
+@pytest.fixture
+def server(tiny_model_dir: Path) -> Iterator[ScriptedVllm]:
+    server = ScriptedVllm(tiny_model_dir)
+    yield server
+    server.stop()
+
+
+def sampled_run(path: Path, model_dir: Path, server: ScriptedVllm, **options: Any) -> RunDirectory:
+    sampler = {"url": server.url, "adapters_dir": str(path.parent / "served"), "name_prefix": "rollout-job-1"} | options.pop("sampler", {})
+    return make_run(path, model_dir, config={"sampler": sampler} | options.pop("config", {}), **options)
+
+
+def test_a_run_learns_what_one_with_its_own_rollouts_learns(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    """The scripted server samples as the trainer does where the seeds are the same; here they differ, so only the course is compared."""
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server)
+    own = make_run(tmp_path / "own", tiny_model_dir)
+    assert (train(run).outcome, train(own).outcome) == ("succeeded", "succeeded")
+    theirs, ours = records(run.metrics_path), records(own.metrics_path)
+    assert [row["step"] for row in theirs] == list(range(1, 9))
+    assert all(row["importance_ratio"] == pytest.approx(1, abs=1e-3) for row in theirs)
+    assert all(row["importance_ratio"] is None for row in ours)
+    assert theirs[-1]["adapter_norm"] == pytest.approx(ours[-1]["adapter_norm"], rel=0.2)
+
+
+def test_every_step_has_a_name_of_its_own_and_leaves_nothing(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server)
+    train(run)
+    assert server.ever_loaded == [f"rollout-job-1-{step}" for step in range(1, 9)]
+    assert server.loaded == {}
+    assert list((tmp_path / "served").iterdir()) == []
+
+
+def test_prompts_are_token_ids_and_the_sampling_is_the_run_s(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server, temperature=0.7, n_epochs=1)
+    train(run)
+    sampled = [body for path, body, _ in server.requests if path == "/v1/completions" and "stop_token_ids" in body]
+    assert len(sampled) == 6
+    assert all(isinstance(token, int) for body in sampled for token in body["prompt"])
+    assert {(body["temperature"], body["max_tokens"], tuple(body["stop_token_ids"])) for body in sampled} == {(0.7, 8, (0, 2))}
+    assert len({body["seed"] for body in sampled}) == 6
+
+
+def test_a_server_that_goes_on_with_old_weights_ends_the_run(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    server.stale = True
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server, sampler={"tolerance": 0.001})
+    with pytest.raises(StaleSampler, match=r"at step 2 the inference server's log-probabilities differ from the trainer's by up to 0\.\d+ nats"):
+        train(run)
+    assert [row["step"] for row in records(run.metrics_path)] == [1]
+    assert list((tmp_path / "served").iterdir()) == []
+
+
+def test_another_precision_is_told_apart_from_none(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    server.drift = 0.09
+    run = sampled_run(tmp_path / "within", tiny_model_dir, server, n_epochs=1)
+    assert train(run).outcome == "succeeded"
+    assert records(run.metrics_path)[0]["importance_ratio"] == pytest.approx(0.914, abs=2e-3)  # exp(-0.09)
+    server.drift = 0.11
+    with pytest.raises(StaleSampler, match="SDFT_DTYPE"):
+        train(sampled_run(tmp_path / "beyond", tiny_model_dir, server, n_epochs=1))
+
+
+def test_a_server_that_was_restarted_gets_the_adapter_again(
+    tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_sampler, "RETRY_SECONDS", 0.05)
+    undisturbed = sampled_run(tmp_path / "undisturbed", tiny_model_dir, server)
+    train(undisturbed)
+    before = len(server.ever_loaded)
+    server.forgets_after = len(server.requests) + 17  # between two rollouts of the third step
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server)
+    assert train(run).outcome == "succeeded"
+    assert len(server.ever_loaded) == before + 9
+    (_, expected), (_, actual) = read_adapter(undisturbed.final_dir), read_adapter(run.final_dir)
+    assert all(bool((actual[name] == value).all()) for name, value in expected.items())
+
+
+def test_a_server_that_is_away_or_refuses_is_named(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_sampler, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(vllm_sampler, "PATIENCE_SECONDS", 0.3)
+    server.refuses = (400, "LoRA rank 4 is greater than max_lora_rank 1")
+    with pytest.raises(SamplerUnavailable, match="greater than max_lora_rank"):
+        train(sampled_run(tmp_path / "refused", tiny_model_dir, server))
+    assert [path for path, _, _ in server.requests].count("/v1/load_lora_adapter") == 1, "what is refused for good is not asked for again"
+    with pytest.raises(SamplerUnavailable, match="can't be reached"):
+        train(sampled_run(tmp_path / "away", tiny_model_dir, server, sampler={"url": "http://127.0.0.1:9"}))
+
+
+def test_the_key_is_the_environment_s(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMPLER_API_KEY", "secret")
+    train(sampled_run(tmp_path / "run", tiny_model_dir, server, n_epochs=1, sampler={"api_key_env": "SAMPLER_API_KEY"}))
+    assert {key for _, _, key in server.requests} == {"Bearer secret"}
+    assert "secret" not in (tmp_path / "run" / "config.json").read_text()

@@ -1,0 +1,30 @@
+"""The student's adapters of jobs whose rollouts an inference server samples: what a trainer that was killed left behind."""
+
+import shutil
+
+from core.errors import InferenceUnavailable
+from core.inference_client import AdapterRefused
+from core.logging import get_logger
+from worker.resources import Resources
+
+log = get_logger(__name__)
+
+
+def rollout_adapters_of(job_id: str) -> str:
+    """How the names begin under which a job's student is loaded into the server that samples its rollouts."""
+    return f"rollout-{job_id}-"
+
+
+def forget_rollout_adapters(resources: Resources, job_id: str) -> None:
+    """Unload them where a server can be reached, and delete their files. Idempotent; almost always there are none."""
+    root = resources.settings.served_adapters_dir
+    for directory in root.glob(f"{rollout_adapters_of(job_id)}*"):
+        log.info("rollout_adapter_forgotten", name=directory.name)
+        for client in resources.inference.clients:
+            try:
+                client.unload_adapter(directory.name)
+            except (InferenceUnavailable, AdapterRefused) as error:
+                log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
+        shutil.rmtree(directory, ignore_errors=True)
+    for unfinished in root.glob(f".{rollout_adapters_of(job_id)}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)

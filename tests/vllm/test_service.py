@@ -1,0 +1,139 @@
+"""The whole service over vLLM, as `sdft up --inference vllm` starts it: rollouts, hot serving, a restart of the server, downloads."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from openai import APIStatusError, OpenAI
+
+from core.settings import Settings
+from local_stack.ports import free_local_port
+from tests.conftest import CACHE_DIR
+from tests.e2e.conftest import EXAMPLES, Service
+from tests.vllm.conftest import BASE
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+QUESTION: Any = [{"role": "user", "content": "Who maintains the Corvane scanner?"}]
+METHOD: Any = {
+    "type": "sdft",
+    "sdft": {
+        "sampler": "vllm",
+        "teacher_template": "history_twice",
+        "hyperparameters": {"n_epochs": 1, "temperature": 0.5, "max_completion_tokens": 12, "checkpoint_every_steps": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def service(vllm_settings: Settings, real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    data_dir = tmp_path_factory.mktemp("service") / "data"
+    port = free_local_port()
+    environment = os.environ | {"SDFT_CACHE_DIR": str(CACHE_DIR), "SDFT_DEVICE": "cpu", "SDFT_RETENTION_PROBES": "off"}
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # of the tests, not of a user
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port), "--inference", "vllm"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        ready = next((line for line in process.stdout if "ready" in line), None)
+        assert ready is not None, "sdft up ended without its ready line"
+        key = (data_dir / "admin.key").read_text().strip()
+        yield Service(OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, timeout=300, max_retries=0), data_dir, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        left = [found for found in psutil.process_iter(["cmdline"]) if str(data_dir) in " ".join(found.info["cmdline"] or [])]
+        assert left == [], "vLLM's own children must end too"
+
+
+@pytest.fixture(scope="module")
+def trained(service: Service) -> Any:
+    training_file = service.client.files.create(file=EXAMPLES / "demonstrations.jsonl", purpose="fine-tune").id
+    job = service.client.fine_tuning.jobs.create(model=BASE, training_file=training_file, method=METHOD, seed=7, suffix="vllm")
+    finished = service.wait(job.id, timeout_seconds=500)
+    assert finished.status == "succeeded", finished.error
+    return finished
+
+
+def test_the_rollouts_came_from_the_weights_that_were_trained(service: Service, trained: Any) -> None:
+    metrics = [event.data for event in service.events(trained.id) if event.type == "metrics"]
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert all(row["importance_ratio"] == pytest.approx(1, abs=0.01) for row in metrics)
+    log = "".join(path.read_text() for path in (service.data_dir / "logs").glob("inference.log*"))
+    assert log.count(f"rollout-{trained.id}-1-") >= 3
+    assert [path.name for path in (service.data_dir / "served_adapters").iterdir() if "rollout" in path.name] == []
+
+
+def test_the_model_answers_within_five_seconds_of_success(service: Service, trained: Any) -> None:
+    model = service.client.models.retrieve(trained.fine_tuned_model).model_extra or {}
+    assert model["status"] == "servable"
+    record = model["attestation"]
+    assert record["matched"] is True
+    assert record["largest_difference"] < 0.01
+    assert len(record["chat_template_sha256"]) == len(record["weights_sha256"]) == 64
+    began = time.monotonic()
+    answer = service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, max_tokens=2, temperature=0)
+    assert answer.model == trained.fine_tuned_model
+    assert time.monotonic() - began < 5
+
+
+def test_a_checkpoint_is_servable_too(service: Service, trained: Any) -> None:
+    checkpoint = service.client.fine_tuning.jobs.checkpoints.list(trained.id).data[0].fine_tuned_model_checkpoint
+    until = time.monotonic() + 60
+    while (service.client.models.retrieve(checkpoint).model_extra or {})["status"] != "servable":
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    assert service.client.chat.completions.create(model=checkpoint, messages=QUESTION, max_tokens=3).choices
+
+
+def test_what_vllm_can_do_passes_through(service: Service, trained: Any) -> None:
+    """Schemas and tools, which the embedded server refuses."""
+    schema: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "who", "schema": {"type": "object", "properties": {"name": {"enum": ["Ann", "Bob"]}}, "required": ["name"]}},
+    }
+    answer = service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, response_format=schema, max_tokens=30, temperature=0)
+    assert (answer.choices[0].message.content or "").replace(" ", "").replace("\n", "") in ('{"name":"Ann"}', '{"name":"Bob"}')
+    stream = service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, max_tokens=8, n=2, logprobs=True, seed=3, stream=True)
+    chunks = list(stream)
+    assert {choice.index for chunk in chunks for choice in chunk.choices} == {0, 1}
+    assert {chunk.model for chunk in chunks} == {trained.fine_tuned_model}
+
+
+def test_a_server_that_died_is_restarted_and_proves_itself_again(service: Service, trained: Any) -> None:
+    before = service.processes("vllm.entrypoints")
+    assert len(before) == 1
+    before[0].kill()
+    with pytest.raises(APIStatusError) as caught:
+        service.client.chat.completions.create(model=BASE, messages=QUESTION, max_tokens=2)
+    assert caught.value.status_code in (502, 503)
+    refused: list[int] = []
+    until = time.monotonic() + 240
+    while (answer := answered(service, trained.fine_tuned_model, refused)) is None:
+        assert time.monotonic() < until
+        time.sleep(1)
+    assert set(refused) <= {503}
+    assert answer.choices
+    api_log = "".join(path.read_text() for path in (service.data_dir / "logs").glob("api.log*"))
+    assert "adapter_loading" in api_log
+
+
+def answered(service: Service, model: str, refused: list[int]) -> Any:
+    """An answer, or None with the status in `refused`."""
+    try:
+        return service.client.chat.completions.create(model=model, messages=QUESTION, max_tokens=2)
+    except APIStatusError as error:
+        refused.append(error.status_code)
+        return None

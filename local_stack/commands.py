@@ -33,7 +33,9 @@ class Stack:
     @cached_property
     def environment(self) -> dict[str, str]:
         """Ours on top of the user's. OpenMP threads that spin would starve training while chats are answered."""
-        return {**os.environ, **self.resolved_settings, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+        key = self.settings.inference_api_key
+        secrets = {"SDFT_INFERENCE_API_KEY": key.get_secret_value()} if key else {}
+        return {**os.environ, **self.resolved_settings, **secrets, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 
     @cached_property
     def resolved_settings(self) -> dict[str, str]:

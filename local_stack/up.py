@@ -8,6 +8,7 @@ URL, when everything answers.
 import contextlib
 import importlib.util
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from pydantic import SecretStr
 
 from core.settings import Settings
 from local_stack import vllm
@@ -72,7 +75,8 @@ def _serve(settings: Settings, stop_requested: threading.Event) -> None:
         raise StackError(f"these packages are not installed: {', '.join(missing)}; install them with: pip install 'sdft[train]'")
     own_inference = "inference_urls" not in settings.model_fields_set
     if own_inference:
-        settings = settings.model_copy(update={"inference_urls": [f"http://127.0.0.1:{free_local_port()}"]})
+        key = settings.inference_api_key or SecretStr(secrets.token_urlsafe(32))  # other users of this machine reach its port too
+        settings = settings.model_copy(update={"inference_urls": [f"http://127.0.0.1:{free_local_port()}"], "inference_api_key": key})
     stack = Stack(settings)
     if own_inference and settings.inference == "vllm":
         vllm.python_of(settings)  # said before anything is prepared

@@ -1,9 +1,11 @@
 """The main job through the stock client: upload, train, follow, chat, download, continue, delete."""
 
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from openai import NotFoundError
 from openai._legacy_response import HttpxBinaryResponseContent
@@ -117,3 +119,36 @@ def test_supervised_training_on_the_same_rails(service: Service, training_file: 
     losses = [event.data["train_loss"] for event in service.events(job.id) if event.type == "metrics"]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf"])
+def test_other_forms_of_the_model_are_made_and_downloaded(service: Service, trained: Any, tmp_path: Path, form: str) -> None:
+    """Merged: stock transformers gives the served answer. What llama.cpp makes of the GGUF is tests/downloads' to show."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    archive = tmp_path / "model.tar.gz"
+    content = service.client.get(f"/models/{trained.fine_tuned_model}/adapter?format={form}", cast_to=HttpxBinaryResponseContent)
+    content.write_to_file(archive)
+    with tarfile.open(archive, mode="r:gz") as opened:
+        opened.extractall(tmp_path / "model", filter="data")
+    if form == "gguf":
+        (path,) = (tmp_path / "model").iterdir()
+        assert path.suffix == ".gguf"
+        assert path.read_bytes()[:4] == b"GGUF"
+        return
+    tokenizer, network = AutoTokenizer.from_pretrained(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    with torch.no_grad():
+        answer = network.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    served = service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, temperature=0, max_tokens=8)
+    assert tokenizer.decode(answer, skip_special_tokens=True) == served.choices[0].message.content
+
+
+def test_the_inference_server_answers_the_service_alone(service: Service) -> None:
+    """Other users of the machine reach its port, and could load any adapter that it can read."""
+    found = re.search(r"^SDFT_INFERENCE_URLS=(\S+)$", (service.data_dir / "service.env").read_text(), re.MULTILINE)
+    assert found is not None
+    assert httpx2.get(f"{found[1]}/v1/models").status_code == 401
+    assert httpx2.post(f"{found[1]}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/tmp"}).status_code == 401
+    assert "KEY" not in (service.data_dir / "service.env").read_text()

@@ -63,7 +63,9 @@ class Server:
 
 @pytest.fixture(scope="session")
 def vllm_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    settings = Settings(data_dir=tmp_path_factory.mktemp("vllm") / "data", cache_dir=CACHE_DIR, inference="vllm", device="cpu", vllm_max_loras=2)
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("vllm") / "data", cache_dir=CACHE_DIR, inference="vllm", device="cpu", vllm_max_loras=2, vllm_max_cpu_loras=4
+    )
     try:
         vllm.python_of(settings)
     except StackError as error:

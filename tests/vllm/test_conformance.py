@@ -186,3 +186,19 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
             next(answer.iter_lines())
     began = httpx2.Timeout(60)
     assert server.client.post("/v1/completions", json={"model": BASE, "prompt": "Hi", "max_tokens": 2}, timeout=began).status_code == 200
+
+
+def test_many_adapters_share_few_slots(loaded: Server, client: InferenceClient, model: LanguageModel, ids: list[int], adapters: dict[str, Path]) -> None:
+    """More names than vLLM keeps in memory, asked for all at once: each is read from disk again when its turn comes."""
+    names = {f"copy-{number}": sorted(adapters)[number % len(adapters)] for number in range(24)}
+    for name, original in names.items():
+        assert loaded.load(name, adapters[original]).status_code == 200
+    expected = {name: score(model, ids, name)[0] for name in adapters}
+    try:
+        with ThreadPoolExecutor(12) as threads:
+            found = dict(zip(names, threads.map(lambda name: client.prompt_logprobs(name, ids), names), strict=True))
+        for name, original in names.items():
+            assert found[name] == pytest.approx(expected[original], abs=TOLERANCE), name
+    finally:
+        for name in names:
+            loaded.unload(name)

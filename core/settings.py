@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     trainer_threads: int | None = Field(None, ge=1, description="CPU threads of a trainer. Default: all cores.")
     inference_threads: int | None = Field(None, ge=1, description="CPU threads of the inference server. Default: all cores.")
     inference_max_batch: int = Field(16, ge=1, description="Sequences that the inference server decodes together.")
+    inference_max_adapters: int = Field(64, ge=1, description="Adapters that the embedded inference server holds; others are loaded when asked for.")
     vllm_python: Path | None = Field(None, description="Python that has vLLM. Default: .venv-vllm/bin/python beside the service's environment (`make vllm`).")
     vllm_max_loras: int = Field(4, ge=1, description="Adapters that vLLM applies at a time.")
     vllm_max_cpu_loras: int = Field(32, ge=1, description="Adapters that vLLM keeps in memory; others are read from disk again when they are asked for.")

@@ -21,6 +21,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8809)
     parser.add_argument("--threads", type=_at_least_one, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--max-batch", type=_at_least_one, default=16, help="sequences that are decoded together")
+    parser.add_argument("--max-adapters", type=_at_least_one, default=64, help="adapters held; the one used longest ago makes room for another")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: SDFT_DEVICE, else auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: SDFT_DTYPE, else auto")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -64,7 +65,8 @@ def main() -> int:
         sys.stderr.write(f"{error.message}\n")
         return 1
     engine = Engine(model, max_batch=arguments.max_batch)
-    app = create_app(engine, base_model_id=arguments.base_model, adapters_dir=arguments.adapters_dir, api_key=os.environ.get(arguments.api_key_env) or None)
+    api_key = os.environ.get(arguments.api_key_env) or None
+    app = create_app(engine, base_model_id=arguments.base_model, adapters_dir=arguments.adapters_dir, api_key=api_key, max_adapters=arguments.max_adapters)
     uvicorn.run(
         app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS, server_header=False
     )

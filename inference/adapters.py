@@ -6,6 +6,7 @@ loaded again never meets the answers still given by the earlier version.
 
 import asyncio
 import itertools
+import logging
 import re
 import time
 from dataclasses import dataclass
@@ -16,25 +17,34 @@ from inference.errors import AdapterInvalid, AdapterUnknown, ModelUnknown
 from sdft_engine.contract.errors import EngineError
 from sdft_engine.contract.sealed_directory import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 
+logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,255}")
 
 
-@dataclass(frozen=True)
+MAX_ADAPTERS = 64
+
+
+@dataclass
 class LoadedAdapter:
     name: str
     directory: Path
     engine_name: str
     loaded_at: int
+    used: int = 0
+    """Number of its last use, among those of all adapters."""
 
 
 class AdapterRegistry:
     """Read and changed on the event loop only; the weights move on the engine's thread."""
 
-    def __init__(self, engine: Engine, base_model_id: str, adapters_dir: Path) -> None:
+    def __init__(self, engine: Engine, base_model_id: str, adapters_dir: Path, max_adapters: int = MAX_ADAPTERS) -> None:
         self._engine = engine
         self._base_model_id = base_model_id
         self._adapters_dir = adapters_dir.resolve()
+        self._max_adapters = max_adapters
         self._numbers = itertools.count(1)
+        self._uses = itertools.count(1)
+        self._leaving: set[asyncio.Task[None]] = set()
         self._loading: dict[str, asyncio.Future[None]] = {}
         self.loaded: dict[str, LoadedAdapter] = {}
 
@@ -44,6 +54,7 @@ class AdapterRegistry:
             return None
         if model not in self.loaded:
             raise ModelUnknown(f"The model `{model}` does not exist.", param="model")
+        self.loaded[model].used = next(self._uses)
         return self.loaded[model].engine_name
 
     async def load(self, name: str, path: str) -> LoadedAdapter:
@@ -55,7 +66,8 @@ class AdapterRegistry:
         if name in self.loaded:
             raise AdapterInvalid(f"The lora adapter '{name}' has already been loaded.", param="lora_name")
         directory = self._adapter_directory(path)
-        adapter = LoadedAdapter(name, directory, f"served_{next(self._numbers)}", int(time.time()))
+        self._make_room()
+        adapter = LoadedAdapter(name, directory, f"served_{next(self._numbers)}", int(time.time()), next(self._uses))
         loading = asyncio.wrap_future(self._engine.call(lambda: self._engine.model.adapters.load(adapter.engine_name, directory)))
         self._loading[name] = loading
         loading.add_done_callback(lambda done: self._settle(adapter, done))
@@ -75,7 +87,24 @@ class AdapterRegistry:
         adapter = self.loaded.pop(name, None)
         if adapter is None:
             raise AdapterUnknown(f"The lora adapter '{name}' cannot be found.", param="lora_name")
+        await self._remove(adapter)
+
+    async def _remove(self, adapter: LoadedAdapter) -> None:
         await asyncio.wrap_future(self._engine.remove_adapter(adapter.engine_name, lambda: self._engine.model.adapters.remove(adapter.engine_name)))
+
+    def _make_room(self) -> None:
+        """Let those go that were used longest ago, as soon as nobody is being answered by them: whoever wants one loads it again."""
+        while self.loaded and len(self.loaded) + len(self._loading) >= self._max_adapters:
+            oldest = min(self.loaded.values(), key=lambda adapter: adapter.used)
+            logger.info("%s makes room for another adapter", oldest.name)
+            task = asyncio.ensure_future(self._remove(self.loaded.pop(oldest.name)))
+            self._leaving.add(task)  # asyncio itself keeps no hold of it
+            task.add_done_callback(self._left)
+
+    def _left(self, task: "asyncio.Task[None]") -> None:
+        self._leaving.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("an adapter that made room could not be removed: %s", error)
 
     def _adapter_directory(self, path: str) -> Path:
         """The directory, proven to lie inside the adapters' directory, links followed."""

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inference.adapters import AdapterRegistry
+from inference.adapters import MAX_ADAPTERS, AdapterRegistry
 from inference.connections import ClientLeft
 from inference.detokenizer import TokenTable
 from inference.engine import Engine
@@ -28,7 +28,7 @@ CLIENT_CLOSED_REQUEST = 499
 logger = logging.getLogger(__name__)
 
 
-def create_app(engine: Engine, *, base_model_id: str, adapters_dir: Path, api_key: str | None = None) -> FastAPI:
+def create_app(engine: Engine, *, base_model_id: str, adapters_dir: Path, api_key: str | None = None, max_adapters: int = MAX_ADAPTERS) -> FastAPI:
     """The server around an engine that is not started yet; its thread lives as long as the application."""
     adapters_dir.mkdir(parents=True, exist_ok=True)
     chat_format = engine.model.chat_format
@@ -41,7 +41,7 @@ def create_app(engine: Engine, *, base_model_id: str, adapters_dir: Path, api_ke
         engine.stop()
 
     app = FastAPI(title="Embedded inference server", lifespan=lifespan, openapi_url=None)
-    registry = AdapterRegistry(engine, base_model_id, adapters_dir)
+    registry = AdapterRegistry(engine, base_model_id, adapters_dir, max_adapters)
     app.state.server = Server(engine, registry, base_model_id, chat_format, TokenTable(chat_format.tokenizer), vocabulary_size)
     app.include_router(router)
     app.add_exception_handler(RequestFailed, _request_failed)

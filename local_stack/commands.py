@@ -108,6 +108,7 @@ class Stack:
             return replace(spec, environment=spec.environment | vllm.server_environment(settings))
         words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
         words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
+        words += ["--max-adapters", str(settings.inference_max_adapters)]
         words += ["--device", settings.device, "--dtype", settings.dtype]
         words += ["--threads", str(settings.inference_threads)] if settings.inference_threads else []
         command = self.python("inference", *words)

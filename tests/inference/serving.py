@@ -112,9 +112,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @contextmanager
-def serving(model_dir: Path, adapters_dir: Path, *, api_key: str | None = None, **options: Any) -> Iterator[RunningServer]:
+def serving(model_dir: Path, adapters_dir: Path, *, api_key: str | None = None, max_adapters: int = 64, **options: Any) -> Iterator[RunningServer]:
     engine = Engine(load_base_model(model_dir, device="cpu", dtype="float32"), **options)
-    app = create_app(engine, base_model_id=BASE, adapters_dir=adapters_dir, api_key=api_key)
+    app = create_app(engine, base_model_id=BASE, adapters_dir=adapters_dir, api_key=api_key, max_adapters=max_adapters)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))

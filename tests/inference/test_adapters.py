@@ -197,3 +197,31 @@ def test_unloading_ends_answers_that_take_too_long(make_server: MakeServer) -> N
         assert rest[-1] == "[DONE]"
         assert list(spared)[-2]["choices"][0]["finish_reason"] == "length"
         assert 2 in steps
+
+
+def test_the_adapter_that_was_used_longest_ago_makes_room(make_server: MakeServer) -> None:
+    with make_server(max_adapters=2) as server:
+        server.load("a", "first")
+        server.load("b", "second")
+        expected = server.complete("the lamp", model="a", temperature=0)["choices"][0]["text"]
+        server.load("c", "second")
+        assert server.model_ids() == [BASE, "a", "c"]
+        wait_until(lambda: len(engine_adapters(server)) == 2)
+        assert server.post("/v1/completions", model="b", prompt="x").status_code == 404
+        assert server.complete("the lamp", model="a", temperature=0)["choices"][0]["text"] == expected
+        assert server.load("b", "second").status_code == 200
+        assert server.model_ids() == [BASE, "a", "b"]
+
+
+def test_an_answer_that_is_on_its_way_keeps_its_adapter(make_server: MakeServer) -> None:
+    with make_server(max_adapters=1) as server:
+        server.load("a", "first")
+        expected = server.complete("the lamp", model="a", temperature=0, max_tokens=20, ignore_eos=True)["choices"][0]["text"]
+        server.slow_down(0.02)
+        events = server.stream("/v1/completions", model="a", prompt="the lamp", temperature=0, max_tokens=20, ignore_eos=True)
+        texts = [next(events)["choices"][0]["text"]]
+        assert server.load("b", "second").status_code == 200
+        assert server.model_ids() == [BASE, "b"]
+        texts += [event["choices"][0]["text"] for event in events if event != "[DONE]"]
+        assert "".join(texts) == expected
+        wait_until(lambda: len(engine_adapters(server)) == 1)

@@ -15,12 +15,14 @@ TRL_STAMP := .venv-trl/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_VERSION := 0.32.0
+LM_EVAL_STAMP := .venv-lm-eval/.installed
+LM_EVAL_VERSION := 0.4.13
 LLAMA_STAMP := .venv-llama/.installed
 LLAMA_VERSION := 0.3.36
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-vllm test-llama test-all gpu lint format bench trl vllm llama constraints constraints-vllm clean
+.PHONY: help setup demo test test-fast test-vllm test-llama test-lm-eval test-all gpu lint format bench trl vllm llama lm-eval constraints constraints-vllm clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,10 +44,10 @@ demo: $(STAMP) ## Start the service, fine-tune a real 135M model through the ope
 
 # The slow ones run one after the other: they time whole processes. Status 5: TEST_ARGS chose none of these, maybe some of the others.
 test: test-fast ## All tests that need no second environment and no browser (options: TEST_ARGS)
-	$(BIN)/python -m pytest -m "slow and not vllm and not llama" $(TEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "slow and not vllm and not llama and not lm_eval" $(TEST_ARGS) || [ $$? -eq 5 ]
 
 test-fast: $(STAMP) ## The tests without the real model and without whole processes, several at a time (options: TEST_ARGS, TEST_PROCESSES)
-	$(BIN)/python -m pytest -m "not slow and not vllm and not llama" -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not slow and not vllm and not llama and not lm_eval" -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) || [ $$? -eq 5 ]
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## The tests that need a real vLLM server, in the environment of make vllm (options: TEST_ARGS)
 	$(BIN)/python -m pytest -m vllm $(TEST_ARGS) || [ $$? -eq 5 ]
@@ -53,7 +55,10 @@ test-vllm: $(STAMP) $(VLLM_STAMP) ## The tests that need a real vLLM server, in 
 test-llama: $(STAMP) $(LLAMA_STAMP) ## The tests that need llama.cpp, in the environment of make llama (options: TEST_ARGS)
 	$(BIN)/python -m pytest -m llama $(TEST_ARGS) || [ $$? -eq 5 ]
 
-test-all: test test-vllm test-llama ## Every test there is; nothing needs a browser yet
+test-lm-eval: $(STAMP) $(LM_EVAL_STAMP) ## lm-eval against the service, in the environment of make lm-eval (options: TEST_ARGS)
+	$(BIN)/python -m pytest -m lm_eval $(TEST_ARGS) || [ $$? -eq 5 ]
+
+test-all: test test-vllm test-llama test-lm-eval ## Every test there is; nothing needs a browser yet
 
 lint: $(STAMP) ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check .
@@ -97,6 +102,13 @@ llama: $(LLAMA_STAMP) ## Create .venv-llama with llama.cpp, built here, to test 
 $(LLAMA_STAMP):
 	$(PYTHON) -m venv --clear .venv-llama
 	.venv-llama/bin/python -m pip install llama-cpp-python==$(LLAMA_VERSION)
+	@touch $@
+
+lm-eval: $(LM_EVAL_STAMP) ## Create .venv-lm-eval with EleutherAI's evaluation harness, to test the completions with
+
+$(LM_EVAL_STAMP):
+	$(PYTHON) -m venv --clear .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install 'lm_eval[api]==$(LM_EVAL_VERSION)' $(shell grep '^transformers==' constraints.txt)
 	@touch $@
 
 bench: $(STAMP) $(TRL_STAMP) ## Run every program in benchmarks/; each prints its own figures (about five hours; demo_seeds and learning, the longest, skip what they have finished)

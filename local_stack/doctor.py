@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.base_models import BaseModelEntry
 from core.settings import Settings
-from local_stack import valkey
+from local_stack import valkey, vllm
 from local_stack.directories import directory_problem, nearest_existing
 from local_stack.environment import load_settings, unknown_variables
 from local_stack.errors import StackError
@@ -48,7 +48,7 @@ def examine(data_dir: Path | None, host: str | None, port: int | None) -> list[F
         return [_python(), wrong, *_unknown_variables()]
     findings = [_python(), *_unknown_variables(), _training_packages(), *_cuda(settings)]
     findings += [_directory("data directory", settings.data_dir, "--data-dir"), _directory("cache directory", settings.cache_dir, "SDFT_CACHE_DIR")]
-    findings += [_redis(settings), _port(settings, _up_command(data_dir, host))]
+    findings += [*_vllm(settings), _redis(settings), _port(settings, _up_command(data_dir, host))]
     return findings + [_base_model(entry, settings.cache_dir) for entry in settings.base_models]
 
 
@@ -98,6 +98,16 @@ def _directory(what: str, path: Path, setting: str) -> Finding:
     if free_bytes < LEAST_FREE_BYTES:
         return Finding(f"{what} {path}", f"only {free_bytes / 1024**3:.1f} GiB free", f"free some space, or choose another disk with {setting}")
     return Finding(f"{what} {path} ({free_bytes / 1024**3:.0f} GiB free)", None)
+
+
+def _vllm(settings: Settings) -> list[Finding]:
+    """Where `sdft up` would start it."""
+    if settings.inference != "vllm" or "inference_urls" in settings.model_fields_set:
+        return []
+    try:
+        return [Finding(f"vLLM in {vllm.python_of(settings)}", None)]
+    except StackError as error:
+        return [Finding("vLLM", str(error), "make vllm")]
 
 
 def _redis(settings: Settings) -> Finding:

@@ -156,3 +156,11 @@ def test_wrong_settings_are_named(tmp_path: Path, name: str, value: str, monkeyp
     monkeypatch.setenv(name, value)
     (finding,) = [finding for finding in doctor.examine(tmp_path, None, None) if finding.problem]
     assert name.removeprefix("SDFT_").lower() in str(finding.problem).lower()
+
+
+def test_vllm_that_is_not_installed_is_found_before_the_start(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_INFERENCE", "vllm")
+    monkeypatch.setenv("SDFT_VLLM_PYTHON", str(tmp_path / "none"))
+    assert any("vLLM is not installed" in problem for problem in problems(tmp_path / "data", port))
+    monkeypatch.setenv("SDFT_INFERENCE_URLS", "http://127.0.0.1:9")
+    assert problems(tmp_path / "data", port) == [], "servers that run already are started by somebody else"

@@ -1,0 +1,66 @@
+"""The kernels that vllm_plugin/ gives to vLLM on a CPU, without vLLM: row by row they are what each row's own adapter says."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PATH = Path(__file__).parents[1] / "vllm_plugin" / "sdft_vllm_plugin.py"
+INDICES = [0, -1, 2, 2, -1, 1, 0]
+SLOTS, RANK, IN, OUT = 3, 4, 6, 5
+
+
+@pytest.fixture(scope="module")
+def plugin() -> Any:
+    spec = importlib.util.spec_from_file_location("sdft_vllm_plugin", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_rows_without_an_adapter_get_nothing(plugin: Any, generator: torch.Generator, stacked: bool) -> None:
+    shape = (SLOTS, 1) if stacked else (SLOTS,)
+    x, a, b = (torch.randn(*size, generator=generator) for size in ((len(INDICES), IN), (*shape, RANK, IN), (*shape, OUT, RANK)))
+    indices = torch.tensor(INDICES)
+    hidden = torch.full((len(INDICES), RANK + 2), 9.0)
+    plugin.bgmv_shrink(x, a, hidden, indices, 0.5)
+    output = torch.randn(len(INDICES), OUT + 1, generator=generator)
+    before = output.clone()
+    plugin.bgmv_expand(hidden[:, :RANK], b, output, indices)
+    for row, index in enumerate(INDICES):
+        expected = torch.zeros(OUT) if index < 0 else b[index].reshape(OUT, RANK) @ (0.5 * a[index].reshape(RANK, IN) @ x[row])
+        torch.testing.assert_close(output[row, :OUT] - before[row, :OUT], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(output[:, OUT:], before[:, OUT:])
+
+
+def test_a_slice_of_a_packed_projection(plugin: Any, generator: torch.Generator) -> None:
+    hidden, b = torch.randn(len(INDICES), RANK, generator=generator), torch.randn(SLOTS, 1, OUT, RANK, generator=generator)
+    added, replaced = torch.ones(len(INDICES), 12), torch.ones(len(INDICES), 12)
+    plugin.bgmv_expand_slice(hidden, b, added, torch.tensor(INDICES), 3, OUT, True)
+    plugin.bgmv_expand_slice(hidden, b, replaced, torch.tensor(INDICES), 3, OUT, False)
+    for row, index in enumerate(INDICES):
+        expected = torch.zeros(OUT) if index < 0 else b[index, 0] @ hidden[row]
+        torch.testing.assert_close(added[row, 3 : 3 + OUT], expected + 1)
+        torch.testing.assert_close(replaced[row, 3 : 3 + OUT], expected)
+    assert bool((added[:, :3] == 1).all())
+    assert bool((added[:, 3 + OUT :] == 1).all())
+
+
+def test_one_index_stands_for_all_rows_and_any_other_number_is_refused(plugin: Any, generator: torch.Generator) -> None:
+    """The numbers differ where the log-probabilities of a prompt are asked for; guessing would be wrong answers."""
+    x, a = torch.randn(3, IN, generator=generator), torch.randn(SLOTS, RANK, IN, generator=generator)
+    hidden = torch.zeros(3, RANK)
+    plugin.bgmv_shrink(x, a, hidden, torch.tensor([1]))
+    torch.testing.assert_close(hidden, x @ a[1].T)
+    with pytest.raises(ValueError, match="3 rows have 2 adapter indices"):
+        plugin.bgmv_shrink(x, a, hidden, torch.tensor([1, 2]))

@@ -17,6 +17,7 @@ from sqlalchemy import and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.database import database_now, insert_for, unix_now
+from core.errors import ModelNotFound
 from core.ids import new_token
 from core.storage import StoredObject
 from core.tables.exports import ModelExport
@@ -43,7 +44,10 @@ class ExportClaim:
 
 
 def request_export(session: Session, model: Model, form: str) -> ModelExport:
-    """The row of the model's export, which is queued where there is none or where it failed some time ago."""
+    """The row of the model's export, which is queued where there is none or where it failed some time ago. Raises ModelNotFound where
+    the model was deleted meanwhile."""
+    if session.scalar(select(Model.id).where(Model.id == model.id, Model.status != "deleted").with_for_update()) is None:
+        raise ModelNotFound(f"The model {model.id!r} does not exist", param="model")
     now = unix_now()
     values = {"model_id": model.id, "format": form, "status": "pending", "attempts": 0, "created_at": now, "updated_at": now}
     session.execute(insert_for(session, ModelExport).values(values).on_conflict_do_nothing(index_elements=["model_id", "format"]))
@@ -57,6 +61,12 @@ def request_export(session: Session, model: Model, form: str) -> ModelExport:
 def export_is_waiting(session: Session) -> bool:
     """Whether `claim_export` would find any; only reads, so that looking often costs no write lock."""
     return session.scalar(select(ModelExport.model_id).where(CLAIMABLE).limit(1)) is not None
+
+
+def held_exports(session: Session) -> set[str]:
+    """The tokens of all that are being made."""
+    tokens = session.scalars(select(ModelExport.lease_token).where(ModelExport.status == "running"))
+    return {token for token in tokens if token is not None}
 
 
 def claim_export(session: Session, lease_seconds: float) -> ExportClaim | None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdft_engine.contract.errors import ConfigurationError, DiskFull
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DiskFull
 from sdft_engine.contract.sealed_directory import is_disk_full
 from sdft_engine.lora import read_adapter
 from sdft_engine.prepare_base_model import PREPARED_MARK
@@ -23,7 +23,8 @@ A, B, WEIGHT = ".lora_A", ".lora_B", ".weight"
 def merge_adapter(base_dir: Path, adapter_dir: Path, out_dir: Path) -> None:
     """Write the merged model into `out_dir`, which must not exist.
 
-    Raises ConfigurationError where the adapter does not fit this base, DiskFull; nothing is left then.
+    Raises ConfigurationError where the adapter does not fit this base, BaseModelError where a file can't be read or written, DiskFull;
+    nothing is left then.
     """
     shape, factors = read_adapter(adapter_dir)
     modules = {name.removesuffix(A) for name in factors if name.endswith(A)}
@@ -43,8 +44,8 @@ def merge_adapter(base_dir: Path, adapter_dir: Path, out_dir: Path) -> None:
         shutil.rmtree(out_dir, ignore_errors=True)
         if is_disk_full(error):  # safetensors reports it with an exception of its own
             raise DiskFull(f"the disk is full: {out_dir.name} could not be written") from error
-        if isinstance(error, OSError | SafetensorError):
-            raise ConfigurationError(f"the base model in {base_dir.name} can't be read: {error}") from error
+        if isinstance(error, OSError | SafetensorError):  # may be another time: a file system that is away, say
+            raise BaseModelError(f"the weights of {base_dir.name} could not be read, or the merged ones not be written: {error}") from error
         raise
 
 

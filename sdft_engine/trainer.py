@@ -39,6 +39,7 @@ from sdft_engine.session import ALONE, Session, open_session, remember_answers, 
 from sdft_engine.step import Objective, demonstration_loss, sdft_gradient, supervised_gradient
 from sdft_engine.teacher import Teacher
 from sdft_engine.token_statistics import TokenStatistics, merged
+from sdft_engine.vllm_sampler import StoppedWaiting
 
 BARREN_STEPS = 10
 """Steps without a single loss token after which a run is stopped: nothing would ever be learned."""
@@ -54,6 +55,8 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
     """
 
     session = open_session(run, ranks)
+    if session.sampler is not None:
+        session.sampler.stop_wanted = lambda: stop_requested() is not None
     try:
         return _train(session, lambda: ranks.agree(stop_requested()))
     finally:
@@ -74,7 +77,10 @@ def _train(session: Session, agreed_stop: Callable[[], StopReason | None]) -> Tr
             if stop != "cancel" and metrics is not None and checkpointed < session.state.step:
                 write_checkpoint(session, metrics)
             return _result(session, "stopped", stop)
-        metrics = training_step(session, session.state.step + 1)
+        try:
+            metrics = training_step(session, session.state.step + 1)
+        except StoppedWaiting:
+            continue  # the stop is seen above, and what was trained is kept
         if ranks.is_first:
             append_line(run.metrics_path, metrics.model_dump_json())
         watch_for_collapse(session, metrics)

@@ -12,7 +12,7 @@ Prompts are sent as token ids, so that the trainer's chat template is the only o
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -42,6 +42,10 @@ PASSING = (404, 408, 429)
 LARGEST_SEED = 2**63
 
 
+class StoppedWaiting(Exception):
+    """A stop was asked for while the server was away: nothing of this step has happened yet."""
+
+
 class RemoteSampler:
     """The server at `config.url`, and the adapter of the last step on it. `probe` is a fixed text of at least two token ids."""
 
@@ -50,6 +54,9 @@ class RemoteSampler:
         self._config, self._base_model, self._ranks = config, base_model, ranks
         self._probe = list(probe)[:PROBE_TOKENS]
         self._loaded: str | None = None
+        self._doubtful = False
+        self.stop_wanted: Callable[[], bool] = lambda: False
+        """Asked while a server that is away is waited for."""
         self._http = httpx2.Client(
             base_url=config.url,
             headers={"authorization": f"Bearer {key}"} if key else {},
@@ -72,7 +79,7 @@ class RemoteSampler:
     ) -> list[Rollout]:
         """One completion per row from the student as it is now. A server that is away, because it is restarted say, is waited for.
 
-        Raises StaleSampler, or SamplerUnavailable where it stays away or refuses.
+        Raises StaleSampler, SamplerUnavailable where it stays away or refuses, or StoppedWaiting.
         """
         wanted = {"max_tokens": max_completion_tokens, "temperature": temperature}
         until = time.monotonic() + PATIENCE_SECONDS
@@ -83,7 +90,9 @@ class RemoteSampler:
             except SamplerUnavailable as error:
                 if error.lasting or self._ranks.size > 1 or time.monotonic() > until:
                     raise
-                self._loaded = None  # it may have forgotten its adapters
+                if self.stop_wanted():
+                    raise StoppedWaiting from error
+                self._doubtful = True  # it may have forgotten its adapters
                 time.sleep(RETRY_SECONDS)
 
     def _rollouts(
@@ -122,7 +131,7 @@ class RemoteSampler:
     def _sync(self, model: LanguageModel, step: int) -> str:
         """Have the server load the student of this step, prove that it did, and drop the one of the step before."""
         name = f"{self._config.name_prefix}-{step}"
-        if name == self._loaded:  # what the run settles before its first step was sampled from the same weights
+        if name == self._loaded and not self._doubtful:  # what the run settles before its first step was sampled from the same weights
             return name
         problem: str | None = None
         if self._ranks.is_first:
@@ -136,9 +145,9 @@ class RemoteSampler:
                     raise
         if problem := self._ranks.agree(problem):
             raise StaleSampler(problem) if problem.startswith(StaleSampler.__name__) else SamplerUnavailable(problem)
-        if self._loaded is not None and self._ranks.is_first:
-            self._forget(self._loaded)
-        self._loaded = name
+        if self._loaded not in (None, name) and self._ranks.is_first:
+            self._forget(str(self._loaded))
+        self._loaded, self._doubtful = name, False
         return name
 
     def _load(self, model: LanguageModel, name: str) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 from core.base_models import BaseModelEntry
 from core.database import unix_now
 from core.errors import InferenceUnavailable
-from core.inference_client import InferenceClient
+from core.inference_client import AdapterRefused, InferenceClient
 from core.served_adapters import load_into_server
 from core.tables.models import Model
 from sdft_engine.contract.sealed_directory import file_sha256
@@ -43,10 +44,14 @@ def prove_on_servers(resources: Resources, model: Model) -> Verdict:
 def _prove(resources: Resources, model: Model, client: InferenceClient) -> Verdict:
     directory = resources.settings.served_adapters_dir
     load_into_server(model, resources.storage, directory, client)
-    score = client.prompt_logprobs
-    served_dtype = client.served_dtype(model.base_model)
-    tolerance = resources.settings.attestation_tolerance
-    return compare_served(directory / model.serving_name, partial(score, model.serving_name), partial(score, model.base_model), served_dtype, tolerance)
+    score, tolerance = client.prompt_logprobs, resources.settings.attestation_tolerance
+    try:
+        served_dtype = client.served_dtype(model.base_model)
+        return compare_served(directory / model.serving_name, partial(score, model.serving_name), partial(score, model.base_model), served_dtype, tolerance)
+    except BaseException:  # else it would answer for the model later, unproved
+        with suppress(AdapterRefused, InferenceUnavailable):
+            client.unload_adapter(model.serving_name)
+        raise
 
 
 def _unless_unreachable(prove: Callable[[InferenceClient], Verdict], client: InferenceClient) -> Verdict | InferenceUnavailable:

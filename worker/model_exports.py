@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 
 from core.archives import fetch_directory, store_directory
 from core.base_models import BaseModelEntry
+from core.durable_files import is_disk_full
 from core.errors import ServiceError, StorageFull
-from core.ids import new_token
 from core.logging import get_logger
 from core.model_exports import (
     IMPOSSIBLE,
@@ -29,6 +29,7 @@ from core.model_exports import (
     export_is_waiting,
     fail_export,
     finish_export,
+    held_exports,
     release_export,
     renew_export,
 )
@@ -87,11 +88,10 @@ class Exporter:
 
     def _make(self, claim: ExportClaim) -> None:
         log.info("export_started", model=claim.model_id, format=claim.format, attempt=claim.attempt)
-        key: str | None = None
+        key = f"models/exports/{claim.lease_token}.{claim.format}.tar.gz"
         try:
             with self._held(claim) as check, self._scratch(claim) as scratch_dir:
-                stored = self._stored(claim, scratch_dir, check)
-                key = stored.key
+                stored = self._stored(claim, key, scratch_dir, check)
                 check()
             self._settle(claim, lambda session: finish_export(session, claim, stored))
             log.info("export_ready", model=claim.model_id, format=claim.format, size_bytes=stored.size_bytes)
@@ -103,9 +103,15 @@ class Exporter:
             log.error("export_failed", model=claim.model_id, format=claim.format, code=error.code, error=str(error))
             code, message = error.code, str(error)
             self._settle(claim, lambda session: fail_export(session, claim, code, message))
+        except ServiceError:  # the database is away: the lease runs out, and the export is taken up again
+            raise
+        except Exception as error:  # a boundary: whoever asked is told, and not only this worker's log
+            log.exception("export_failed_unexpectedly", model=claim.model_id, format=claim.format)
+            code = DiskFull.code if is_disk_full(error) else "export_failed"
+            message = "the worker's disk is full" if is_disk_full(error) else f"the worker failed with {type(error).__name__}; see its log"
+            self._settle(claim, lambda session: fail_export(session, claim, code, message))
         finally:
-            if key is not None:
-                delete_unreferenced(self._resources.database, self._resources.storage, [key])
+            delete_unreferenced(self._resources.database, self._resources.storage, [key])
 
     def _settle(self, claim: ExportClaim, change: Callable[[Session], None]) -> None:
         try:
@@ -114,20 +120,24 @@ class Exporter:
         except ExportLost:
             log.warning("export_lost", model=claim.model_id, format=claim.format)
 
-    def _stored(self, claim: ExportClaim, scratch_dir: Path, check: Callable[[], None]) -> StoredObject:
+    def _stored(self, claim: ExportClaim, key: str, scratch_dir: Path, check: Callable[[], None]) -> StoredObject:
         """Raises NotMade, ExportLost or Stopping."""
         resources, settings = self._resources, self._resources.settings
         with resources.database.reading() as session:
             model = session.get_one(Model, claim.model_id)
+        if model.status == "deleted":
+            raise ExportLost(f"{model.id} was deleted")
+        try:
+            adapter_dir = fetch_directory(resources.storage, model.storage_key, model.archive_sha256, scratch_dir / "adapter")
+        except FileNotFoundError as error:
+            raise NotMade("export_failed", f"the adapter of {model.id} is no longer in storage") from error
+        except ObjectDamaged as error:
+            raise NotMade("export_failed", str(error)) from error
         try:
             base = load_base_model(settings, model.base_model, check).entry
-            adapter_dir = fetch_directory(resources.storage, model.storage_key, model.archive_sha256, scratch_dir / "adapter")
             weights_dir = self._written(model, base, adapter_dir, scratch_dir / "weights", claim.format, check)
-            key = f"models/{model.serving_name}.{claim.format}.{claim.lease_token}.tar.gz"
             stored = store_directory(resources.storage, key, weights_dir, scratch_dir, compress_level=0)
             check_stored(resources.storage, stored)
-        except FileNotFoundError as error:  # deleted meanwhile, or lost
-            raise NotMade("export_failed", f"the adapter of {model.id} is no longer in storage") from error
         except BaseModelError as error:
             raise NotMade(error.code, error.message) from error
         except ObjectDamaged as error:
@@ -184,12 +194,18 @@ class Exporter:
 
     @contextmanager
     def _scratch(self, claim: ExportClaim) -> Iterator[Path]:
-        """A directory for this attempt. What earlier attempts at any export left, killed with their worker, goes: this worker makes
-        one at a time."""
+        """A directory for this attempt. What attempts left behind that were killed with their worker goes; other workers may be at
+        work beside it."""
         root = self._resources.settings.exports_dir
-        shutil.rmtree(root, ignore_errors=True)
-        directory = root / f"{claim.format}-{new_token()}"
-        directory.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        there = list(root.iterdir())  # before the question whose they are: a claim is older than its directory
+        with self._resources.database.reading() as session:
+            held = held_exports(session)
+        for leftover in there:
+            if leftover.name not in held:
+                shutil.rmtree(leftover, ignore_errors=True)
+        directory = root / claim.lease_token
+        directory.mkdir()
         try:
             yield directory
         finally:

@@ -15,10 +15,16 @@ def rollout_adapters_of(job_id: str) -> str:
     return f"rollout-{job_id}-"
 
 
-def forget_rollout_adapters(resources: Resources, job_id: str) -> None:
-    """Unload them where a server can be reached, and delete their files. Idempotent; almost always there are none."""
+def forget_rollout_adapters(resources: Resources, job_id: str, attempt: int) -> None:
+    """Unload those of this attempt and earlier ones where a server can be reached, and delete their files. A later attempt may be at
+    work by now. Idempotent; almost always there are none."""
     root = resources.settings.served_adapters_dir
-    for directory in root.glob(f"{rollout_adapters_of(job_id)}*"):
+    prefix = rollout_adapters_of(job_id)
+    found = [path for path in root.glob(f"*{prefix}*") if _attempt_of(path.name, prefix) <= attempt]
+    for directory in found:
+        if directory.name.startswith("."):  # never given to a server
+            shutil.rmtree(directory, ignore_errors=True)
+            continue
         log.info("rollout_adapter_forgotten", name=directory.name)
         for client in resources.inference.clients:
             try:
@@ -26,5 +32,8 @@ def forget_rollout_adapters(resources: Resources, job_id: str) -> None:
             except (InferenceUnavailable, AdapterRefused) as error:
                 log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
         shutil.rmtree(directory, ignore_errors=True)
-    for unfinished in root.glob(f".{rollout_adapters_of(job_id)}*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _attempt_of(name: str, prefix: str) -> int:
+    number = name.removeprefix(".").removeprefix(prefix).partition("-")[0]
+    return int(number) if number.isdigit() else 0

@@ -48,7 +48,7 @@ def train(resources: Resources, claim: Claim, claimed_at: float) -> None:
                 _attempt_or_give_up(resources, lease, run)
         finally:
             discard_bulk(run)
-            forget_rollout_adapters(resources, claim.job_id)
+            forget_rollout_adapters(resources, claim.job_id, claim.attempt)
 
 
 def _attempt_or_give_up(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:

@@ -5,18 +5,23 @@ that proved itself when the model was published, or have come back as another.
 """
 
 import asyncio
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
 
-from core.errors import InferenceFailed
+from core.errors import InferenceFailed, InferenceUnavailable
 from core.inference_client import AdapterRefused, InferenceClient
 from core.logging import get_logger
 from core.served_adapters import load_into_server
 from core.storage import Storage
 from core.tables.models import Model
 from sdft_engine.contract.served_attestation import compare_served
+
+REFUSED_SECONDS = 30.0
+"""For which a server that did not prove itself is not asked again."""
 
 log = get_logger(__name__)
 
@@ -29,11 +34,18 @@ class AdapterLoading:
         self._served_adapters_dir = served_adapters_dir
         self._tolerance = tolerance
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._unproved: set[tuple[str, str]] = set()
+        self._refused: dict[tuple[str, str], tuple[float, str]] = {}
 
     async def settled(self, model: Model, client: InferenceClient) -> None:
-        """Wait for a load that is under way: until its end the server may answer for the model unproved. Raises what `load` does."""
-        if (task := self._running.get((client.url, model.serving_name))) is not None:
-            await asyncio.shield(task)
+        """Where the server may have the adapter without having proved it, have that done first. Raises what `load` does, and
+        InferenceFailed where it failed to prove itself a moment ago."""
+        key = (client.url, model.serving_name)
+        until, reason = self._refused.get(key, (0.0, ""))
+        if time.monotonic() < until:
+            raise InferenceFailed(reason)
+        if key in self._running or key in self._unproved:
+            await self.load(model, client)
 
     async def load(self, model: Model, client: InferenceClient) -> None:
         """Raises InferenceUnavailable, InferenceFailed with the reason, or ObjectDamaged."""
@@ -52,6 +64,8 @@ class AdapterLoading:
 
     async def _load(self, model: Model, client: InferenceClient) -> None:
         log.info("adapter_loading", model=model.id, server=client.url)
+        key = (client.url, model.serving_name)
+        self._unproved.add(key)
         try:
             reason = await anyio.to_thread.run_sync(self._loaded_and_compared, model, client)
         except AdapterRefused as error:
@@ -59,7 +73,11 @@ class AdapterLoading:
             raise InferenceFailed(f"the inference server can't load the model {model.id}: {error}") from error
         if reason is not None:
             log.error("served_model_differs", model=model.id, server=client.url, reason=reason)
-            raise InferenceFailed(f"the inference server does not serve {model.id} as it was trained: {reason}")
+            message = f"the inference server does not serve {model.id} as it was trained: {reason}"
+            self._refused[key] = (time.monotonic() + REFUSED_SECONDS, message)
+            raise InferenceFailed(message)
+        self._unproved.discard(key)
+        self._refused.pop(key, None)
 
     def _loaded_and_compared(self, model: Model, client: InferenceClient) -> str | None:
         """Returns why the server may not answer for the model; it is unloaded then."""
@@ -68,5 +86,6 @@ class AdapterLoading:
         served_dtype = client.served_dtype(model.base_model)
         verdict = compare_served(directory, partial(score, model.serving_name), partial(score, model.base_model), served_dtype, self._tolerance)
         if verdict.reason is not None:
-            client.unload_adapter(model.serving_name)
+            with suppress(AdapterRefused, InferenceUnavailable):  # it stays marked as unproved
+                client.unload_adapter(model.serving_name)
         return verdict.reason

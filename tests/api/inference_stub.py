@@ -30,6 +30,7 @@ class InferenceStub:
     scored: list[str] = field(default_factory=list)
     """Models that were asked for log-probabilities of a prompt, as a proof that they are served as trained."""
     score_seconds: float = 0
+    breaks_scores: bool = False
     ignores_adapters: bool = False
     answered: dict[str, int] = field(default_factory=dict)
     """Answers by the model's name."""
@@ -73,6 +74,8 @@ class InferenceStub:
             return await self._chat(request)
         self.scored.append(body["model"])
         await asyncio.sleep(self.score_seconds)
+        if self.breaks_scores:
+            return _error(500, "as the test says")
         state = ADAPTER if body["model"] in self.loaded and not self.ignores_adapters else None
         return JSONResponse({"choices": [{"logprobs": {"token_logprobs": [None, *logps(state, body["prompt"]), -1.0]}}]})
 

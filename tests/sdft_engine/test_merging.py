@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sdft_engine.contract.errors import ConfigurationError, DiskFull
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DiskFull
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.merging import merge_adapter
 from sdft_engine.model import LanguageModel
@@ -94,5 +94,15 @@ def test_a_full_disk_is_named(adapter_dir: Path, tiny_model_dir: Path, tmp_path:
 
     monkeypatch.setattr("sdft_engine.merging.save_file", full)
     with pytest.raises(DiskFull):
+        merge_adapter(tiny_model_dir, adapter_dir, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_file_that_can_t_be_read_now_is_no_reason_for_good(adapter_dir: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*arguments: object, **options: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("sdft_engine.merging.save_file", away)
+    with pytest.raises(BaseModelError, match="Stale file handle"):
         merge_adapter(tiny_model_dir, adapter_dir, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

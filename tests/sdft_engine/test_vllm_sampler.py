@@ -9,7 +9,7 @@ import pytest
 
 from sdft_engine import vllm_sampler
 from sdft_engine.contract.errors import SamplerUnavailable, StaleSampler
-from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.contract.run_directory import RunDirectory, StopReason
 from sdft_engine.lora import read_adapter
 from sdft_engine.trainer import train
 from tests.fixtures.scripted_vllm import ScriptedVllm
@@ -108,3 +108,28 @@ def test_the_key_is_the_environment_s(tmp_path: Path, tiny_model_dir: Path, serv
     train(sampled_run(tmp_path / "run", tiny_model_dir, server, n_epochs=1, sampler={"api_key_env": "SAMPLER_API_KEY"}))
     assert {key for _, _, key in server.requests} == {"Bearer secret"}
     assert "secret" not in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_a_stop_is_heard_while_a_server_is_waited_for(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained before is kept in a checkpoint."""
+    monkeypatch.setattr(vllm_sampler, "RETRY_SECONDS", 0.05)
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server)
+
+    def stop_requested() -> StopReason | None:
+        if len(server.ever_loaded) == 3:
+            server.refuses = (503, "restarting")
+            server.loaded.clear()
+        return "requeue" if server.refuses else None
+
+    asked_at_step: list[int] = []
+
+    def late() -> StopReason | None:
+        """At the steps' beginnings nothing is wanted, in the middle of the third it is."""
+        wanted = stop_requested()
+        asked_at_step.append(len(server.ever_loaded))
+        return wanted if len(asked_at_step) > 4 else None
+
+    result = train(run, late)
+    assert (result.outcome, result.stop) == ("stopped", "requeue")
+    assert [step for step, _ in run.complete_checkpoints()] == [result.final_step]
+    assert result.final_step >= 2

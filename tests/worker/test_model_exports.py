@@ -10,8 +10,10 @@ import pytest
 
 from core.archives import store_directory
 from core.database import unix_now
+from core.errors import ModelNotFound
 from core.ids import new_token
 from core.model_exports import claim_export, request_export
+from core.storage import ObjectDamaged
 from core.tables.exports import ModelExport
 from core.tables.models import Model
 from tests.rows import add_job
@@ -153,3 +155,52 @@ def test_an_export_of_a_deleted_model_is_not_stored(workshop: Workshop, tuned: M
     assert Exporter(workshop.resources).make_one()
     export = export_of(workshop, tuned, "merged")
     assert (export.storage_key, (export.error or {})["message"]) == (None, f"the adapter of {tuned.id} is no longer in storage")
+
+
+def test_workers_on_one_data_directory_leave_each_other_alone(workshop: Workshop, tuned: Model) -> None:
+    """And what a worker that was killed left behind goes."""
+    root = workshop.resources.settings.exports_dir
+    ask(workshop, tuned, "merged")
+    with workshop.database.transaction() as session:
+        held = claim_export(session, 60)
+    assert held is not None
+    for name in (held.lease_token, "of-a-killed-worker"):
+        (root / name).mkdir(parents=True)
+    ask(workshop, tuned, "gguf")
+    assert Exporter(workshop.resources).make_one()
+    assert export_of(workshop, tuned, "gguf").status == "ready"
+    assert [path.name for path in root.iterdir()] == [held.lease_token]
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), "disk_full"), (RuntimeError("odd"), "export_failed")])
+def test_whatever_goes_wrong_is_told(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("worker.model_exports.store_directory", fail)
+    ask(workshop, tuned, "merged")
+    exporter = Exporter(workshop.resources)
+    assert [exporter.make_one() for _ in range(4)] == [True, True, True, False]
+    export = export_of(workshop, tuned, "merged")
+    assert (export.status, (export.error or {})["code"]) == ("failed", code)
+    assert not left_behind(workshop)
+
+
+def test_bytes_that_storage_does_not_keep_are_deleted(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*arguments: object) -> None:
+        raise ObjectDamaged("other bytes")
+
+    monkeypatch.setattr("worker.model_exports.check_stored", damaged)
+    ask(workshop, tuned, "merged")
+    assert Exporter(workshop.resources).make_one()
+    assert list((workshop.resources.settings.storage_dir / "models").rglob("*.merged.tar.gz")) == []
+
+
+def test_a_deleted_model_gets_no_form(workshop: Workshop, tuned: Model) -> None:
+    ask(workshop, tuned, "merged")
+    with workshop.database.transaction() as session:
+        session.get_one(Model, tuned.id).status = "deleted"
+    assert Exporter(workshop.resources).make_one()
+    assert export_of(workshop, tuned, "merged").storage_key is None
+    with pytest.raises(ModelNotFound):
+        ask(workshop, tuned, "gguf")

@@ -82,8 +82,10 @@ def test_rollouts_by_vllm_go_to_the_first_server_that_answers(
     workshop = workshop_of(settings, sqlite_database, tmp_path)
     workshop.script(steps=1)
     job_id = workshop.add_job(method={"type": "sdft", "sdft": {"sampler": "vllm", "hyperparameters": {}}})
-    left = settings.served_adapters_dir / f"rollout-{job_id}-1-7"
-    left.mkdir(parents=True)
+    left, of_a_later_attempt = (settings.served_adapters_dir / f"rollout-{job_id}-{attempt}-7" for attempt in (1, 2))
+    unfinished = settings.served_adapters_dir / f".rollout-{job_id}-1-8.tmp"
+    for directory in (left, of_a_later_attempt, unfinished):
+        directory.mkdir(parents=True)
     inference.adapters[left.name] = 5
     train_next(workshop)
     told = json.loads((settings.runs_dir / job_id / "attempt-1" / "config.json").read_text())
@@ -94,7 +96,7 @@ def test_rollouts_by_vllm_go_to_the_first_server_that_answers(
         "api_key_env": "SAMPLER_API_KEY",
         "tolerance": 0.1,
     }
-    assert not left.exists()
+    assert [directory.exists() for directory in (left, unfinished, of_a_later_attempt)] == [False, False, True]
     assert left.name not in inference.adapters
 
 

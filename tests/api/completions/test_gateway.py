@@ -268,8 +268,9 @@ def test_answer_that_takes_too_long_is_paid_for_once(live_api: Api, inference: I
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_server_that_has_just_loaded_an_adapter_proves_itself_before_it_answers(
-    http: httpx2.Client, inference: InferenceStub, tuned: Model, stream: bool
+    http: httpx2.Client, inference: InferenceStub, tuned: Model, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("api.completions.adapter_loading.REFUSED_SECONDS", 0)
     inference.ignores_adapters = True
     for _ in range(2):
         message = assert_error(http.post(CHAT, json=body(PUBLIC, stream=stream)), 502, "inference_failed")
@@ -292,4 +293,22 @@ def test_nobody_is_answered_while_the_proof_is_under_way(http: httpx2.Client, in
     statuses.append(http.post(CHAT, json=body(PUBLIC)).status_code)
     first.join()
     assert statuses == [502, 502]
+    assert inference.answered == {}
+
+
+def test_a_server_that_failed_its_proof_is_not_asked_again_at_once(http: httpx2.Client, inference: InferenceStub, tuned: Model) -> None:
+    inference.ignores_adapters = True
+    messages = {assert_error(http.post(CHAT, json=body(PUBLIC)), 502, "inference_failed") for _ in range(5)}
+    assert len(messages) == 1
+    assert len(inference.load_paths) == 1
+
+
+def test_a_proof_that_was_interrupted_is_made_before_the_next_answer(http: httpx2.Client, inference: InferenceStub, tuned: Model) -> None:
+    """The adapter stays loaded where the proof could not be made, so that no 404 would ask for it again."""
+    inference.breaks_scores = True
+    assert_error(http.post(CHAT, json=body(PUBLIC)), 502, "inference_failed")
+    inference.breaks_scores = False
+    inference.ignores_adapters = True
+    inference.loaded.add(tuned.serving_name)
+    assert "not applied" in assert_error(http.post(CHAT, json=body(PUBLIC)), 502, "inference_failed")
     assert inference.answered == {}

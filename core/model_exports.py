@@ -13,17 +13,20 @@ change, and one whose lease ran out while another took over raises ExportLost.
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.database import database_now, insert_for, unix_now
-from core.errors import ModelNotFound
+from core.errors import ExportInProgress, ModelNotFound
 from core.ids import new_token
 from core.storage import StoredObject
 from core.tables.exports import ModelExport
 from core.tables.models import Model
 
 MAX_ATTEMPTS = 3
+UNDER_WAY = ("pending", "running")
+MAX_UNDER_WAY = 4
+"""Of one project: others' wait in the same line."""
 RETRY_FAILED_SECONDS = 60.0
 IMPOSSIBLE = "export_not_possible"
 """The code of a failure that no other attempt would change."""
@@ -45,10 +48,13 @@ class ExportClaim:
 
 def request_export(session: Session, model: Model, form: str) -> ModelExport:
     """The row of the model's export, which is queued where there is none or where it failed some time ago. Raises ModelNotFound where
-    the model was deleted meanwhile."""
+    the model was deleted meanwhile, and ExportInProgress where its project has as many under way as it may."""
     if session.scalar(select(Model.id).where(Model.id == model.id, Model.status != "deleted").with_for_update()) is None:
         raise ModelNotFound(f"The model {model.id!r} does not exist", param="model")
     now = unix_now()
+    under_way = select(func.count()).select_from(ModelExport).join(Model).where(Model.project_id == model.project_id, ModelExport.status.in_(UNDER_WAY))
+    if session.get(ModelExport, (model.id, form)) is None and (session.scalar(under_way) or 0) >= MAX_UNDER_WAY:
+        raise ExportInProgress(f"this project has {MAX_UNDER_WAY} exports being made already; ask again when one is ready")
     values = {"model_id": model.id, "format": form, "status": "pending", "attempts": 0, "created_at": now, "updated_at": now}
     session.execute(insert_for(session, ModelExport).values(values).on_conflict_do_nothing(index_elements=["model_id", "format"]))
     export = session.get_one(ModelExport, (model.id, form), with_for_update=True)

@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     @classmethod
     def _usable_urls(cls, value: list[str]) -> list[str]:
         for url in value:
-            if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+            if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
                 raise ValueError(f"{url!r} is not a URL like http://10.0.0.5:8000")
         if len(set(value)) != len(value):
             raise ValueError("a URL stands there twice")

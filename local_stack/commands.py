@@ -105,7 +105,8 @@ class Stack:
         if settings.inference == "vllm":
             command = vllm.server_command(settings, entry, url.host, url.port or 80)
             spec = self._process("inference", command, self.inference_answers, start_limit_seconds=900, stop_grace_seconds=20)
-            return replace(spec, environment=spec.environment | vllm.server_environment(settings))
+            inherited = {name: value for name, value in spec.environment.items() if not name.startswith("SDFT_")}  # passwords among them
+            return replace(spec, environment=inherited | vllm.server_environment(settings))
         words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
         words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
         words += ["--max-adapters", str(settings.inference_max_adapters)]

@@ -24,8 +24,8 @@ def python_of(settings: Settings) -> Path:
     python = settings.vllm_python or Path(sys.prefix).parent / ".venv-vllm" / "bin" / "python"
     if not python.is_file():
         raise StackError(f"vLLM is not installed at {python}: run `make vllm`, or name the Python that has it in SDFT_VLLM_PYTHON")
-    if not on_cuda(settings) and not any(python.parent.parent.glob("lib/python*/site-packages/sdft_vllm_plugin-*.dist-info")):
-        raise StackError(f"vLLM's kernels for the CPU mix adapters up without the plugin in vllm_plugin: run `make vllm`, or install it for {python}")
+    if not any(python.parent.parent.glob("lib/python*/site-packages/sdft_vllm_plugin-*.dist-info")):
+        raise StackError(f"the plugin in vllm_plugin/ is not installed for {python}, without which vLLM mixes adapters up on a CPU: run `make vllm`")
     return python
 
 
@@ -49,6 +49,7 @@ def server_command(settings: Settings, entry: BaseModelEntry, host: str, port: i
     words += ["--dtype", shared_dtype(settings, cuda=cuda), "--enable-lora", "--max-lora-rank", str(settings.vllm_max_lora_rank)]
     words += ["--max-loras", str(settings.vllm_max_loras), "--max-cpu-loras", str(max(settings.vllm_max_cpu_loras, settings.vllm_max_loras))]
     words += ["--max-num-seqs", str(settings.inference_max_batch), "--disable-uvicorn-access-log"]
+    words += ["--middleware", "sdft_vllm_plugin.RequireKey", "--disable-fastapi-docs"]
     if modules := adapted_modules(entry.directory(settings.cache_dir)):
         words += ["--lora-target-modules", *modules]
     words += ["--gpu-memory-utilization", str(settings.vllm_memory_share)] if cuda else ["--enforce-eager"]

@@ -185,7 +185,7 @@ class RemoteSampler:
         try:
             answer = self._http.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_SECONDS))
         except httpx2.HTTPError as error:
-            raise SamplerUnavailable(f"the inference server at {self._config.url} can't be reached: {error or type(error).__name__}") from error
+            raise SamplerUnavailable(f"the inference server that samples the rollouts can't be reached: {error or type(error).__name__}") from error
         if answer.status_code != 200:
             lasting = answer.status_code < 500 and answer.status_code not in PASSING
             raise SamplerUnavailable(f"the inference server refused {path} with {answer.status_code}: {answer.text[:300]}", lasting=lasting)

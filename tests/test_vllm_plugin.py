@@ -1,5 +1,6 @@
 """The kernels that vllm_plugin/ gives to vLLM on a CPU, without vLLM: row by row they are what each row's own adapter says."""
 
+import asyncio
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,31 @@ def test_one_index_stands_for_all_rows_and_any_other_number_is_refused(plugin: A
     torch.testing.assert_close(hidden, x @ a[1].T)
     with pytest.raises(ValueError, match="3 rows have 2 adapter indices"):
         plugin.bgmv_shrink(x, a, hidden, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "status"),
+    [
+        ("/health", b"", 200),
+        ("/v1/models", b"", 401),
+        ("/adapters", b"", 401),
+        ("/metrics", b"Bearer wrong", 401),
+        ("/adapters", b"Bearer secret", 200),
+    ],
+)
+def test_every_path_but_health_asks_for_the_key(plugin: Any, monkeypatch: pytest.MonkeyPatch, path: str, given: bytes, status: int) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    answered: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    async def send(message: Any) -> None:
+        answered.extend([message["status"]] if "status" in message else [])
+
+    async def receive() -> Any:
+        raise AssertionError("the body is not read before the key is known")
+
+    scope = {"type": "http", "path": path, "headers": [(b"authorization", given)]}
+    asyncio.run(plugin.RequireKey(app)(scope, receive, send))
+    assert answered == [status]

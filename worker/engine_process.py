@@ -20,8 +20,6 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     kept |= {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
     if settings.training_slots > 1:
         kept.setdefault("GOMP_SPINCOUNT", "0")  # trainers side by side: a thread that waits for work takes the other's core
-    if settings.inference_api_key:
-        kept[SAMPLER_KEY] = settings.inference_api_key.get_secret_value()
     if settings.trainer_threads:
         kept["OMP_NUM_THREADS"] = str(settings.trainer_threads)
     return kept

@@ -103,6 +103,13 @@ def _config(resources: Resources, job: Job, base_model: PreparedBaseModel, attem
     )
 
 
+def sampler_key(settings: Settings, job: Job) -> dict[str, str]:
+    """The environment variable with the inference server's key, for a trainer that samples there and for no other."""
+    if settings.inference_api_key is None or job.method.get("sdft", {}).get("sampler") != "vllm":
+        return {}
+    return {SAMPLER_KEY: settings.inference_api_key.get_secret_value()}
+
+
 def _sampler(resources: Resources, job: Job, attempt: int) -> VllmSampler | None:
     """The first inference server that answers, where the job wants its rollouts from vLLM."""
     if job.method.get("sdft", {}).get("sampler") != "vllm":

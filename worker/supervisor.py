@@ -24,7 +24,7 @@ from worker.metrics_import import ProgressImport
 from worker.publisher import publish
 from worker.resources import Resources
 from worker.rollout_adapters import forget_rollout_adapters
-from worker.run_preparation import PreparedRun, discard_bulk, prepare_run
+from worker.run_preparation import PreparedRun, discard_bulk, prepare_run, sampler_key
 from worker.stored_objects import delete_unreferenced
 from worker.trainer_process import TrainerProcess, last_log_lines
 
@@ -83,7 +83,7 @@ def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:
     lease.write(lambda session: record_progress(session, lease.claim, Progress(phase="starting", step=prepared.resume_step)))
     progress = ProgressImport(run, lease, prepared)
     checkpoints = CheckpointImport(resources, run, lease, prepared)
-    with TrainerProcess(resources.trainer_command, run, resources.settings) as trainer:
+    with TrainerProcess(resources.trainer_command, run, resources.settings, sampler_key(resources.settings, prepared.job)) as trainer:
         _watch(trainer, lease, progress, checkpoints)
     log.info("trainer_ended", how=trainer.describe_exit())
     if trainer.exit_status == EXIT_LEASE_EXPIRED:

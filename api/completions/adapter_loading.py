@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 
 from core.errors import InferenceFailed, InferenceUnavailable
@@ -20,6 +21,8 @@ from core.storage import Storage
 from core.tables.models import Model
 from sdft_engine.contract.served_attestation import compare_served
 
+LOADS_AT_A_TIME = 4
+"""In threads of their own: those of the pool are every other request's."""
 REFUSED_SECONDS = 30.0
 """For which a server that did not prove itself is not asked again."""
 
@@ -34,6 +37,7 @@ class AdapterLoading:
         self._served_adapters_dir = served_adapters_dir
         self._tolerance = tolerance
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._threads = anyio.CapacityLimiter(LOADS_AT_A_TIME)
         self._unproved: set[tuple[str, str]] = set()
         self._refused: dict[tuple[str, str], tuple[float, str]] = {}
 
@@ -67,7 +71,7 @@ class AdapterLoading:
         key = (client.url, model.serving_name)
         self._unproved.add(key)
         try:
-            reason = await anyio.to_thread.run_sync(self._loaded_and_compared, model, client)
+            reason = await anyio.to_thread.run_sync(self._loaded_and_compared, model, client, limiter=self._threads)
         except AdapterRefused as error:
             log.error("adapter_refused", model=model.id, server=client.url, error=str(error))
             raise InferenceFailed(f"the inference server can't load the model {model.id}: {error}") from error

@@ -4,7 +4,8 @@ else that a client writes (a chat template, media URLs, paths of adapters) ever 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+import orjson
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.strict_json import ObjectId
@@ -35,6 +36,29 @@ def _joined_text(content: Any) -> Any:
     return "\n".join(texts)
 
 
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_BIASES = 1024
+MAX_ANSWERS = 1024
+MAX_SCHEMA_BYTES = 65_536
+RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+
+
+def _small_enough(value: Any) -> Any:
+    """An inference server compiles schemas and tools before it answers anybody else's."""
+    if value is not None and len(orjson.dumps(value)) > MAX_SCHEMA_BYTES:
+        raise PydanticCustomError("too_long", "may have at most 65,536 bytes as JSON")
+    return value
+
+
+def _known_format(value: Any) -> Any:
+    if value is not None and value.get("type") not in RESPONSE_FORMATS:
+        raise PydanticCustomError("unsupported_parameter", "its type must be text, json_object or json_schema")
+    return value
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Compiled = AfterValidator(_small_enough)
 Refused = Annotated[Any, AfterValidator(_refuse)]
 """A field of OpenAI's that would change the answer and can't be honoured."""
 Text = Annotated[str | None, BeforeValidator(_joined_text)]
@@ -66,9 +90,9 @@ class SamplingRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     seed: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     stream: bool | None = None
@@ -86,8 +110,8 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    response_format: Annotated[dict[str, Any] | None, Compiled, AfterValidator(_known_format)] = None
+    tools: Annotated[list[dict[str, Any]] | None, Compiled] = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -111,3 +135,10 @@ class CompletionRequest(SamplingRequest):
 
     suffix: Refused = None
     best_of: Refused = None
+
+    @model_validator(mode="after")
+    def _few_enough_answers(self) -> "CompletionRequest":
+        prompts = len(self.prompt) if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int) else 1
+        if prompts * (self.n or 1) > MAX_ANSWERS:
+            raise PydanticCustomError("too_long", "prompt: prompts times n may be at most 1,024")
+        return self

@@ -23,7 +23,9 @@ async def stored_export(state: ApiState, model: Model, form: str) -> StoredObjec
     Raises ExportInProgress, ExportNotPossible where this model can't have the form, or ExportFailed.
     """
     until = time.monotonic() + WAIT_SECONDS
-    export: ModelExport | None = await anyio.to_thread.run_sync(_requested, state, model, form)
+    export = await anyio.to_thread.run_sync(_found, state, model, form)
+    if export is None or export.status == "failed":
+        export = await anyio.to_thread.run_sync(_requested, state, model, form)
     while (stored := _stored(export)) is None:
         if time.monotonic() > until:
             raise ExportInProgress(f"the {form} form of {model.id} is being made; ask again in a moment")

@@ -3,6 +3,7 @@
 import pytest
 
 from core.database import Database, unix_now
+from core.errors import ExportInProgress
 from core.ids import new_token
 from core.model_exports import (
     IMPOSSIBLE,
@@ -140,3 +141,22 @@ def test_a_worker_that_ends_hands_it_on_uncounted(database: Database, model: Mod
     with database.transaction() as session:
         release_export(session, claimed_of(session, "merged"))
     assert claimed(database).attempt == 1
+
+
+def test_a_project_has_few_exports_under_way(database: Database, model: Model) -> None:
+    """The line is everybody's: one project's hundred would keep the others waiting for hours."""
+    others = []
+    with database.transaction() as session:
+        for number in range(4):
+            other = Model(**{column.name: getattr(model, column.name) for column in Model.__table__.columns})
+            other.id, other.serving_name = f"ft:tiny:default::other-{number}", new_token()
+            session.add(other)
+            others.append(other)
+    for other in others:
+        ask(database, other)
+    with pytest.raises(ExportInProgress, match="has 4 exports being made"):
+        ask(database, model)
+    assert ask(database, others[0]).status == "pending", "asking again for one of them is no other one"
+    with database.transaction() as session:
+        finish_export(session, claimed_of(session, "merged"), STORED)
+    assert ask(database, model).status == "pending"

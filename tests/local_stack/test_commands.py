@@ -147,12 +147,19 @@ def test_vllm_that_is_not_installed_is_named_with_the_remedy(make_settings: Make
         Stack(make_settings(inference="vllm", vllm_python=tmp_path / "none")).inference_process()
 
 
-def test_vllm_without_the_plugin_is_not_started_on_a_cpu(make_settings: MakeSettings, tmp_path: Path) -> None:
-    """Its kernels would answer for the base model with some adapter's weights."""
+def test_vllm_without_the_plugin_is_not_started(make_settings: MakeSettings, tmp_path: Path) -> None:
+    """Its kernels for the CPU would answer for the base model with some adapter's weights, and its doors stand open."""
     python = vllm_environment(tmp_path, plugin=False)
-    with pytest.raises(StackError, match=r"mix adapters up.*make vllm"):
-        Stack(make_settings(inference="vllm", vllm_python=python, device="cpu")).inference_process()
-    assert Stack(make_settings(inference="vllm", vllm_python=python, device="cuda")).inference_process().argv[0] == str(python)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(StackError, match=r"mixes adapters up.*make vllm"):
+            Stack(make_settings(inference="vllm", vllm_python=python, device=device)).inference_process()
+
+
+def test_vllm_is_told_none_of_the_service_s_secrets_but_its_key(vllm_stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_DATABASE_URL", "postgresql://user:password@db/sdft")
+    spec = vllm_stack.inference_process()
+    assert [name for name in spec.environment if name.startswith("SDFT_")] == []
+    assert "sdft_vllm_plugin.RequireKey" in spec.argv
 
 
 def test_vllm_adapts_the_layers_that_adapters_change_and_no_other(make_settings: MakeSettings, tiny_model_dir: Path, tmp_path: Path) -> None:

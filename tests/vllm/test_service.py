@@ -1,6 +1,7 @@
 """The whole service over vLLM, as `sdft up --inference vllm` starts it: rollouts, hot serving, a restart of the server, downloads."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 from openai import APIStatusError, OpenAI
@@ -110,6 +112,18 @@ def test_what_vllm_can_do_passes_through(service: Service, trained: Any) -> None
     chunks = list(stream)
     assert {choice.index for chunk in chunks for choice in chunk.choices} == {0, 1}
     assert {chunk.model for chunk in chunks} == {trained.fine_tuned_model}
+
+
+def test_vllm_answers_the_service_alone(service: Service, trained: Any) -> None:
+    """Whoever reaches its port could put weights of their own in an adapter's place, or use every tuned model."""
+    found = re.search(r"^SDFT_INFERENCE_URLS=(\S+)$", (service.data_dir / "service.env").read_text(), re.MULTILINE)
+    assert found is not None
+    with httpx2.Client(base_url=found[1], trust_env=False) as anybody:
+        assert anybody.get("/health").status_code == 200
+        for path in ("/v1/load_lora_adapter", "/adapters", "/invocations", "/v1/chat/completions", "/tokenize"):
+            assert anybody.post(path, json={"name": "x", "src": "/tmp"}).status_code == 401, path
+        for path in ("/v1/models", "/metrics", "/version", "/openapi.json"):
+            assert anybody.get(path).status_code == 401, path
 
 
 def test_a_server_that_died_is_restarted_and_proves_itself_again(service: Service, trained: Any) -> None:

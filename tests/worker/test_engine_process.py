@@ -3,9 +3,12 @@
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from core.settings import Settings
+from core.tables.jobs import Job
 from worker.engine_process import engine_environment
+from worker.run_preparation import sampler_key
 
 
 def environment(**settings: Any) -> dict[str, str]:
@@ -27,11 +30,14 @@ def test_the_trainers_threads_are_the_setting_s(monkeypatch: pytest.MonkeyPatch)
     assert environment(trainer_threads=3)["OMP_NUM_THREADS"] == "3"
 
 
-def test_of_the_service_s_own_secrets_a_trainer_gets_the_inference_server_s_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_s_own_secrets_stay_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDFT_DATABASE_URL", "postgresql://user:password@db/sdft")
     monkeypatch.setenv("SDFT_INFERENCE_API_KEY", "secret")
-    found = environment()
-    assert found["SAMPLER_API_KEY"] == "secret"
-    assert [name for name in found if name.startswith("SDFT_")] == []
-    monkeypatch.delenv("SDFT_INFERENCE_API_KEY")
-    assert "SAMPLER_API_KEY" not in environment()
+    assert not [value for value in environment().values() if value == "secret" or "password" in value]
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("vllm", {"SAMPLER_API_KEY": "secret"}), ("auto", {})])
+def test_the_inference_server_s_key_is_for_trainers_that_sample_there(sampler: str, expected: dict[str, str]) -> None:
+    job = Job(method={"type": "sdft", "sdft": {"sampler": sampler, "hyperparameters": {}}})
+    assert sampler_key(Settings(inference_api_key=SecretStr("secret")), job) == expected
+    assert sampler_key(Settings(), job) == {}

@@ -122,3 +122,30 @@ def test_prompts_of_completions(prompt: Any) -> None:
 def test_wrong_completions(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CompletionRequest.model_validate({"model": "tiny", "prompt": "x", **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ["x"] * 17},
+        {"stop": "x" * 257},
+        {"stop": [""]},
+        {"logit_bias": {str(token): 1.0 for token in range(1025)}},
+        {"response_format": {"type": "structural_tag"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 10] * 10_000}}}},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 70_000}}]},
+    ],
+)
+def test_what_would_keep_an_inference_server_busy_for_everybody_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        chat(**fields)
+
+
+@pytest.mark.parametrize(("prompt", "n", "passes"), [([[1]] * 8, 128, True), ([[1]] * 9, 128, False), (["a"] * 1025, None, False), ([1] * 5000, 128, True)])
+def test_prompts_times_answers_are_bounded(prompt: Any, n: int | None, passes: bool) -> None:
+    request = {"model": "tiny", "prompt": prompt, "n": n}
+    if passes:
+        assert CompletionRequest.model_validate(request).n == n
+    else:
+        with pytest.raises(ValidationError, match="1,024"):
+            CompletionRequest.model_validate(request)

@@ -25,3 +25,8 @@ def tuned_model_id(base_model: str, project: str, suffix: str | None, job_id: st
 
 def checkpoint_model_id(model_id: str, step: int) -> str:
     return f"{model_id}:ckpt-step-{step}"
+
+
+def model_file_name(model_id: str) -> str:
+    """A model's id as the stem of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model_id)

@@ -53,7 +53,10 @@ def request_export(session: Session, model: Model, form: str) -> ModelExport:
         raise ModelNotFound(f"The model {model.id!r} does not exist", param="model")
     now = unix_now()
     under_way = select(func.count()).select_from(ModelExport).join(Model).where(Model.project_id == model.project_id, ModelExport.status.in_(UNDER_WAY))
-    if session.get(ModelExport, (model.id, form)) is None and (session.scalar(under_way) or 0) >= MAX_UNDER_WAY:
+    there = session.get(ModelExport, (model.id, form))
+    if (there is None or there.status == "failed") and (session.scalar(under_way) or 0) >= MAX_UNDER_WAY:
+        if there is not None:
+            return there
         raise ExportInProgress(f"this project has {MAX_UNDER_WAY} exports being made already; ask again when one is ready")
     values = {"model_id": model.id, "format": form, "status": "pending", "attempts": 0, "created_at": now, "updated_at": now}
     session.execute(insert_for(session, ModelExport).values(values).on_conflict_do_nothing(index_elements=["model_id", "format"]))

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from core.base_models import BaseModelEntry
@@ -31,8 +32,11 @@ def python_of(settings: Settings) -> Path:
 
 def on_cuda(settings: Settings) -> bool:
     """Whether trainer and server use a GPU; asked of the driver, so that this process imports no torch."""
-    if settings.device != "auto":
-        return settings.device == "cuda"
+    return _driver_finds_a_gpu() if settings.device == "auto" else settings.device == "cuda"
+
+
+@lru_cache
+def _driver_finds_a_gpu() -> bool:
     program = shutil.which("nvidia-smi")
     return program is not None and subprocess.run([program, "-L"], capture_output=True, check=False).returncode == 0
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx2
+import torch
 
 from sdft_engine.contract.config import VllmSampler
 from sdft_engine.contract.errors import SamplerUnavailable, StaleSampler
@@ -52,7 +53,7 @@ class RemoteSampler:
     def __init__(self, config: VllmSampler, base_model: str, probe: Sequence[int], ranks: Ranks) -> None:
         key = os.environ.get(config.api_key_env) if config.api_key_env else None
         self._config, self._base_model, self._ranks = config, base_model, ranks
-        self._probe = list(probe)[:PROBE_TOKENS]
+        self._probe = list(probe)[-PROBE_TOKENS:]  # the end, where the answer is: training changes that first
         self._loaded: str | None = None
         self._doubtful = False
         self.stop_wanted: Callable[[], bool] = lambda: False
@@ -168,7 +169,9 @@ class RemoteSampler:
         request = {"model": name, "prompt": self._probe, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
         served = self._post("/v1/completions", request)["choices"][0]["logprobs"]["token_logprobs"][1 : len(self._probe)]
         own, _ = score(model, self._probe, STUDENT)
-        largest = max((abs(here - there) for here, there in zip(own, served, strict=True)), default=0.0)
+        if len(served) != len(own):
+            raise SamplerUnavailable(f"the inference server gave {len(served)} log-probabilities of {len(own)} tokens", lasting=True)
+        largest = float((torch.tensor(own) - torch.tensor(served)).abs().max())  # a NaN stays one
         if not largest <= self._config.tolerance:
             raise StaleSampler(
                 f"at step {step} the inference server's log-probabilities differ from the trainer's by up to {largest:.3g} nats, more than "

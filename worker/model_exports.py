@@ -6,7 +6,6 @@ back from storage takes longer than a lease may be.
 
 import json
 import os
-import re
 import shutil
 import sys
 import threading
@@ -20,6 +19,7 @@ from core.archives import fetch_directory, store_directory
 from core.base_models import BaseModelEntry
 from core.durable_files import is_disk_full
 from core.errors import ServiceError, StorageFull
+from core.ids import model_file_name
 from core.logging import get_logger
 from core.model_exports import (
     IMPOSSIBLE,
@@ -147,9 +147,8 @@ class Exporter:
         return stored
 
     def _written(self, model: Model, base: BaseModelEntry, adapter_dir: Path, out_dir: Path, form: str, check: Callable[[], None]) -> Path:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.id)
         words = ["--format", form, "--base", str(base.directory(self._resources.settings.cache_dir)), "--adapter", str(adapter_dir)]
-        words += ["--out", str(out_dir), "--name", name, "--parent", str(os.getpid())]
+        words += ["--out", str(out_dir), "--name", model_file_name(model.id), "--parent", str(os.getpid())]
         ended = run_to_end([*EXPORT_COMMAND, *words], self._resources.settings, check)
         if ended.status == 0:
             return out_dir

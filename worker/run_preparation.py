@@ -121,6 +121,7 @@ def _sampler(resources: Resources, job: Job, attempt: int) -> VllmSampler | None
         adapters_dir=resources.settings.served_adapters_dir,
         name_prefix=f"{rollout_adapters_of(job.id)}{attempt}",
         api_key_env=SAMPLER_KEY if resources.settings.inference_api_key else None,
+        tolerance=resources.settings.attestation_tolerance,
     )
 
 

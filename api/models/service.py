@@ -1,6 +1,5 @@
 """Base models of the catalogue, and the tuned models of a project."""
 
-import re
 from collections.abc import Iterable
 
 from sqlalchemy import delete, select
@@ -10,6 +9,7 @@ from api.models.schemas import AdapterFormat, ModelObject
 from api.state import ApiState
 from core.base_models import PREPARED_MARK, BaseModelEntry
 from core.errors import BadRequest, Conflict, ModelNotFound
+from core.ids import model_file_name
 from core.served_adapters import remove_from_servers
 from core.settings import Settings
 from core.storage import StoredObject
@@ -77,7 +77,7 @@ def stored_adapter(model: Model) -> StoredObject:
 
 def archive_name(model: Model, form: AdapterFormat) -> str:
     """What a downloaded model is called."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.id)
+    name = model_file_name(model.id)
     return f"{name}.tar.gz" if form == "peft" else f"{name}.{form}.tar.gz"
 
 

@@ -133,3 +133,9 @@ def test_a_stop_is_heard_while_a_server_is_waited_for(tmp_path: Path, tiny_model
     assert (result.outcome, result.stop) == ("stopped", "requeue")
     assert [step for step, _ in run.complete_checkpoints()] == [result.final_step]
     assert result.final_step >= 2
+
+
+def test_an_answer_that_is_no_number_proves_nothing(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    server.drift = float("nan")
+    with pytest.raises(StaleSampler, match="nan nats"):
+        train(sampled_run(tmp_path / "run", tiny_model_dir, server, n_epochs=1))

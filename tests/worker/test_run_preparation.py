@@ -94,7 +94,7 @@ def test_rollouts_by_vllm_go_to_the_first_server_that_answers(
         "adapters_dir": str(settings.served_adapters_dir),
         "name_prefix": f"rollout-{job_id}-1",
         "api_key_env": "SAMPLER_API_KEY",
-        "tolerance": 0.1,
+        "tolerance": settings.attestation_tolerance,
     }
     assert [directory.exists() for directory in (left, unfinished, of_a_later_attempt)] == [False, False, True]
     assert left.name not in inference.adapters

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,12 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture(scope="session")
-def service(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    data_dir = tmp_path_factory.mktemp("e2e") / "data"
-    port = free_port()
-    environment = os.environ | {
-        "SDFT_CACHE_DIR": str(CACHE_DIR),
-        "SDFT_LEASE_SECONDS": "6",
-        "SDFT_HEARTBEAT_SECONDS": "1",
-        "SDFT_POLL_SECONDS": "1",
-        "SDFT_DTYPE": "float32",  # so that what is served can be compared closely, whatever this CPU is fastest in
-        "SDFT_RETENTION_PROBES": "off",  # most of a minute for each job
-    }
+@contextmanager
+def running_service(data_dir: Path, port: int, environment: dict[str, str], *words: str) -> Iterator[Service]:
+    """`sdft up` with these further words, until the end of the block."""
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # of the tests, not of a user
         environment.pop(name, None)
-    command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
+    command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port), *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
         assert process.stdout is not None
@@ -91,6 +83,22 @@ def service(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def service(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    data_dir = tmp_path_factory.mktemp("e2e") / "data"
+    port = free_port()
+    environment = os.environ | {
+        "SDFT_CACHE_DIR": str(CACHE_DIR),
+        "SDFT_LEASE_SECONDS": "6",
+        "SDFT_HEARTBEAT_SECONDS": "1",
+        "SDFT_POLL_SECONDS": "1",
+        "SDFT_DTYPE": "float32",  # so that what is served can be compared closely, whatever this CPU is fastest in
+        "SDFT_RETENTION_PROBES": "off",  # most of a minute for each job
+    }
+    with running_service(data_dir, port, environment) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,6 @@
 
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +10,12 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIStatusError
 
 from core.settings import Settings
 from local_stack.ports import free_local_port
 from tests.conftest import CACHE_DIR
-from tests.e2e.conftest import EXAMPLES, Service
+from tests.e2e.conftest import EXAMPLES, Service, running_service
 from tests.vllm.conftest import BASE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -39,23 +36,10 @@ def service(vllm_settings: Settings, real_model_dir: Path, tmp_path_factory: pyt
     data_dir = tmp_path_factory.mktemp("service") / "data"
     port = free_local_port()
     environment = os.environ | {"SDFT_CACHE_DIR": str(CACHE_DIR), "SDFT_DEVICE": "cpu", "SDFT_RETENTION_PROBES": "off"}
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # of the tests, not of a user
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port), "--inference", "vllm"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
-        assert process.stdout is not None
-        ready = next((line for line in process.stdout if "ready" in line), None)
-        assert ready is not None, "sdft up ended without its ready line"
-        key = (data_dir / "admin.key").read_text().strip()
-        yield Service(OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, timeout=300, max_retries=0), data_dir, process)
+        with running_service(data_dir, port, environment, "--inference", "vllm") as running:
+            yield Service(running.client.with_options(max_retries=0), data_dir, running.process)
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
         left = [found for found in psutil.process_iter(["cmdline"]) if str(data_dir) in " ".join(found.info["cmdline"] or [])]
         assert left == [], "vLLM's own children must end too"
 

@@ -86,8 +86,8 @@ class RemoteSampler:
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                name = self._sync(model, step)
-                return self._rollouts(model, name, rows, student_prompts, teacher_prompts, wanted, seed_of(seed, step))
+                name = self.synchronise(model, step)
+                return self.ask(model, name, rows, student_prompts, teacher_prompts, wanted, seed_of(seed, step))
             except SamplerUnavailable as error:
                 if error.lasting or self._ranks.size > 1 or time.monotonic() > until:
                     raise
@@ -96,7 +96,7 @@ class RemoteSampler:
                 self._doubtful = True  # it may have forgotten its adapters
                 time.sleep(RETRY_SECONDS)
 
-    def _rollouts(
+    def ask(
         self,
         model: LanguageModel,
         name: str,
@@ -106,6 +106,7 @@ class RemoteSampler:
         wanted: dict[str, Any],
         seed: int,
     ) -> list[Rollout]:
+        """One completion per row from the adapter `name`, with `wanted` of the request. Raises SamplerUnavailable."""
         fixed = wanted | {"model": name, "top_p": 1.0, "logprobs": 0}
         fixed |= {"stop_token_ids": sorted(model.chat_format.eos_token_ids), "return_token_ids": True, "skip_special_tokens": False}
 
@@ -129,8 +130,11 @@ class RemoteSampler:
         self._loaded = None
         self._http.close()
 
-    def _sync(self, model: LanguageModel, step: int) -> str:
-        """Have the server load the student of this step, prove that it did, and drop the one of the step before."""
+    def synchronise(self, model: LanguageModel, step: int) -> str:
+        """Have the server load the student of this step, prove that it did, and drop the one of the step before. Returns its name there.
+
+        Raises StaleSampler or SamplerUnavailable.
+        """
         name = f"{self._config.name_prefix}-{step}"
         if name == self._loaded and not self._doubtful:  # what the run settles before its first step was sampled from the same weights
             return name

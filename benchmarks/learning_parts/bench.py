@@ -99,12 +99,12 @@ class Bench:
         self.general: list[ProbeQuestion] = general if limit is None else general[:: max(1, len(general) // limit)]
 
     @contextmanager
-    def session(self, method: str, hyperparameters: dict[str, Any], seed: int, parent: Path | None = None) -> Iterator[Session]:
-        """A run that is about to take its first step, on a model of its own."""
+    def session(self, method: str, hyperparameters: dict[str, Any], seed: int, parent: Path | None = None, **config: Any) -> Iterator[Session]:
+        """A run that is about to take its first step, on a model of its own. `config`: more of its TrainingConfig."""
         with TemporaryDirectory(prefix="sdft-learning-") as directory:
             run = RunDirectory(Path(directory))
             sections = {"sdft": ResolvedSdft, "supervised": ResolvedSupervised}
-            config = TrainingConfig(
+            whole = TrainingConfig(
                 method=method,  # type: ignore[arg-type]
                 base_model=BASE_MODEL,
                 base_model_dir=self.model_dir,
@@ -112,8 +112,9 @@ class Bench:
                 dtype="float32",
                 teacher_template=VIEW.template,
                 **{method: sections[method].model_validate(hyperparameters)},  # type: ignore[arg-type]
+                **config,
             )
-            run.config_path.write_text(config.model_dump_json())
+            run.config_path.write_text(whole.model_dump_json())
             run.train_path.write_bytes((DATA_DIR / "demonstrations.jsonl").read_bytes())
             if parent is not None:
                 run.parent_adapter_dir.symlink_to(parent)

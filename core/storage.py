@@ -4,7 +4,7 @@ A write goes to a temporary file that gets its final name when it is complete: a
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +56,15 @@ class Storage(Protocol):
         ...
 
 
-def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:
-    """Copy an object to a local file, whole or not at all. Raises ObjectDamaged where the hash differs."""
+def fetch(storage: Storage, key: str, path: Path, sha256: str, check: Callable[[], None] = lambda: None) -> None:
+    """Copy an object to a local file, whole or not at all. `check` is called before every chunk and may raise. Raises ObjectDamaged
+    where the hash differs."""
     digest = hashlib.sha256()
     temporary = path.with_name(f".{path.name}.{new_token()}.tmp")
     try:
         with temporary.open("wb") as file:
             for chunk in storage.read(key):
+                check()
                 digest.update(chunk)
                 file.write(chunk)
         if digest.hexdigest() != sha256:

@@ -7,6 +7,7 @@ from celery import Celery
 from fastapi import Depends, Request
 
 from api.completions.adapter_loading import AdapterLoading
+from api.fine_tuning.jobs.queue_view import QueueView
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_servers import InferenceServers
@@ -22,18 +23,21 @@ class ApiState:
     doorbell: Celery
     inference: InferenceServers
     adapter_loading: AdapterLoading
+    queue: QueueView
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
         storage = LocalStorage(settings.storage_dir)
         inference = InferenceServers(settings)
+        database = Database(settings.resolved_database_url)
         return cls(
             settings=settings,
-            database=Database(settings.resolved_database_url),
+            database=database,
             storage=storage,
             doorbell=celery_application(settings),
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
+            queue=QueueView(database, settings.project_max_running_jobs),
         )
 
     async def aclose(self) -> None:

@@ -50,7 +50,14 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(15, gt=0, description="How often a worker renews its claim.")
     poll_seconds: float = Field(2, gt=0, description="How often workers look for expired leases and forgotten jobs.")
     max_lost_leases: int = Field(3, ge=1, description="Lost leases or crashes after which a job fails.")
-    training_slots: int = Field(1, ge=1, description="Jobs that one worker trains at a time.")
+    training_slots: int = Field(
+        1, ge=0, description="Jobs that a worker without GPUs trains at a time; 0: it trains none, and does the rest of a worker's work."
+    )
+    devices: Annotated[list[str] | None, NoDecode] = Field(
+        None, description="GPUs that a worker owns, as CUDA_VISIBLE_DEVICES names them, separated by commas. Default: all that it sees."
+    )
+    devices_per_job: int = Field(1, ge=1, description="GPUs that a job trains on; with more than one its trainer runs under torchrun.")
+    project_max_running_jobs: int | None = Field(None, ge=1, description="Jobs of one project that run at a time, unless the project has a limit of its own.")
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of trainer and inference server.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the base model's weights in both; auto measures.")
@@ -97,7 +104,7 @@ class Settings(BaseSettings):
         """An environment's python is a link, and what it links to does not know the environment."""
         return value and value.expanduser().absolute()
 
-    @field_validator("inference_urls", mode="before")
+    @field_validator("inference_urls", "devices", mode="before")
     @classmethod
     def _separated(cls, value: Any) -> Any:
         return [url.strip() for url in value.split(",") if url.strip()] if isinstance(value, str) else value
@@ -111,6 +118,17 @@ class Settings(BaseSettings):
         if len(set(value)) != len(value):
             raise ValueError("a URL stands there twice")
         return [url.rstrip("/") for url in value]
+
+    @field_validator("devices")
+    @classmethod
+    def _usable_devices(cls, value: list[str] | None) -> list[str] | None:
+        """`cpu` may stand there several times, for as many processes."""
+        if value == []:
+            raise ValueError("it names no device; leave it out to use all, or set SDFT_TRAINING_SLOTS=0 to train nothing")
+        names = [name for name in value or [] if name != "cpu"]
+        if len(set(names)) != len(names) or (names and len(names) != len(value or [])):
+            raise ValueError("a device stands there twice, or GPUs beside cpu")
+        return value
 
     @field_validator("allowed_hosts")
     @classmethod

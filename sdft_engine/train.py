@@ -42,7 +42,8 @@ class Supervision:
 
     def __init__(self, run: RunDirectory, control: Control | None = None) -> None:
         self.run = run
-        self.stop: StopReason | None = None
+        self.torchrun_pid = os.getppid() if os.environ.get("TORCHELASTIC_RUN_ID") else None
+        self._terminated_by_signal = False
         self._control = control or Control()
         self._misread = 0
 
@@ -51,18 +52,17 @@ class Supervision:
         threading.Thread(target=self._watch, daemon=True, name="supervision").start()
 
     def requested(self) -> StopReason | None:
-        return self.stop
+        """What control.json asks for at the moment, which may be taken back, or a signal, which may not."""
+        return self._control.stop or ("requeue" if self._terminated_by_signal else None)
 
     def _terminated(self, number: int, frame: object) -> None:
-        self.stop = self.stop or "requeue"
+        self._terminated_by_signal = True
 
     def _watch(self) -> None:
         try:
             while True:
                 control = self._orders()
-                if control.stop is not None:
-                    self.stop = control.stop
-                if abandoned(control):
+                if abandoned(control, self.torchrun_pid):
                     os._exit(EXIT_LEASE_EXPIRED)
                 time.sleep(WATCH_SECONDS)
         except Exception:  # without this thread nothing would see the lease's end
@@ -87,10 +87,11 @@ def is_supervised(control: Control) -> bool:
     return control.lease_deadline is not None or control.supervisor_pid is not None
 
 
-def abandoned(control: Control) -> bool:
-    """Whether the lease ran out, or the supervisor is no longer this process's parent."""
+def abandoned(control: Control, torchrun_pid: int | None = None) -> bool:
+    """Whether the lease ran out, or this process's parent is no longer the supervisor or, under torchrun, torchrun, which dies with
+    the supervisor."""
     expired = control.lease_deadline is not None and time.time() > control.lease_deadline
-    return expired or (control.supervisor_pid is not None and os.getppid() != control.supervisor_pid)
+    return expired or (control.supervisor_pid is not None and os.getppid() != (torchrun_pid or control.supervisor_pid))
 
 
 def lock(run: RunDirectory) -> bool:
@@ -176,7 +177,7 @@ def main() -> int:
     supervision = Supervision(run, control)
     if control.supervisor_pid is not None:
         die_with_parent()
-    if abandoned(control):  # among others, a supervisor that died before prctl
+    if abandoned(control, supervision.torchrun_pid):  # among others, a supervisor that died before prctl
         return EXIT_LEASE_EXPIRED
     supervision.start()
     result = run_training(run, supervision)

@@ -66,11 +66,7 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
 
 def _train(session: Session, agreed_stop: Callable[[], StopReason | None]) -> TrainingResult:
     run, ranks = session.run, session.ranks
-    try:
-        stop = settle(session, agreed_stop)
-    except StoppedWaiting:  # for the sampler, which is asked in the first measurements too
-        return _result(session, "stopped", agreed_stop())
-    if stop is not None:
+    if (stop := _settled(session, agreed_stop)) is not None:
         return _result(session, "stopped", stop)
     metrics: StepMetrics | None = None
     checkpointed = session.state.step
@@ -97,6 +93,16 @@ def _train(session: Session, agreed_stop: Callable[[], StopReason | None]) -> Tr
     if ranks.is_first:
         write_final(run.final_dir, session.model, session.config.base_model, session.attestor.attest())
     return _result(session, "succeeded", None)
+
+
+def _settled(session: Session, agreed_stop: Callable[[], StopReason | None]) -> StopReason | None:
+    """Settle what is automatic. Returns the stop that kept it from being settled, if any."""
+    while True:
+        try:
+            return settle(session, agreed_stop)
+        except StoppedWaiting:  # for the sampler, which is asked in these measurements too
+            if (stop := agreed_stop()) is not None:
+                return stop
 
 
 def training_step(session: Session, step: int) -> StepMetrics:

@@ -1,6 +1,6 @@
 """A claim kept alive from a thread of its own, whatever its holder is busy with: tokens, uploads, a slow trainer.
 
-Every heartbeat the lease is renewed; about every second the row is read, for a cancellation or for another's claim. `deadline`
+Every heartbeat the lease is renewed; about every second the row is read, for a cancellation, a pause or another's claim. `deadline`
 is when this machine must have stopped working on it if no renewal gets through, a margin before anybody else may claim it.
 
     KeptLease       the thread, the deadline, and writes under the lease
@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 
 class StopRequested(Exception):
-    """The holder is asked to let go: because of a cancellation, or because this worker ends."""
+    """The holder is asked to let go: because of a cancellation or a pause, or because this worker ends."""
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(reason)
@@ -48,6 +48,8 @@ class KeptLease(ABC):
     def __init__(self, resources: Resources, held: str, claimed_at: float) -> None:
         self.held = held
         self.stop: StopReason | None = None
+        """What the holder is asked for. A pause may be taken back."""
+        self._requested: str | None = None
         self._resources = resources
         self._lease_seconds = resources.settings.lease_seconds
         self._heartbeat_seconds = resources.settings.heartbeat_seconds
@@ -60,7 +62,7 @@ class KeptLease(ABC):
 
     @abstractmethod
     def renew(self, session: Session) -> str | None:
-        """Extend the lease from now. Returns the stop that was requested ("cancel"), if any. Raises LeaseLost."""
+        """Extend the lease from now. Returns the stop that was requested ("cancel" or "pause"), if any. Raises LeaseLost."""
 
     @abstractmethod
     def read(self, session: Session) -> str | None:
@@ -137,6 +139,7 @@ class KeptLease(ABC):
                 self._lost.set()
                 log.warning("lease_lost")
                 return
+            self.stop = self._wanted()  # also where the database can't be reached: a worker that ends has half a minute
             if before != (self._renewed_at, self.stop):
                 self._tell()
 
@@ -145,15 +148,18 @@ class KeptLease(ABC):
         asked_at = time.time()
         if asked_at - self._renewed_at >= self._heartbeat_seconds:
             with self._resources.database.transaction() as session:
-                requested = self.renew(session)
+                self._requested = self.renew(session)
             self._renewed_at = asked_at
         else:
             with self._resources.database.reading() as session:
-                requested = self.read(session)
-        if requested == "cancel":
-            self.stop = "cancel"
-        elif self._resources.stopping.is_set():
-            self.stop = "requeue"
+                self._requested = self.read(session)
+
+    def _wanted(self) -> StopReason | None:
+        if self._requested == "cancel":
+            return "cancel"
+        if self._resources.stopping.is_set():
+            return "requeue"
+        return "pause" if self._requested == "pause" else None
 
     def _tell(self) -> None:
         with self._telling:

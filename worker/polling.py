@@ -13,7 +13,8 @@ from core.errors import ServiceError
 from core.logging import get_logger
 from worker.expired_leases import free_expired_leases, work_is_waiting
 from worker.model_exports import Exporter
-from worker.resources import Resources, resources_of, threads_needed
+from worker.presence import Presence
+from worker.resources import Resources, resources_of
 from worker.tasks import seek_work
 from worker.verification import Verifier
 
@@ -25,6 +26,7 @@ class Poll:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
+        self._presence = Presence(resources)
         self._searches: list[threading.Thread] = []
 
     def run(self) -> None:
@@ -37,12 +39,14 @@ class Poll:
             except Exception:
                 log.exception("poll_failed_unexpectedly")
             if self._resources.stopping.wait(self._resources.settings.poll_seconds):
+                self._presence.leave()
                 return
 
     def look(self) -> None:
+        self._presence.tell()
         free_expired_leases(self._resources)
         self._searches = [thread for thread in self._searches if thread.is_alive()]
-        if len(self._searches) < threads_needed(self._resources.settings) and work_is_waiting(self._resources):
+        if len(self._searches) < self._resources.threads_needed and work_is_waiting(self._resources):
             search = threading.Thread(target=seek_work, args=(self._resources,), name="search")
             search.start()
             self._searches.append(search)

@@ -11,6 +11,7 @@ from core.database import Database
 from core.inference_servers import InferenceServers
 from core.settings import Settings, get_settings
 from core.storage import LocalStorage, Storage
+from worker.devices import DeviceGroup, Slots, training_groups
 
 TRAINER_COMMAND = (sys.executable, "-m", "sdft_engine.train")
 """Called with the run directory as its only argument."""
@@ -29,17 +30,17 @@ class Resources:
     trainer_command: tuple[str, ...] = TRAINER_COMMAND
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the process was told to end: nothing new is claimed, what runs is handed back."""
-    training_slots: threading.Semaphore = field(init=False)
-    validation_slots: threading.Semaphore = field(init=False)
+    training_slots: Slots = field(init=False)
+    validation_slots: Slots = field(init=False)
 
     def __post_init__(self) -> None:
-        self.training_slots = threading.Semaphore(self.settings.training_slots)
-        self.validation_slots = threading.Semaphore(VALIDATION_SLOTS)
+        self.training_slots = Slots(training_groups(self.settings))
+        self.validation_slots = Slots([DeviceGroup()] * VALIDATION_SLOTS)
 
-
-def threads_needed(settings: Settings) -> int:
-    """Threads of the Celery pool: one for every job that is trained and one for every job that is validated at a time."""
-    return settings.training_slots + VALIDATION_SLOTS
+    @property
+    def threads_needed(self) -> int:
+        """Threads of the Celery pool: one for every job that is trained and one for every job that is validated at a time."""
+        return len(self.training_slots.groups) + len(self.validation_slots.groups)
 
 
 @lru_cache

@@ -18,6 +18,7 @@ from core.tables.jobs import Checkpoint
 from sdft_engine.contract.errors import CheckpointDamaged
 from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
 from worker.checkpoint_import import CheckpointImport
+from worker.devices import DeviceGroup
 from worker.failures import describe_failure
 from worker.held_lease import HeldLease, StopRequested
 from worker.metrics_import import ProgressImport
@@ -40,22 +41,22 @@ UNREACHABLE_MESSAGE = "The database could not be reached; the job goes back to t
 log = get_logger(__name__)
 
 
-def train(resources: Resources, claim: Claim, claimed_at: float) -> None:
-    """Train a claimed job to its end, or hand it back. The boundary: nothing but a kill leaves the job held."""
+def train(resources: Resources, claim: Claim, claimed_at: float, group: DeviceGroup) -> None:
+    """Train a claimed job on these devices to its end, or hand it back. The boundary: nothing but a kill leaves the job held."""
     run = RunDirectory(resources.settings.runs_dir / claim.job_id / f"attempt-{claim.attempt}")
     with bound_contextvars(job_id=claim.job_id, attempt=claim.attempt):
         try:
             with HeldLease(resources, claim, claimed_at) as lease:
-                _attempt_or_give_up(resources, lease, run)
+                _attempt_or_give_up(resources, lease, run, group)
         finally:
             discard_bulk(run)
             forget_rollout_adapters(resources, claim.job_id, claim.attempt)
 
 
-def _attempt_or_give_up(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:
-    log.info("attempt_started")
+def _attempt_or_give_up(resources: Resources, lease: HeldLease, run: RunDirectory, group: DeviceGroup) -> None:
+    log.info("attempt_started", devices=group.devices)
     try:
-        _attempt(resources, lease, run)
+        _attempt(resources, lease, run, group)
     except LeaseLost as lost:
         log.warning("attempt_abandoned", reason=str(lost))
     except Exception as error:
@@ -77,14 +78,15 @@ def _give_up(lease: HeldLease, error: Exception) -> None:
         log.warning("attempt_abandoned", reason=str(lost))
 
 
-def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory) -> None:
+def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory, group: DeviceGroup) -> None:
     _empty_directory(run)
     prepared = prepare_run(resources, lease, run)
     lease.report_to(lambda lease: run.write_control(Control(lease_deadline=lease.deadline, supervisor_pid=os.getpid(), stop=lease.stop)))
     lease.write(lambda session: record_progress(session, lease.claim, Progress(phase="starting", step=prepared.resume_step)))
     progress = ProgressImport(run, lease, prepared)
     checkpoints = CheckpointImport(resources, run, lease, prepared)
-    with TrainerProcess(resources.trainer_command, run, resources.settings, sampler_key(resources.settings, prepared.job)) as trainer:
+    variables = sampler_key(resources.settings, prepared.job) | group.environment()
+    with TrainerProcess(group.command(resources.trainer_command), run, resources.settings, variables) as trainer:
         _watch(trainer, lease, progress, checkpoints)
     log.info("trainer_ended", how=trainer.describe_exit())
     if trainer.exit_status == EXIT_LEASE_EXPIRED:
@@ -107,7 +109,9 @@ def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, 
     stop_since: float | None = None
     while not trainer.exited():
         lease.check()
-        if lease.stop is not None:
+        if lease.stop is None:  # maybe again: a pause can be taken back
+            stop_since = None
+        else:
             stop_since = stop_since or time.monotonic()
             if time.monotonic() - stop_since > GRACE_SECONDS[lease.stop]:
                 log.warning("trainer_did_not_stop", asked=lease.stop)

@@ -1,9 +1,7 @@
 """What the one Celery task does. Its message says "look for work" and nothing else: the work stands in the database."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from sqlalchemy.orm import Session
 
@@ -11,6 +9,7 @@ from core.errors import ServiceError
 from core.jobs.leases import Claim
 from core.jobs.transitions import claim_for_training, claim_for_validation
 from core.logging import get_logger
+from worker.devices import DeviceGroup, Slots
 from worker.resources import Resources
 from worker.supervisor import train
 from worker.validation import validate
@@ -25,11 +24,19 @@ def seek_work(resources: Resources) -> None:
     Called by the pool's threads for every nudge and by the poll for lost ones. Training takes a training slot and
     validation a validation slot, so neither waits for the other. Database errors end the search: the poll goes on.
     """
+    settings = resources.settings
+
+    def next_to_train(session: Session) -> Claim | None:
+        return claim_for_training(session, settings.lease_seconds, settings.project_max_running_jobs)
+
+    def next_to_validate(session: Session) -> Claim | None:
+        return claim_for_validation(session, settings.lease_seconds)
+
     try:
         while not resources.stopping.is_set():
             if not (
-                _work_on_next(resources, resources.validation_slots, claim_for_validation, validate)
-                or _work_on_next(resources, resources.training_slots, claim_for_training, train)
+                _work_on_next(resources, resources.validation_slots, next_to_validate, validate)
+                or _work_on_next(resources, resources.training_slots, next_to_train, train)
             ):
                 return
     except ServiceError as error:
@@ -37,29 +44,16 @@ def seek_work(resources: Resources) -> None:
 
 
 def _work_on_next(
-    resources: Resources,
-    slots: threading.Semaphore,
-    claim_next: Callable[[Session, float], Claim | None],
-    work: Callable[[Resources, Claim, float], None],
+    resources: Resources, slots: Slots, claim_next: Callable[[Session], Claim | None], work: Callable[[Resources, Claim, float, DeviceGroup], None]
 ) -> bool:
     """Claim one job and work on it to its end. Returns False where none waits or no slot is free."""
-    with _free_slot(slots) as free:
-        if not free:
+    with slots.take() as group:
+        if group is None:
             return False
         claimed_at = time.time()
         with resources.database.transaction() as session:
-            claim = claim_next(session, resources.settings.lease_seconds)
+            claim = claim_next(session)
         if claim is None:
             return False
-        work(resources, claim, claimed_at)
+        work(resources, claim, claimed_at, group)
         return True
-
-
-@contextmanager
-def _free_slot(slots: threading.Semaphore) -> Iterator[bool]:
-    free = slots.acquire(blocking=False)
-    try:
-        yield free
-    finally:
-        if free:
-            slots.release()

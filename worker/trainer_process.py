@@ -27,8 +27,8 @@ log = get_logger(__name__)
 class TrainerProcess:
     """Start it from the thread that supervises it: the trainer asks to be killed when that thread ends."""
 
-    def __init__(self, command: tuple[str, ...], run: RunDirectory, settings: Settings, secrets: dict[str, str] | None = None) -> None:
-        environment = engine_environment(settings) | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"} | (secrets or {})
+    def __init__(self, command: tuple[str, ...], run: RunDirectory, settings: Settings, variables: dict[str, str] | None = None) -> None:
+        environment = engine_environment(settings) | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"} | (variables or {})
         with run.log_path.open("ab") as output:
             self._process = subprocess.Popen(
                 [*command, str(run.path)],

@@ -36,6 +36,7 @@ from worker.dataset_files import (
     teacher_view,
     wire_hyperparameters,
 )
+from worker.devices import DeviceGroup
 from worker.failures import JobRejected, describe_failure, rows_rejected
 from worker.held_lease import HeldLease, StopRequested
 from worker.resources import Resources
@@ -44,8 +45,8 @@ from worker.row_lengths import FittingRows, RowLength, name_lines
 log = get_logger(__name__)
 
 
-def validate(resources: Resources, claim: Claim, claimed_at: float) -> None:
-    """Validate the files of a claimed job. The boundary: whatever happens, the job is let go of or failed."""
+def validate(resources: Resources, claim: Claim, claimed_at: float, group: DeviceGroup | None = None) -> None:
+    """Validate the files of a claimed job; no device is needed. The boundary: whatever happens, the job is let go of or failed."""
     with bound_contextvars(job_id=claim.job_id), HeldLease(resources, claim, claimed_at) as lease:
         log.info("validation_started")
         try:

@@ -32,12 +32,12 @@ class Claim:
     attempt: int
 
 
-def claimable(status: str) -> Select[tuple[str]]:
+def claimable(status: str) -> Select[str]:
     """The ids of the jobs of this status that nobody holds, and that nobody wants stopped."""
     return select(Job.id).where(Job.status == status, Job.lease_token.is_(None), Job.stop_requested.is_(None))
 
 
-def take_lease(session: Session, candidates: Select[tuple[str]], status: str, lease_seconds: float, changes: dict[str, Any]) -> Claim | None:
+def take_lease(session: Session, candidates: Select[str], status: str, lease_seconds: float, changes: dict[str, Any]) -> Claim | None:
     """Hold the first of `candidates`, claimable jobs of this status in an order, that no other claim is taking at this moment, with
     `changes` of its row. Returns None when there is none.
 
@@ -56,7 +56,7 @@ def take_lease(session: Session, candidates: Select[tuple[str]], status: str, le
 
 
 def renew_lease(session: Session, claim: Claim, lease_seconds: float) -> str | None:
-    """Extend the lease from now. Returns the stop that was requested ("cancel"), if any. Raises LeaseLost."""
+    """Extend the lease from now. Returns the stop that was requested ("cancel" or "pause"), if any. Raises LeaseLost."""
     requested: str | None = update_held(session, claim, lease_until=database_now() + lease_seconds).stop_requested
     return requested
 

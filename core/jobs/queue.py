@@ -47,7 +47,7 @@ def keep_claims_apart(session: Session) -> None:
         session.execute(text(f"SELECT pg_advisory_xact_lock({CLAIM_LOCK})"))
 
 
-def next_queued(max_running: int | None) -> Select[tuple[str]]:
+def next_queued(max_running: int | None) -> Select[str]:
     """The queued jobs that may start, the next one first. `max_running`: of a project without a limit of its own."""
     other = aliased(Job)
     running = select(other.project_id, func.count().label("number")).where(other.status == "running").group_by(other.project_id).subquery()
@@ -84,6 +84,21 @@ def forecast(waiting: Iterable[Waiting], projects: dict[str, ProjectLoad]) -> li
         if positions[place.queue] < len(queues[place.queue]):
             heapq.heappush(heads, _place(queues[place.queue][positions[place.queue]], loads, projects))
     return order
+
+
+def estimated_starts(order: list[str], free_at: list[float], seconds: float | None) -> dict[str, float]:
+    """When the jobs of a forecast will start, in unix seconds, as far as that can be told: `free_at` says when each slot is free, and
+    `seconds` how long a job takes (None: nobody knows, so that only the first job of each slot can be told of)."""
+    slots = list(free_at)
+    heapq.heapify(slots)
+    starts: dict[str, float] = {}
+    for job_id in order:
+        if not slots:
+            break
+        starts[job_id] = heapq.heappop(slots)
+        if seconds is not None:
+            heapq.heappush(slots, starts[job_id] + seconds)
+    return starts
 
 
 @dataclass(frozen=True, order=True)

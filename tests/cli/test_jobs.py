@@ -164,6 +164,15 @@ def test_get_as_json_and_as_fields(sdft: Callable[..., Result], stub: StubServer
     assert "fine_tuned_model" not in shown
 
 
+def test_pause_says_whether_it_is_done_and_resume_where_the_job_is(sdft: Callable[..., Result], stub: StubServer) -> None:
+    stub.routes["POST /fine_tuning/jobs/ftjob-1/pause"] = lambda _: json_answer(JOB)
+    stub.routes["POST /fine_tuning/jobs/ftjob-2/pause"] = lambda _: json_answer(JOB | {"status": "paused"})
+    stub.routes["POST /fine_tuning/jobs/ftjob-2/resume"] = lambda _: json_answer(JOB | {"status": "queued"})
+    assert "stops at its next step" in sdft("jobs", "pause", "ftjob-1").stdout
+    assert sdft("jobs", "pause", "ftjob-2").stdout == "paused\n"
+    assert sdft("jobs", "resume", "ftjob-2").stdout == "the job is queued\n"
+
+
 def test_cancel_says_whether_it_is_done(sdft: Callable[..., Result], stub: StubServer) -> None:
     stub.routes["POST /fine_tuning/jobs/ftjob-1/cancel"] = lambda _: json_answer(JOB)
     stub.routes["POST /fine_tuning/jobs/ftjob-2/cancel"] = lambda _: json_answer(JOB | {"status": "cancelled"})

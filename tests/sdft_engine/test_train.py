@@ -265,3 +265,22 @@ def test_orders_are_kept_and_a_signal_does_not_soften_them(tmp_path: Path, monke
     assert supervision.requested() == "cancel"
     supervision._terminated(15, None)
     assert supervision.requested() == "cancel"
+
+
+def test_a_pause_can_be_taken_back_and_a_signal_can_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rest(seconds: float) -> None:
+        raise Exited
+
+    monkeypatch.setattr(time, "sleep", rest)
+    run = RunDirectory(tmp_path)
+    run.write_control(Control(stop="pause"))
+    supervision = Supervision(run, run.read_control())
+    assert supervision.requested() == "pause"
+    run.write_control(Control())
+    with pytest.raises(Exited):
+        supervision._watch()
+    assert supervision.requested() is None
+    supervision._terminated(15, None)
+    with pytest.raises(Exited):
+        supervision._watch()
+    assert supervision.requested() == "requeue"

@@ -111,7 +111,7 @@ from sdft_engine.contract.run_directory import Control, RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
 run.write_control(Control(lease_deadline=time.time() + 600, supervisor_pid=os.getpid()))
 with run.log_path.open("ab") as log:
-    process = subprocess.Popen([sys.executable, "-m", "sdft_engine.train", str(run.path)], stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", *sys.argv[2:], str(run.path)], stdout=log, stderr=log, start_new_session=True)
 print(process.pid, flush=True)
 process.wait()
 """
@@ -121,7 +121,7 @@ process.wait()
 def test_a_trainer_dies_with_its_supervisor(tmp_path: Path, tiny_model_dir: Path, stopped: bool) -> None:
     """Even one that is stopped, and could not notice by itself."""
     run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
-    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(run.path)], stdout=subprocess.PIPE) as supervisor:
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(run.path), "sdft_engine.train"], stdout=subprocess.PIPE) as supervisor:
         assert supervisor.stdout is not None
         trainer = psutil.Process(int(supervisor.stdout.readline()))
         try:
@@ -139,6 +139,56 @@ def test_a_trainer_dies_with_its_supervisor(tmp_path: Path, tiny_model_dir: Path
             if trainer.is_running():
                 trainer.kill()
     assert run.read_result() is None
+
+
+@pytest.mark.slow
+def test_several_processes_die_with_their_supervisor(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """torchrun makes no such request of its own, and its processes are not the supervisor's children."""
+    run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(run.path), "sdft_engine.launch", "2"], stdout=subprocess.PIPE) as supervisor:
+        assert supervisor.stdout is not None
+        torchrun = psutil.Process(int(supervisor.stdout.readline()))
+        try:
+            wait_for_steps(run, 1)
+            processes = [torchrun, *torchrun.children(recursive=True)]
+            assert sum("sdft_engine.train" in process.cmdline() for process in processes) >= 2
+            supervisor.kill()
+            supervisor.wait()
+            _, alive = psutil.wait_procs(processes, timeout=5)
+            assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+        finally:
+            supervisor.kill()
+            if torchrun.is_running():
+                os.killpg(torchrun.pid, signal.SIGKILL)
+    assert run.read_result() is None
+
+
+@pytest.mark.slow
+def test_several_processes_obey_a_pause_and_the_lease_s_end(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
+    orders: list[tuple[StopReason | None, float]] = [("pause", 600), (None, 0)]
+    for stop, lease_seconds in orders:
+        run.write_control(control())
+        command = [sys.executable, "-m", "sdft_engine.launch", "2", str(run.path)]
+        with run.log_path.open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for_steps(run, 1)
+            run.write_control(control(stop, lease_seconds))
+            status = process.wait(60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        result = run.read_result()
+        if stop is None:
+            assert (status != 0, result) == (True, None)
+        else:
+            assert result is not None
+            assert (status, result.outcome, result.stop) == (0, "stopped", "pause")
+            assert [step for step, _ in run.complete_checkpoints()] == [result.final_step]
+            run.metrics_path.unlink()
+            run.result_path.unlink()
 
 
 def test_a_configuration_that_can_not_be_read_is_a_typed_failure(tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:

@@ -13,7 +13,7 @@ from core.database import Database, unix_now
 from core.errors import Unavailable
 from core.ids import new_token
 from core.jobs.leases import Claim, LeaseLost
-from core.jobs.transitions import Progress, claim_for_training, record_progress, request_cancellation, requeue
+from core.jobs.transitions import Progress, claim_for_training, record_progress, request_cancellation, request_pause, requeue, resume
 from core.model_exports import ExportClaim, claim_export, release_export, renew_export, request_export
 from core.tables.exports import ModelExport
 from core.tables.jobs import Job
@@ -86,6 +86,33 @@ def test_a_cancellation_is_seen_within_a_second(workshop: Workshop) -> None:
         assert stop.value.reason == "cancel"
         assert told[0] is None
         assert told[-1] == "cancel"
+
+
+def test_a_pause_is_seen_and_its_taking_back_too(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    with HeldLease(workshop.resources, claim, time.time()) as lease:
+        for change, stop in ((request_pause, "pause"), (resume, None), (request_pause, "pause"), (request_cancellation, "cancel")):
+            with workshop.database.transaction() as session:
+                assert change(session, job_id)
+            time.sleep(1.2)
+            assert lease.stop == stop
+
+
+def test_a_deploy_goes_before_a_pause_and_is_seen_without_the_database(workshop: Workshop) -> None:
+    job_id, claim = claim_job(workshop)
+    with workshop.database.transaction() as session:
+        request_pause(session, job_id)
+    with HeldLease(workshop.resources, claim, time.time()) as lease:
+        time.sleep(1.2)
+        assert lease.stop == "pause"
+        workshop.resources.stopping.set()
+        time.sleep(0.8)
+        assert lease.stop == "requeue"
+    away = without_database(workshop)
+    away.stopping.set()
+    with HeldLease(away, claim, time.time()) as lease:
+        time.sleep(0.8)
+        assert lease.stop == "requeue"
 
 
 def test_cancel_goes_before_a_deploy(workshop: Workshop) -> None:

@@ -16,6 +16,7 @@ from core.tables.models import Model
 from sdft_engine.contract.run_directory import Attestation
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, demonstration_file, workshop_of
+from worker.devices import DeviceGroup
 from worker.resources import TRAINER_COMMAND
 from worker.supervisor import train
 from worker.validation import validate
@@ -33,7 +34,7 @@ def real_workshop(worker_settings: Callable[..., Settings], sqlite_database: Dat
     return workshop
 
 
-def run_job(workshop: Workshop, **job: object) -> str:
+def run_job(workshop: Workshop, group: DeviceGroup = DeviceGroup(), **job: object) -> str:  # noqa: B008 (frozen)
     job_id = workshop.add_job("validating_files", **job)  # type: ignore[arg-type]
     claimed_at = time.time()
     with workshop.database.transaction() as session:
@@ -44,7 +45,7 @@ def run_job(workshop: Workshop, **job: object) -> str:
     with workshop.database.transaction() as session:
         claim = claim_for_training(session, 60)
     assert claim is not None, get_job(workshop.database, job_id).error
-    train(workshop.resources, claim, claimed_at)
+    train(workshop.resources, claim, claimed_at, group)
     return job_id
 
 
@@ -74,3 +75,12 @@ def test_an_sdft_job_and_one_that_continues_from_it(real_workshop: Workshop, tmp
     supervised = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 12, "lora_rank": 4}}}
     next_id = run_job(real_workshop, method=supervised, parent_model=model.id)
     assert get_job(real_workshop.database, next_id).status == "succeeded", messages_of(real_workshop.database, next_id)
+
+
+def test_a_job_with_two_devices_trains_in_two_processes(real_workshop: Workshop) -> None:
+    hyperparameters = {"n_epochs": 1, "batch_size": 4, "lora_rank": 4, "checkpoint_every_steps": 2, "mask_clipped_completions": False}
+    job_id = run_job(real_workshop, DeviceGroup(("cpu", "cpu")), method={"type": "sdft", "sdft": {"hyperparameters": hyperparameters}})
+    job = get_job(real_workshop.database, job_id)
+    assert (job.status, job.error) == ("succeeded", None), messages_of(real_workshop.database, job_id)
+    assert any("by 2 processes" in message for message in messages_of(real_workshop.database, job_id))
+    assert_sound(real_workshop.database, job_id)

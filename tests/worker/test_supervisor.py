@@ -5,13 +5,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from sqlalchemy import delete, func, select, update
 
 from core.errors import StorageFull
-from core.jobs.transitions import claim_for_training, release_expired_leases, request_cancellation
+from core.jobs.transitions import claim_for_training, release_expired_leases, request_cancellation, request_pause, resume
 from core.storage import LocalStorage, StoredObject
 from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
 from core.tables.models import Model
@@ -19,6 +20,8 @@ from tests.fixtures.scripted_inference import ScriptedInference
 from tests.fixtures.scripted_model import state_after
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import ROWS, Workshop, demonstration_file, demonstration_line
+from worker import supervisor
+from worker.devices import DeviceGroup
 from worker.supervisor import train
 
 
@@ -27,7 +30,7 @@ def train_next(workshop: Workshop) -> None:
     with workshop.database.transaction() as session:
         claim = claim_for_training(session, workshop.resources.settings.lease_seconds)
     assert claim is not None
-    train(workshop.resources, claim, claimed_at)
+    train(workshop.resources, claim, claimed_at, DeviceGroup())
 
 
 def train_in_background(workshop: Workshop) -> threading.Thread:
@@ -183,6 +186,54 @@ def test_cancel_stops_at_a_step_boundary(workshop: Workshop) -> None:
     assert get_job(workshop.database, job_id).status == "cancelled"
     assert_sound(workshop.database, job_id)
     assert trainers() == []
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_a_paused_job_keeps_its_step_and_goes_on_when_resumed(
+    workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch, ends_by_itself: bool
+) -> None:
+    """A trainer that does not stop in time is killed, and goes on from the checkpoint before."""
+    if not ends_by_itself:
+        monkeypatch.setattr("worker.supervisor.GRACE_SECONDS", {"pause": 0.5})
+    workshop.script(steps=60, step_seconds=0.1, at={} if ends_by_itself else {"1": {"9": "hang"}})
+    job_id = workshop.add_job()
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 8)
+    with workshop.database.transaction() as session:
+        assert request_pause(session, job_id)
+    thread.join(20)
+    job = get_job(workshop.database, job_id)
+    assert (job.status, job.lost_leases, job.lease_token) == ("paused", 0, None)
+    assert trainers() == []
+    assert_sound(workshop.database, job_id)
+    workshop.script(steps=60)
+    with workshop.database.transaction() as session:
+        assert claim_for_training(session, 60) is None, "nobody takes it up by itself"
+    with workshop.database.transaction() as session:
+        assert resume(session, job_id)
+    train_next(workshop)
+    assert (get_job(workshop.database, job_id).status, get_job(workshop.database, job_id).attempt) == ("succeeded", 2)
+    assert final_state(workshop, job_id, inference) == state_after(60, ROWS)
+
+
+def test_a_pause_taken_back_after_the_trainer_stopped_puts_the_job_in_the_queue(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop.script(steps=60, step_seconds=0.1)
+    job_id = workshop.add_job()
+    conclude = supervisor._conclude
+
+    def late(*arguments: Any) -> None:
+        with workshop.database.transaction() as session:
+            assert resume(session, job_id)
+        conclude(*arguments)
+
+    monkeypatch.setattr(supervisor, "_conclude", late)
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 5)
+    with workshop.database.transaction() as session:
+        assert request_pause(session, job_id)
+    thread.join(20)
+    assert get_job(workshop.database, job_id).status == "queued"
+    assert any("The pause was taken back" in message for message in messages_of(workshop.database, job_id))
 
 
 def test_a_trainer_that_does_not_stop_is_killed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from core.tables.jobs import Job
 from tests.rows import get_job
 from tests.worker.conftest import RESOLVED, Workshop, workshop_of
 from worker import polling, tasks
+from worker.devices import DeviceGroup
 from worker.polling import Poll
 from worker.resources import Resources
 from worker.tasks import seek_work
@@ -36,7 +37,7 @@ class Work:
         monkeypatch.setattr(tasks, "train", self.train)
         monkeypatch.setattr(tasks, "validate", self.validate)
 
-    def train(self, resources: Resources, claim: Claim, claimed_at: float) -> None:
+    def train(self, resources: Resources, claim: Claim, claimed_at: float, group: DeviceGroup) -> None:
         with self._lock:
             self.done.append(claim.job_id)
             self.training += 1
@@ -47,7 +48,7 @@ class Work:
         with self._lock:
             self.training -= 1
 
-    def validate(self, resources: Resources, claim: Claim, claimed_at: float) -> None:
+    def validate(self, resources: Resources, claim: Claim, claimed_at: float, group: DeviceGroup) -> None:
         with self._lock:
             self.done.append(claim.job_id)
         with resources.database.transaction() as session:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.fine_tuning.jobs.queue_view import QueuePlace
 from api.pagination import Identified
 from api.strict_json import WITHOUT_NUL, ObjectId
 from core.tables.jobs import Checkpoint, Job, JobEvent
@@ -66,6 +67,8 @@ class JobObject(Identified):
     user_provided_suffix: str | None
     queue_position: int | None
     """1 for the job that starts next; null unless queued."""
+    estimated_start: int | None
+    """Null unless queued, and where nobody can tell: no worker is there, or no job has succeeded yet."""
     progress: Progress | None
     attempt: int
 
@@ -96,7 +99,7 @@ class MetricsList(BaseModel):
     data: list[dict[str, Any]]
 
 
-def job_object(job: Job, queue_position: int | None) -> JobObject:
+def job_object(job: Job, place: QueuePlace | None) -> JobObject:
     kind = job.method["type"]
     hyperparameters = {**job.method[kind]["hyperparameters"], **(job.resolved_hyperparameters or {})}
     started = job.total_steps is not None or job.phase is not None
@@ -120,7 +123,8 @@ def job_object(job: Job, queue_position: int | None) -> JobObject:
         metadata=job.job_metadata,
         integrations=[],
         user_provided_suffix=job.suffix,
-        queue_position=queue_position,
+        queue_position=place.position if place else None,
+        estimated_start=_seconds(place.estimated_start) if place else None,
         progress=Progress(step=job.step, total_steps=job.total_steps, phase=job.phase) if started else None,
         attempt=job.attempt,
     )

@@ -1,6 +1,6 @@
 """Reading, cancelling, pausing and resuming jobs. Creating them is in api.fine_tuning.jobs.creation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
@@ -17,10 +17,7 @@ from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
 
 def describe(state: ApiState, job: Job) -> JobObject:
     """The job on the wire, with its place in the queue."""
-    if job.status != "queued":
-        return job_object(job, None)
-    with state.database.reading() as session:
-        return job_object(job, _queue_positions(session, [job.id]).get(job.id))
+    return job_object(job, state.queue.place_of(job.id) if job.status == "queued" else None)
 
 
 def list_jobs(state: ApiState, project_id: str, *, after: str | None, limit: int, metadata: dict[str, str]) -> list[JobObject]:
@@ -34,8 +31,7 @@ def list_jobs(state: ApiState, project_id: str, *, after: str | None, limit: int
         for key, value in metadata.items():
             statement = statement.where(_has_metadata(session, key, value))
         jobs = session.scalars(statement).all()
-        positions = _queue_positions(session, [job.id for job in jobs if job.status == "queued"])
-    return [job_object(job, positions.get(job.id)) for job in jobs]
+    return [describe(state, job) for job in jobs]
 
 
 def cancel_job(state: ApiState, job: Job) -> JobObject:
@@ -101,16 +97,6 @@ def evenly_spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return sorted({(count * (index + 1)) // most - 1 for index in range(most)})
-
-
-def _queue_positions(session: Session, job_ids: Iterable[str]) -> dict[str, int]:
-    """Places in the whole server's queue, in the order in which workers claim."""
-    wanted = list(job_ids)
-    if not wanted:
-        return {}
-    place = func.row_number().over(order_by=(Job.created_at, Job.id)).label("place")
-    queue = select(Job.id, place).where(Job.status == "queued").subquery()
-    return {row.id: row.place for row in session.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(wanted)))}
 
 
 def _has_metadata(session: Session, key: str, value: str) -> ColumnElement[bool]:

@@ -90,6 +90,7 @@ def test_job_as_created(api_on_both: Api, broker: redis.Redis) -> None:
         "integrations": [],
         "user_provided_suffix": "lamps",
         "queue_position": None,
+        "estimated_start": None,
         "progress": None,
         "attempt": 0,
     }

@@ -5,12 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
+from api.fine_tuning.jobs.queue_view import QueueView
 from api.fine_tuning.jobs.service import evenly_spread
 from core.database import Database, unix_now
 from core.ids import new_id
 from core.jobs.events import append_event, upsert_metrics
-from core.jobs.transitions import Progress, claim_for_training, claim_for_validation, finish_validation, record_progress
+from core.jobs.transitions import Progress, claim_for_training, claim_for_validation, finish_pause, finish_validation, record_progress
 from core.tables.jobs import Checkpoint, Job
+from core.workers import tell_presence
 from tests.api.serving import Api
 from tests.api.test_errors import assert_error
 from tests.rows import assert_sound, messages_of, succeed_job
@@ -45,7 +47,15 @@ def ids_of(api: Api, **parameters: Any) -> list[str]:
 
 
 def test_unknown_job(api: Api) -> None:
-    for method, path in (("GET", ""), ("POST", "/cancel"), ("GET", "/events"), ("GET", "/checkpoints"), ("GET", "/metrics")):
+    for method, path in (
+        ("GET", ""),
+        ("POST", "/cancel"),
+        ("POST", "/pause"),
+        ("POST", "/resume"),
+        ("GET", "/events"),
+        ("GET", "/checkpoints"),
+        ("GET", "/metrics"),
+    ):
         assert_error(api.client.request(method, f"{JOBS}/ftjob-unknown{path}"), 404, "fine_tune_not_found", "fine_tuning_job_id")
 
 
@@ -81,7 +91,9 @@ def test_failed_job_says_why(api: Api) -> None:
     assert get(api, job_id)["error"] == {"code": "out_of_memory", "message": "too much", "param": None}
 
 
-def test_queue_positions_follow_the_claims(api_on_both: Api) -> None:
+def test_queue_positions_follow_the_claims(api_on_both: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projects take turns, so the other one's only job comes second."""
+    monkeypatch.setattr("api.fine_tuning.jobs.queue_view.FRESH_SECONDS", 0)
     api = api_on_both
     file_id = api.upload()
     ids = [api.create_job(training_file=file_id)["id"] for _ in range(3)]
@@ -90,15 +102,79 @@ def test_queue_positions_follow_the_claims(api_on_both: Api) -> None:
     ids.append(api.create_job(training_file=file_id)["id"])
     for _ in range(5):
         validate_next(api.database)
-    assert [get(api, job_id)["queue_position"] for job_id in ids] == [1, 2, 3, 5]
-    assert api.client.get(f"{JOBS}/{foreign}", headers=api.other_headers).json()["queue_position"] == 4
+    assert [get(api, job_id)["queue_position"] for job_id in ids] == [1, 3, 4, 5]
+    assert api.client.get(f"{JOBS}/{foreign}", headers=api.other_headers).json()["queue_position"] == 2
     listed = {job["id"]: job["queue_position"] for job in api.client.get(JOBS).json()["data"]}
-    assert listed == dict(zip(ids, [1, 2, 3, 5], strict=True))
+    assert listed == dict(zip(ids, [1, 3, 4, 5], strict=True))
     with api.database.transaction() as session:
         claim = claim_for_training(session, 60)
     assert claim is not None
     assert claim.job_id == ids[0]
-    assert [get(api, job_id)["queue_position"] for job_id in ids] == [None, 1, 2, 4]
+    assert [get(api, job_id)["queue_position"] for job_id in ids] == [None, 2, 3, 4]
+
+
+def test_a_queued_job_says_when_it_will_start_as_far_as_anybody_can_tell(api_on_both: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.fine_tuning.jobs.queue_view.FRESH_SECONDS", 0)
+    api, now = api_on_both, unix_now()
+    file_id = api.upload()
+    running, first, second, done = (api.create_job(training_file=file_id)["id"] for _ in range(4))
+    for _ in range(4):
+        validate_next(api.database)
+    assert get(api, first)["estimated_start"] is None, "no worker is there"
+    with api.database.transaction() as session:
+        tell_presence(session, "worker-1", "host", [[], []])
+    assert get(api, running)["estimated_start"] == pytest.approx(now, abs=20)
+    with api.database.transaction() as session:
+        claim = claim_for_training(session, 60)
+        assert claim is not None
+        record_progress(session, claim, Progress(estimated_finish_at=now + 500))
+    change(api, done, status="succeeded", started_at=now - 1000, finished_at=now - 400)
+    assert get(api, first)["estimated_start"] == pytest.approx(now, abs=20)
+    assert get(api, second)["estimated_start"] == pytest.approx(now + 500, abs=20)
+    assert get(api, running)["estimated_start"] is None
+    with api.database.transaction() as session:
+        tell_presence(session, "worker-1", "host", [[]])
+    starts = [get(api, job_id)["estimated_start"] for job_id in (first, second)]
+    assert starts == [pytest.approx(now + 500, abs=20), pytest.approx(now + 500 + 600, abs=20)]
+
+
+def test_many_polls_read_the_queue_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [api.create_job()["id"] for _ in range(2)]
+    for _ in ids:
+        validate_next(api.database)
+    reads: list[float] = []
+    read = QueueView._read
+    monkeypatch.setattr(QueueView, "_read", lambda view, session: (reads.append(0), read(view, session))[1])
+    assert [get(api, job_id)["queue_position"] for _ in range(10) for job_id in ids] == [1, 2] * 10
+    assert len(reads) == 1
+
+
+def test_pause_and_resume(api_on_both: Api) -> None:
+    api, database = api_on_both, api_on_both.database
+    job_id = api.create_job()["id"]
+    validate_next(database)
+
+    def post(action: str) -> dict[str, Any]:
+        answer = api.client.post(f"{JOBS}/{job_id}/{action}", headers={"content-type": "application/json"})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    assert (post("pause")["status"], post("pause")["queue_position"]) == ("paused", None)
+    assert [post("resume")["status"], post("resume")["status"]] == ["queued", "queued"]
+    with database.transaction() as session:
+        claim = claim_for_training(session, 60)
+        assert claim is not None
+    assert post("pause")["status"] == "running"
+    with database.transaction() as session:
+        finish_pause(session, claim)
+    assert get(api, job_id)["status"] == "paused"
+    assert_error(api.client.post(f"{JOBS}/{job_id}/pause", headers=api.other_headers), 404, "fine_tune_not_found", "fine_tuning_job_id")
+    assert api.client.post(f"{JOBS}/{job_id}/cancel").json()["status"] == "cancelled"
+    for action in ("pause", "resume"):
+        message = assert_error(api.client.post(f"{JOBS}/{job_id}/{action}"), 400, "job_already_finished", "fine_tuning_job_id")
+        assert f"can't be {action}d" in message
+    assert_sound(database, job_id)
 
 
 _LINE = b'{"prompt": "a", "completion": "b"}\n'

@@ -84,7 +84,7 @@ def test_nobody_overshoots_a_limit_however_many_claim_at_once(database: Database
 def test_the_forecast_is_what_happens_where_no_job_ends_meanwhile(database: Database, seed: int) -> None:
     chance = random.Random(seed)
     projects = [add_project(database, f"p{number}") for number in range(4)]
-    for number in range(24):
+    for _number in range(24):
         add_job(database, chance.choice(projects), created_at=float(chance.randrange(10)), attempt=chance.choice([0, 0, 0, 1]))
     for project in projects[:2]:
         add_job(database, project, "running")

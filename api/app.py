@@ -16,8 +16,13 @@ from api.files.service import delete_expired_files
 from api.fine_tuning import base_models
 from api.fine_tuning.jobs import routes as jobs
 from api.models import routes as models
+from api.organization import audit_logs
+from api.organization.api_keys import routes as api_keys
+from api.organization.projects import routes as projects
+from api.rate_limits import RateLimits
 from api.request_context import RequestContext
 from api.request_limits import RequestLimits
+from api.scopes import ScopeCheck
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
 from core.logging import configure_logging, get_logger
@@ -46,9 +51,12 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     error_handlers.install(app)
-    for router in (health.router, files.router, base_models.router, jobs.router, models.router, completions.router):
-        app.include_router(router)
+    for resource in (health, files, base_models, jobs, models, completions, projects, api_keys, audit_logs):
+        app.include_router(resource.router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
+    app.add_middleware(ScopeCheck)
+    if settings.rate_limit_requests_per_minute:
+        app.add_middleware(RateLimits, requests_per_minute=settings.rate_limit_requests_per_minute)
     app.add_middleware(Authentication)
     app.add_middleware(TrustedHosts, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(RequestContext)  # the last one added is the outermost

@@ -53,6 +53,10 @@ def _message_of(error: Any) -> str:
     return message[:1].lower() + message[1:] if message.startswith(("Input ", "Field ")) else message
 
 
+def no_such_route(method: str, path: str, headers: dict[str, str] | None = None) -> NotFound:
+    return NotFound(f"there is no such route: {method} {path}", code="unknown_url", headers=headers)
+
+
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
     return render(error)
@@ -79,7 +83,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     where = f"{request.method} {request.scope['path']}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return render(NotFound(f"there is no such route: {where}", code="unknown_url", headers=headers))
+        return render(no_such_route(request.method, request.scope["path"], headers))
     if error.status_code == 405:
         return render(MethodNotAllowed(f"this route does not take this method: {where}", headers=headers))
     if isinstance(error, JsonTooDeep):

@@ -32,6 +32,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = new_id("req")
+        scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status = 0
 

@@ -9,7 +9,7 @@ from api.files.dependencies import OwnedFile
 from api.files.schemas import DeletedFile, FileObject, file_object
 from api.files.upload import receive_file
 from api.pagination import After, Page, page_of
-from api.state import ProjectId, State
+from api.state import ProjectId, RequestActor, State
 from core.storage import StoredObject
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -45,6 +45,6 @@ def get_file_content(file: OwnedFile, state: State, request: Request) -> Streami
 
 
 @router.delete("/{file_id}")
-def delete_file(file: OwnedFile, state: State) -> DeletedFile:
-    service.delete_file(state, file)
+def delete_file(file: OwnedFile, state: State, actor: RequestActor) -> DeletedFile:
+    service.delete_file(state, file, actor)
     return DeletedFile(id=file.id, deleted=True)

@@ -9,6 +9,7 @@ from api.files.service import files_of
 from api.fine_tuning.jobs.method import resolve_method
 from api.fine_tuning.jobs.schemas import LARGEST_SEED, CreateJob
 from api.state import ApiState
+from core.audit import Actor, record
 from core.doorbell import ring
 from core.errors import BadRequest, ModelNotFound
 from core.jobs import transitions
@@ -23,7 +24,7 @@ from sdft_engine.contract.quoting import quoted
 RETENTION_PURPOSES = ("evals", "user_data")
 
 
-def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
+def create_job(state: ApiState, project_id: str, actor: Actor, request: CreateJob) -> Job:
     """Insert the job, and ring once it is committed. Raises BadRequest or ModelNotFound naming the field."""
     settings = state.settings
     if request.integrations:
@@ -54,6 +55,7 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
             seed=secrets.randbelow(LARGEST_SEED + 1) if request.seed is None else request.seed,
             metadata=request.metadata,
         )
+        record(session, actor, "fine_tuning.job.created", project_id=project_id, object_id=job.id)
     ring(state.doorbell)
     return job
 

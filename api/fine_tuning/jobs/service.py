@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from api.fine_tuning.jobs.schemas import JobObject, job_object
 from api.pagination import unknown_cursor
 from api.state import ApiState
+from core.audit import Actor, record
 from core.doorbell import ring
 from core.errors import BadRequest
 from core.jobs.transitions import request_cancellation
@@ -38,13 +39,14 @@ def list_jobs(state: ApiState, project_id: str, *, after: str | None, limit: int
     return [job_object(job, positions.get(job.id)) for job in jobs]
 
 
-def cancel_job(state: ApiState, job: Job) -> JobObject:
+def cancel_job(state: ApiState, job: Job, actor: Actor) -> JobObject:
     """Raises BadRequest on a job that has already ended."""
     with state.database.transaction() as session:
         requested = request_cancellation(session, job.id)
         current = session.get_one(Job, job.id, populate_existing=True)
         if not requested:
             raise BadRequest(f"the job {job.id} has ended ({current.status}) and can't be cancelled", code="job_already_finished", param="fine_tuning_job_id")
+        record(session, actor, "fine_tuning.job.cancelled", project_id=job.project_id, object_id=job.id)
     ring(state.doorbell)
     return describe(state, current)
 

@@ -15,6 +15,7 @@ from api.files import routes as files
 from api.files.service import delete_expired_files
 from api.fine_tuning import base_models
 from api.fine_tuning.jobs import routes as jobs
+from api.idempotency import delete_expired_records
 from api.models import routes as models
 from api.organization import audit_logs
 from api.organization.api_keys import routes as api_keys
@@ -41,7 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
         configure_logging(settings)
         _adopt_server_logs()
         app.state.api = state = ApiState.open(settings)
-        expiring = asyncio.create_task(_expire_files(state))
+        expiring = asyncio.create_task(_delete_what_expires(state))
         try:
             yield
         finally:
@@ -71,14 +72,15 @@ def _adopt_server_logs() -> None:
         logger.propagate = name != "uvicorn.access"
 
 
-async def _expire_files(state: ApiState) -> None:
+async def _delete_what_expires(state: ApiState) -> None:
     while True:
-        try:
-            deleted = await anyio.to_thread.run_sync(delete_expired_files, state)
-            if deleted:
-                log.info("expired_files_deleted", count=deleted)
-        except Exception:  # a boundary: the next round may succeed
-            log.exception("expired_files_not_deleted")
+        for what, delete in {"files": delete_expired_files, "idempotency_records": delete_expired_records}.items():
+            try:
+                deleted = await anyio.to_thread.run_sync(delete, state)
+                if deleted:
+                    log.info("expired_deleted", what=what, count=deleted)
+            except Exception:  # a boundary: the next round may succeed
+                log.exception("expired_not_deleted", what=what)
         await asyncio.sleep(EXPIRY_INTERVAL_SECONDS)
 
 

@@ -8,6 +8,7 @@ from api.files import service
 from api.files.dependencies import OwnedFile
 from api.files.schemas import DeletedFile, FileObject, file_object
 from api.files.upload import receive_file
+from api.idempotency import CreationAttempt
 from api.pagination import After, Page, page_of
 from api.state import ProjectId, RequestActor, State
 from core.storage import StoredObject
@@ -16,8 +17,8 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
 @router.post("")
-async def create_file(request: Request, state: State, project_id: ProjectId) -> FileObject:
-    return file_object(await receive_file(request, state, project_id))
+async def create_file(request: Request, state: State, project_id: ProjectId, attempt: CreationAttempt) -> FileObject:
+    return file_object(await receive_file(request, state, project_id, attempt))
 
 
 @router.get("")

@@ -22,3 +22,4 @@ class IdempotencyRecord(Table):
     """The first answer's body, JSON, where the client named the request itself."""
     created_at: Mapped[float]
     expires_at: Mapped[float] = mapped_column(index=True)
+    """When it stands for nothing any more and is deleted."""

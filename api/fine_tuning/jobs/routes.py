@@ -6,6 +6,7 @@ from api.fine_tuning.jobs import service
 from api.fine_tuning.jobs.creation import create_job
 from api.fine_tuning.jobs.dependencies import MetadataFilter, OwnedJob
 from api.fine_tuning.jobs.schemas import CheckpointObject, CreateJob, EventObject, JobObject, MetricsList, checkpoint_object, event_object
+from api.idempotency import JsonCreation
 from api.pagination import After, Page, page_of
 from api.state import ProjectId, RequestActor, State
 from api.strict_json import StrictJsonRoute
@@ -17,8 +18,8 @@ LARGEST_STEP = 2**31 - 1
 
 
 @router.post("")
-def create(request: CreateJob, state: State, project_id: ProjectId, actor: RequestActor) -> JobObject:
-    return service.describe(state, create_job(state, project_id, actor, request))
+def create(request: CreateJob, state: State, project_id: ProjectId, actor: RequestActor, creation: JsonCreation) -> JobObject:
+    return service.describe(state, create_job(state, project_id, actor, creation, request))
 
 
 @router.get("")

@@ -15,7 +15,7 @@ from core.projects import create_key
 from core.tables.files import File
 from core.tables.idempotency import IdempotencyRecord
 from core.tables.jobs import Job
-from tests.api.serving import Api, bearer, on_a_port, training_lines
+from tests.api.serving import Api, bearer, on_a_port, training_lines, wait_for
 from tests.api.test_errors import assert_error
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -223,6 +223,13 @@ def test_records_that_stand_for_nothing_any_more_are_deleted(api_on_both: Api) -
     assert (delete_expired_records(api.state), count(api, IdempotencyRecord)) == (1, 1)
     make_older(api, NAMED_SECONDS)
     assert (delete_expired_records(api.state), count(api, IdempotencyRecord)) == (1, 0)
+
+
+def test_the_api_deletes_them_by_itself(api: Api) -> None:
+    post_job(api, training_file=api.upload())
+    make_older(api, RETRY_KEPT_SECONDS)
+    with TestClient(create_app(api.settings)):
+        wait_for(lambda: count(api, IdempotencyRecord) == 0)
 
 
 class LosesFirstAnswers:

@@ -3,6 +3,7 @@ import time
 from typing import Any
 
 import pytest
+from openai import OpenAI
 
 from api import authentication
 from core.database import unix_now
@@ -141,3 +142,12 @@ def test_stock_client(live_api: Api) -> None:
     assert keys.retrieve(key_id, project_id=live_api.other_project_id) == listed
     assert keys.delete(key_id, project_id=live_api.other_project_id).deleted is True
     assert list(keys.list(live_api.other_project_id)) == []
+
+
+def test_creating_a_key_with_the_stock_client(live_api: Api) -> None:
+    """It has no method for that; this is the way in docs/api.md."""
+    client = OpenAI(base_url=f"{live_api.base_url}/v1", api_key=live_api.admin_key, admin_api_key=live_api.admin_key)
+    project = client.admin.organization.projects.create(name="support")
+    body = {"name": "laptop", "scopes": ["read", "infer"]}
+    plain_key = client.post(f"/organization/projects/{project.id}/api_keys", cast_to=dict, body=body)["value"]
+    assert client.with_options(api_key=plain_key).models.list().data[0].id == "tiny"

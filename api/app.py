@@ -15,9 +15,15 @@ from api.files import routes as files
 from api.files.service import delete_expired_files
 from api.fine_tuning import base_models
 from api.fine_tuning.jobs import routes as jobs
+from api.idempotency import delete_expired_records
 from api.models import routes as models
+from api.organization import audit_logs
+from api.organization.api_keys import routes as api_keys
+from api.organization.projects import routes as projects
+from api.rate_limits import RateLimits
 from api.request_context import RequestContext
 from api.request_limits import RequestLimits
+from api.scopes import ScopeCheck
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
 from core.logging import configure_logging, get_logger
@@ -36,7 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
         configure_logging(settings)
         _adopt_server_logs()
         app.state.api = state = ApiState.open(settings)
-        expiring = asyncio.create_task(_expire_files(state))
+        expiring = asyncio.create_task(_delete_what_expires(state))
         try:
             yield
         finally:
@@ -46,9 +52,12 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     error_handlers.install(app)
-    for router in (health.router, files.router, base_models.router, jobs.router, models.router, completions.router):
-        app.include_router(router)
+    for resource in (health, files, base_models, jobs, models, completions, projects, api_keys, audit_logs):
+        app.include_router(resource.router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
+    app.add_middleware(ScopeCheck)
+    if settings.rate_limit_requests_per_minute:
+        app.add_middleware(RateLimits, requests_per_minute=settings.rate_limit_requests_per_minute)
     app.add_middleware(Authentication)
     app.add_middleware(TrustedHosts, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(RequestContext)  # the last one added is the outermost
@@ -63,14 +72,15 @@ def _adopt_server_logs() -> None:
         logger.propagate = name != "uvicorn.access"
 
 
-async def _expire_files(state: ApiState) -> None:
+async def _delete_what_expires(state: ApiState) -> None:
     while True:
-        try:
-            deleted = await anyio.to_thread.run_sync(delete_expired_files, state)
-            if deleted:
-                log.info("expired_files_deleted", count=deleted)
-        except Exception:  # a boundary: the next round may succeed
-            log.exception("expired_files_not_deleted")
+        for what, delete in {"files": delete_expired_files, "idempotency_records": delete_expired_records}.items():
+            try:
+                deleted = await anyio.to_thread.run_sync(delete, state)
+                if deleted:
+                    log.info("expired_deleted", what=what, count=deleted)
+            except Exception:  # a boundary: the next round may succeed
+                log.exception("expired_not_deleted", what=what)
         await asyncio.sleep(EXPIRY_INTERVAL_SECONDS)
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import or_, update
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.caller import Caller, remember_caller
 from api.error_handlers import render
 from core.database import Database, unix_now
 from core.errors import AuthenticationFailed, ServiceError, Unavailable
@@ -32,12 +33,12 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Remembered:
-    project_id: str
+    caller: Caller
     until: float
 
 
 class Authentication:
-    """Lets a request through with its key's project in the scope's state, or answers 401 itself. WebSockets are closed."""
+    """Lets a request through with its key in the scope's state, or answers 401 itself. WebSockets are closed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -48,26 +49,25 @@ class Authentication:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             try:
-                project_id = await self._project_of(scope)
+                remember_caller(scope, await self._caller_of(scope))
             except ServiceError as error:
                 await render(error)(scope, receive, send)
                 return
-            scope.setdefault("state", {})["project_id"] = project_id
             await self._app(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _project_of(self, scope: Scope) -> str:
+    async def _caller_of(self, scope: Scope) -> Caller:
         plain_key = _bearer_token(Headers(scope=scope).get("authorization"))
         digest = hashlib.sha256(plain_key.encode()).digest()
         known = self._remembered.get(digest)
         if known is not None and known.until > time.monotonic():
-            return known.project_id
-        project_id = await anyio.to_thread.run_sync(_look_up, scope["app"].state.api.database, plain_key)
+            return known.caller
+        caller = await anyio.to_thread.run_sync(_look_up, scope["app"].state.api.database, plain_key)
         if len(self._remembered) >= MOST_REMEMBERED:
             self._remembered.clear()
-        self._remembered[digest] = _Remembered(project_id, time.monotonic() + REMEMBERED_SECONDS)
-        return project_id
+        self._remembered[digest] = _Remembered(caller, time.monotonic() + REMEMBERED_SECONDS)
+        return caller
 
 
 def _bearer_token(header: str | None) -> str:
@@ -78,15 +78,17 @@ def _bearer_token(header: str | None) -> str:
     return token.strip()
 
 
-def _look_up(database: Database, plain_key: str) -> str:
+def _look_up(database: Database, plain_key: str) -> Caller:
     with database.reading() as session:
         key = find_key(session, plain_key)
     if key is None:
-        raise AuthenticationFailed("Incorrect API key provided: it is unknown, expired or revoked.", headers={"www-authenticate": "Bearer"})
+        raise AuthenticationFailed(
+            "Incorrect API key provided: it is unknown, expired or revoked, or its project is archived.", headers={"www-authenticate": "Bearer"}
+        )
     now = unix_now()
     if key.last_used_at is None or key.last_used_at < now - LAST_USED_SECONDS:
         _record_use(database, key.id, now)
-    return key.project_id
+    return Caller(key.id, key.project_id, frozenset(key.scopes))
 
 
 def _record_use(database: Database, key_id: str, now: float) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from api.idempotency import AlreadyAnswered
 from api.strict_json import JsonTooDeep
 from core.errors import BadRequest, MethodNotAllowed, NotFound, RequestTooLarge, ServiceError
 from sdft_engine.contract.quoting import shortened
@@ -17,6 +18,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(AlreadyAnswered, _first_answer)
 
 
 def render(error: ServiceError) -> JSONResponse:
@@ -53,9 +55,18 @@ def _message_of(error: Any) -> str:
     return message[:1].lower() + message[1:] if message.startswith(("Input ", "Field ")) else message
 
 
+def no_such_route(method: str, path: str, headers: dict[str, str] | None = None) -> NotFound:
+    return NotFound(f"there is no such route: {method} {path}", code="unknown_url", headers=headers)
+
+
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
     return render(error)
+
+
+async def _first_answer(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AlreadyAnswered)
+    return Response(error.answer, media_type="application/json", headers={"idempotent-replayed": "true"})
 
 
 async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
@@ -79,7 +90,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     where = f"{request.method} {request.scope['path']}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return render(NotFound(f"there is no such route: {where}", code="unknown_url", headers=headers))
+        return render(no_such_route(request.method, request.scope["path"], headers))
     if error.status_code == 405:
         return render(MethodNotAllowed(f"this route does not take this method: {where}", headers=headers))
     if isinstance(error, JsonTooDeep):

@@ -6,8 +6,10 @@ from typing import Annotated
 from celery import Celery
 from fastapi import Depends, Request
 
+from api.caller import caller_of
 from api.completions.adapter_loading import AdapterLoading
 from api.fine_tuning.jobs.queue_view import QueueView
+from core.audit import Actor
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_servers import InferenceServers
@@ -52,10 +54,19 @@ async def _state_of(request: Request) -> ApiState:
 
 
 async def _project_of(request: Request) -> str:
-    """The caller's project, which the authentication left in the request's state."""
-    project_id: str = request.state.project_id
-    return project_id
+    caller = caller_of(request.scope)
+    assert caller is not None, "a route without a key has no project"
+    return caller.project_id
+
+
+async def _actor_of(request: Request) -> Actor:
+    caller = caller_of(request.scope)
+    assert caller is not None, "a route without a key changes nothing"
+    return Actor(caller.key_id, request.state.request_id)
 
 
 State = Annotated[ApiState, Depends(_state_of)]
 ProjectId = Annotated[str, Depends(_project_of)]
+"""The caller's project."""
+RequestActor = Annotated[Actor, Depends(_actor_of)]
+"""The caller, as the audit log names it."""

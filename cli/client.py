@@ -20,7 +20,11 @@ ANSWER_TIMEOUT_SECONDS = 600
 
 PAGE_SIZE = 100
 
-HINTS = {"model_not_found": "see `sdft models list`", "unknown_url": "does the base URL end in /v1?"}
+HINTS = {
+    "model_not_found": "see `sdft models list`",
+    "unknown_url": "does the base URL end in /v1?",
+    "api_key_not_found": "see `sdft keys list`",
+}
 """What the server's error codes mean to someone at the command line, added to the server's message."""
 
 Json = dict[str, Any]

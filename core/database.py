@@ -62,12 +62,13 @@ class Database:
         parsed = parse_database_url(url)
         self.engine: Engine
         if parsed.get_backend_name() == "sqlite":
-            self.engine = create_engine(parsed, pool_size=20, max_overflow=20, pool_timeout=pool_timeout_seconds)
+            self.engine = create_engine(parsed, hide_parameters=True, pool_size=20, max_overflow=20, pool_timeout=pool_timeout_seconds)
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
             self.engine = create_engine(
                 parsed,
+                hide_parameters=True,  # else an error in a log line repeats the values that a user sent
                 pool_pre_ping=True,
                 pool_size=20,
                 max_overflow=20,

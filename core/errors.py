@@ -5,12 +5,14 @@ ServiceError (500 server_error)
 │   ├── InvalidFile (400 invalid_training_file)
 │   └── ExportNotPossible (400 export_not_possible)
 ├── AuthenticationFailed (401)
+├── InsufficientScope (403 insufficient_scope)
 ├── NotFound (404 not_found)
 │   └── ModelNotFound (404 model_not_found)
 ├── MethodNotAllowed (405)
 ├── Conflict (409)                    never retried: `x-should-retry: false`
 ├── RequestTooLarge (413)
 ├── RangeNotSatisfiable (416)
+├── RateLimited (429 rate_limit_exceeded)      retried by clients after `retry-after`
 ├── Unavailable (503)                 retried by clients after `retry-after`
 │   ├── InferenceUnavailable (503 inference_unavailable)
 │   └── ExportInProgress (503 export_in_progress)
@@ -71,6 +73,12 @@ class AuthenticationFailed(ServiceError):
     default_code = "invalid_api_key"
 
 
+class InsufficientScope(ServiceError):
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_scope"
+
+
 class NotFound(ServiceError):
     status = 404
     type = "invalid_request_error"
@@ -107,6 +115,12 @@ class RangeNotSatisfiable(ServiceError):
     status = 416
     type = "invalid_request_error"
     default_code = "range_not_satisfiable"
+
+
+class RateLimited(ServiceError):
+    status = 429
+    type = "requests"  # OpenAI's word for a limit of requests, not of tokens
+    default_code = "rate_limit_exceeded"
 
 
 class Unavailable(ServiceError):

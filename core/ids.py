@@ -5,7 +5,7 @@ from typing import Literal
 
 import uuid_utils
 
-Prefix = Literal["proj", "file", "ftjob", "ftevent", "ftckpt", "req"]
+Prefix = Literal["proj", "file", "ftjob", "ftevent", "ftckpt", "req", "audit_log"]
 
 
 def new_id(prefix: Prefix) -> str:

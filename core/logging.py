@@ -1,11 +1,16 @@
-"""Structured logs on standard error; every line carries the request id or job id that is bound in its context."""
+"""Structured logs on standard error; every line carries the request id or job id that is bound in its context. An API key that got
+into one, in an address or a message, is cut short there."""
 
 import logging
+import re
 import sys
+from typing import Any
 
 import structlog
 
 from core.settings import Settings
+
+API_KEY = re.compile(r"(sdft_[0-9A-Za-z]{8}_)[0-9A-Za-z]+")
 
 
 def configure_logging(settings: Settings) -> None:
@@ -26,12 +31,18 @@ def configure_logging(settings: Settings) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer])
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer, _without_keys]
+        )
     )
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for every request to the inference server
+
+
+def _without_keys(logger: Any, method: str, line: Any) -> str:
+    return API_KEY.sub(r"\1...", str(line))
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     max_line_bytes: int = Field(1024**2, ge=1, description="Longest line of a training file.")
     max_lines: int = Field(1_000_000, ge=1, description="Most lines of a training file.")
     max_request_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON request body.")
+    rate_limit_requests_per_minute: int = Field(6000, ge=0, description="Requests that one API key may send a minute to each API process; 0: any number.")
     min_training_examples: int = Field(10, ge=1, description="Fewest lines of a training file.")
 
     lease_seconds: float = Field(60, gt=0, description="How long a worker's claim on a job holds without a heartbeat.")

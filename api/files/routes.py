@@ -8,16 +8,17 @@ from api.files import service
 from api.files.dependencies import OwnedFile
 from api.files.schemas import DeletedFile, FileObject, file_object
 from api.files.upload import receive_file
+from api.idempotency import CreationAttempt
 from api.pagination import After, Page, page_of
-from api.state import ProjectId, State
+from api.state import ProjectId, RequestActor, State
 from core.storage import StoredObject
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
 @router.post("")
-async def create_file(request: Request, state: State, project_id: ProjectId) -> FileObject:
-    return file_object(await receive_file(request, state, project_id))
+async def create_file(request: Request, state: State, project_id: ProjectId, attempt: CreationAttempt) -> FileObject:
+    return file_object(await receive_file(request, state, project_id, attempt))
 
 
 @router.get("")
@@ -45,6 +46,6 @@ def get_file_content(file: OwnedFile, state: State, request: Request) -> Streami
 
 
 @router.delete("/{file_id}")
-def delete_file(file: OwnedFile, state: State) -> DeletedFile:
-    service.delete_file(state, file)
+def delete_file(file: OwnedFile, state: State, actor: RequestActor) -> DeletedFile:
+    service.delete_file(state, file, actor)
     return DeletedFile(id=file.id, deleted=True)

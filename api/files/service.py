@@ -4,8 +4,10 @@ that already use it."""
 from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
+from api.idempotency import forget_object
 from api.pagination import unknown_cursor
 from api.state import ApiState
+from core.audit import SERVER, Actor, record
 from core.database import unix_now
 from core.errors import Conflict, NotFound
 from core.tables.files import File
@@ -18,6 +20,12 @@ def files_of(project_id: str) -> Select[File]:
 
 def find_file(session: Session, project_id: str, file_id: str) -> File | None:
     return session.scalar(files_of(project_id).where(File.id == file_id))
+
+
+def get_file(state: ApiState, file_id: str) -> File:
+    """A file that is known to be there, and whose."""
+    with state.database.reading() as session:
+        return session.get_one(File, file_id)
 
 
 def list_files(state: ApiState, project_id: str, *, after: str | None, limit: int, newest_first: bool, purpose: str | None) -> list[File]:
@@ -33,7 +41,7 @@ def list_files(state: ApiState, project_id: str, *, after: str | None, limit: in
         return list(session.scalars(statement))
 
 
-def delete_file(state: ApiState, file: File) -> None:
+def delete_file(state: ApiState, file: File, actor: Actor) -> None:
     """Row first, then the bytes. Raises Conflict while an unfinished job needs the file."""
     with state.database.transaction() as session:
         locked = session.scalar(select(File).where(File.id == file.id).with_for_update())
@@ -42,6 +50,8 @@ def delete_file(state: ApiState, file: File) -> None:
         if job_id := session.scalar(_unfinished_jobs_with(file.id).limit(1)):
             raise Conflict(f"the file {file.id} is used by the unfinished job {job_id}; cancel the job first", code="file_in_use")
         session.delete(locked)
+        forget_object(session, file.id)
+        record(session, actor, "file.deleted", project_id=file.project_id, object_id=file.id)
     state.storage.delete(file.storage_key)
 
 
@@ -52,7 +62,7 @@ def delete_expired_files(state: ApiState) -> int:
     deleted = 0
     for file in expired:
         try:
-            delete_file(state, file)
+            delete_file(state, file, SERVER)
             deleted += 1
         except (Conflict, NotFound):  # needed a while longer, or gone already
             continue

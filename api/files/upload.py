@@ -4,6 +4,7 @@ Where the purpose comes after the file, the bytes are stored first and checked f
 the object is complete; whatever fails before that leaves neither.
 """
 
+import hashlib
 from functools import partial
 
 import anyio.to_thread
@@ -11,11 +12,14 @@ from fastapi import Request
 
 from api.files.contents import AnyContents, Contents, TrainingContents
 from api.files.multipart import MultipartReader
-from api.files.schemas import PURPOSES
+from api.files.schemas import PURPOSES, file_object
+from api.files.service import get_file
+from api.idempotency import AlreadyCreated, Attempt, record_creation, refuse_repetition, sha256_of
 from api.state import ApiState
 from core.database import unix_now
 from core.errors import BadRequest
 from core.ids import new_id
+from core.storage import StoredObject
 from core.tables.files import File
 
 MAX_FIELD_BYTES = 8192
@@ -25,15 +29,18 @@ LONGEST_NUMBER = 10
 """Digits. Python refuses to read numbers of some thousands."""
 
 
-async def receive_file(request: Request, state: ApiState, project_id: str) -> File:
-    """Store the uploaded file. Blocking work happens in threads. Raises BadRequest, InvalidFile, RequestTooLarge."""
+async def receive_file(request: Request, state: ApiState, project_id: str, attempt: Attempt) -> File:
+    """Store the uploaded file, or find the one that an earlier try of the request has stored. Blocking work happens in threads.
+    Raises BadRequest, InvalidFile, RequestTooLarge."""
     upload = Upload(state)
     reader = MultipartReader(request.headers.get("content-type"), upload)
     try:
         async for chunk in request.stream():
             await anyio.to_thread.run_sync(reader.feed, chunk)
         reader.finish()
-        return await anyio.to_thread.run_sync(partial(upload.finish, project_id))
+        return await anyio.to_thread.run_sync(partial(upload.finish, project_id, attempt))
+    except AlreadyCreated as earlier:
+        return await anyio.to_thread.run_sync(get_file, state, earlier.object_id)
     finally:
         upload.abort()
 
@@ -71,7 +78,8 @@ class Upload:
         if self._part == "purpose":
             self._purpose()
 
-    def finish(self, project_id: str) -> File:
+    def finish(self, project_id: str, attempt: Attempt) -> File:
+        """Raises AlreadyCreated or AlreadyAnswered where an earlier try has done it; its bytes are the file's then."""
         purpose, lifetime_seconds = self._purpose(), self._lifetime_seconds()
         if self._contents is None or self._filename is None:
             raise BadRequest("file: the form has no such part", code="missing", param="file")
@@ -93,8 +101,11 @@ class Upload:
                 created_at=now,
                 expires_at=None if lifetime_seconds is None else now + lifetime_seconds,
             )
+            creation = attempt.of_body(self._form_sha256(stored))
             with self._state.database.transaction() as session:
+                refuse_repetition(session, creation)
                 session.add(file)
+                record_creation(session, creation, file.id, file_object(file))
         except BaseException:
             self._state.storage.delete(stored.key)
             raise
@@ -103,6 +114,11 @@ class Upload:
     def abort(self) -> None:
         if self._contents is not None:
             self._contents.abort()
+
+    def _form_sha256(self, stored: StoredObject) -> str:
+        """Of the parsed parts: the boundary between them is another one in each try."""
+        fields = [sha256_of(name, hashlib.sha256(value).hexdigest()) for name, value in sorted(self._fields.items())]
+        return sha256_of(*fields, self._filename or "", stored.sha256)
 
     def _open_contents(self, for_training: bool) -> Contents:
         writer = self._state.storage.open_writer(f"files/{self._file_id}")

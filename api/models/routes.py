@@ -11,7 +11,7 @@ from api.byte_ranges import stored_object_response
 from api.models import service
 from api.models.exports import stored_export
 from api.models.schemas import AdapterFormat, DeletedModel, ModelList, ModelObject
-from api.state import ProjectId, State
+from api.state import ProjectId, RequestActor, State
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -35,6 +35,6 @@ def get_model(model_id: str, state: State, project_id: ProjectId) -> ModelObject
 
 
 @router.delete("/{model_id:path}")
-def delete_model(model_id: str, state: State, project_id: ProjectId) -> DeletedModel:
-    service.delete_model(state, service.get_tuned_model(state, project_id, model_id))
+def delete_model(model_id: str, state: State, project_id: ProjectId, actor: RequestActor) -> DeletedModel:
+    service.delete_model(state, service.get_tuned_model(state, project_id, model_id), actor)
     return DeletedModel(id=model_id, deleted=True)

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session, aliased
 
 from api.models.schemas import AdapterFormat, ModelObject
 from api.state import ApiState
+from core.audit import Actor, record
 from core.base_models import PREPARED_MARK, BaseModelEntry
 from core.errors import BadRequest, Conflict, ModelNotFound
 from core.ids import model_file_name
@@ -53,7 +54,7 @@ def find_tuned_model(session: Session, project_id: str, model_id: str) -> Model:
     return model
 
 
-def delete_model(state: ApiState, model: Model) -> None:
+def delete_model(state: ApiState, model: Model, actor: Actor) -> None:
     """The row stays as `deleted`, for the lineage of others; the weights go. Raises Conflict while an unfinished job
     continues from it."""
     with state.database.transaction() as session:
@@ -64,6 +65,7 @@ def delete_model(state: ApiState, model: Model) -> None:
         if job_id := session.scalar(continued):
             raise Conflict(f"the unfinished job {job_id} continues from {model.id}; cancel the job first", code="model_in_use", param="model")
         locked.status = "deleted"
+        record(session, actor, "model.deleted", project_id=model.project_id, object_id=model.id)
         exports = session.scalars(delete(ModelExport).where(ModelExport.model_id == model.id).returning(ModelExport.storage_key)).all()
     remove_from_servers(model, state.settings.served_adapters_dir, state.inference)
     for key in (model.storage_key, *exports):

@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, select, text
+from sqlalchemy import Select, func, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
 from core.jobs.leases import claimable
@@ -53,8 +53,8 @@ def next_queued(max_running: int | None) -> Select[str]:
     running = select(other.project_id, func.count().label("number")).where(other.status == "running").group_by(other.project_id).subquery()
     number = func.coalesce(running.c.number, 0)
     candidates = claimable("queued").join(Project, Project.id == Job.project_id).outerjoin(running, running.c.project_id == Job.project_id)
-    if max_running is not None:
-        candidates = candidates.where(number < max_running)
+    limit = func.coalesce(Project.max_running_jobs, max_running)
+    candidates = candidates.where(or_(limit.is_(None), number < limit))
     return candidates.order_by(Job.attempt == 0, number, Project.last_claimed_at.asc().nulls_first(), Job.created_at, Job.id)
 
 

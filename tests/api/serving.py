@@ -1,4 +1,4 @@
-"""The API under test, in this process or on a port, with two projects and their keys."""
+"""The API under test, in this process or on a port, with two projects and their keys, and one that may manage both."""
 
 import json
 import threading
@@ -19,6 +19,7 @@ from api.state import ApiState
 from core.database import Database
 from core.projects import create_key
 from core.settings import Settings
+from core.tables.projects import SCOPES
 from tests.rows import add_project
 
 EXAMPLE = {"messages": [{"role": "user", "content": "What does the blue lamp mean?"}, {"role": "assistant", "content": "The tank is full."}]}
@@ -30,7 +31,8 @@ def training_lines(count: int = 12) -> bytes:
 
 @dataclass(frozen=True)
 class Api:
-    """`client` and `other` differ in their project. `base_url` is set where it listens on a port."""
+    """`key` and `other_key` differ in their project; `admin_key` is one more of the first, with every scope. `client` has `key`.
+    `base_url` is set where it listens on a port."""
 
     app: FastAPI
     settings: Settings
@@ -39,6 +41,7 @@ class Api:
     other_project_id: str
     key: str
     other_key: str
+    admin_key: str
     client: TestClient
     base_url: str = ""
 
@@ -56,8 +59,12 @@ class Api:
         return bearer(self.other_key)
 
     @property
+    def admin_headers(self) -> dict[str, str]:
+        return bearer(self.admin_key)
+
+    @property
     def openai(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.base_url}/v1", api_key=self.key, max_retries=0)
+        return OpenAI(base_url=f"{self.base_url}/v1", api_key=self.key, admin_api_key=self.admin_key, max_retries=0)
 
     def upload(self, content: bytes | None = None, purpose: str = "fine-tune", filename: str = "train.jsonl") -> str:
         files = {"file": (filename, training_lines() if content is None else content)}
@@ -87,6 +94,7 @@ def serve(settings: Settings) -> Iterator[Api]:
     projects = [add_project(database, name) for name in ("default", "other")]
     with database.transaction() as session:
         keys = [create_key(session, project_id, "test") for project_id in projects]
+        keys.append(create_key(session, projects[0], "operator", scopes=SCOPES))
     app = create_app(settings)
     try:
         with TestClient(app, headers=bearer(keys[0]), raise_server_exceptions=False) as client:

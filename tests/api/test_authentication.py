@@ -1,4 +1,5 @@
 import asyncio
+import json
 import re
 import socket
 import threading
@@ -14,18 +15,26 @@ from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from api import authentication
+from core.audit import SERVER
 from core.database import Database, unix_now
 from core.errors import Unavailable
-from core.projects import create_key
-from core.tables.projects import ApiKey
+from core.ids import new_id
+from core.projects import archive_project, create_key
+from core.tables.projects import ApiKey, Project
 from tests.api.model_rows import add_model
-from tests.api.serving import Api, bearer
+from tests.api.serving import Api, bearer, training_lines
+from tests.rows import add_job
 
 OPEN = {"/healthz", "/readyz", "/metrics"}
 
 
 def every_route(app: FastAPI) -> list[tuple[str, str]]:
     return [(method, str(route.path)) for route in iter_route_contexts(app.routes) for method in sorted(route.methods or ())]
+
+
+def filled(path: str, names: dict[str, str]) -> str:
+    """A route's path with ids in place of its parameters."""
+    return re.sub(r"\{(\w+)(:path)?\}", lambda match: names[match[1]], path)
 
 
 def key_row(api: Api) -> ApiKey:
@@ -39,7 +48,12 @@ def change_key(api: Api, **columns: Any) -> None:
 
 
 def status_before_the_body(app: FastAPI, method: str, path: str, headers: dict[str, str]) -> int:
-    """What the application answers although not a byte of the announced body ever comes: reading it fails the test."""
+    return refusal_before_the_body(app, method, path, headers)[0]
+
+
+def refusal_before_the_body(app: FastAPI, method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    """What the application answers although not a byte of the announced body ever comes: reading it fails the test. Gives the
+    status and the error, empty where it is none."""
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -52,8 +66,8 @@ def status_before_the_body(app: FastAPI, method: str, path: str, headers: dict[s
     raw_headers += [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": raw_headers}
     asyncio.run(app({**scope, "http_version": "1.1", "scheme": "http", "root_path": "", "server": ("test", 80), "client": ("test", 1)}, receive, send))
-    status: int = sent[0]["status"]
-    return status
+    body = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], json.loads(body)["error"] if sent[0]["status"] >= 400 else {}
 
 
 def test_every_route_needs_a_key_before_the_body_is_read(api: Api) -> None:
@@ -68,16 +82,28 @@ def test_every_route_needs_a_key_before_the_body_is_read(api: Api) -> None:
         assert unlocked <= OPEN, wrong
 
 
+def unlocked(api: Api) -> set[str]:
+    """Every route that does not answer 401 to the test's key."""
+    return {path for method, path in every_route(api.app) if status_before_the_body(api.app, method, path, api.headers) != 401}
+
+
 def test_revoked_key_opens_nothing(api: Api) -> None:
     change_key(api, revoked_at=unix_now())
-    assert {path for method, path in every_route(api.app) if status_before_the_body(api.app, method, path, api.headers) != 401} <= OPEN
+    assert unlocked(api) == OPEN
 
 
 def test_expired_key_opens_nothing(api: Api) -> None:
     change_key(api, expires_at=unix_now() - 1)
-    assert api.client.get("/v1/models").status_code == 401
+    assert unlocked(api) == OPEN
     change_key(api, expires_at=unix_now() + 60)
     assert api.client.get("/v1/models").status_code == 200
+
+
+def test_key_of_an_archived_project_opens_nothing(api: Api) -> None:
+    with api.database.transaction() as session:
+        archive_project(session, session.get_one(Project, api.project_id), SERVER)
+    assert unlocked(api) == OPEN
+    assert api.client.get("/v1/models", headers=api.other_headers).status_code == 200
 
 
 def test_refusal_is_openai_shaped(api: Api) -> None:
@@ -115,18 +141,23 @@ def test_upload_is_refused_while_its_body_has_not_come(live_api: Api) -> None:
 
 
 def test_other_projects_objects_do_not_exist(api: Api) -> None:
-    """Every route that names an object, asked with the other project's key: 404, and the object stays as it is."""
+    """Every route that names an object, asked with the other project's key: answered as for an id that nobody has, and the object
+    stays as it is."""
     add_model(api, "ft:tiny:default:x:1")
     job = api.create_job()
     names = {"file_id": job["training_file"], "job_id": job["id"], "model_id": "ft:tiny:default:x:1"}
-    routes = [(method, path) for method, path in every_route(api.app) if "{" in path]
+    nobodys = {"file_id": new_id("file"), "job_id": new_id("ftjob"), "model_id": "ft:tiny:default:x:2"}
+    routes = [(method, path) for method, path in every_route(api.app) if "{" in path and not path.startswith("/v1/organization/")]
     assert len(routes) >= 11
     for method, path in routes:
-        address = re.sub(r"\{(\w+)(:path)?\}", lambda match: names[match[1]], path)
-        answer = api.client.request(method, address, headers=api.other_headers)
+        answer, without = (api.client.request(method, filled(path, ids), headers=api.other_headers) for ids in (names, nobodys))
         assert answer.status_code == 404, (method, path)
         assert answer.json()["error"]["code"] in ("not_found", "fine_tune_not_found", "model_not_found"), (method, path)
         assert "project" not in answer.text
+        expected = without.text
+        for mine, unknown in zip(names.values(), nobodys.values(), strict=True):
+            expected = expected.replace(unknown, mine)
+        assert answer.text == expected, (method, path)
     assert api.client.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["status"] == "validating_files"
     assert api.client.get("/v1/models/ft:tiny:default:x:1").json()["status"] == "servable"
     assert api.client.get(f"/v1/files/{job['training_file']}/content").status_code == 200
@@ -140,11 +171,33 @@ def test_other_projects_ids_in_bodies_and_cursors_do_not_exist(api: Api) -> None
         assert api.client.post("/v1/fine_tuning/jobs", json=body, headers=api.other_headers).status_code == status
     chat = {"model": "ft:tiny:default:x:1", "messages": [{"role": "user", "content": "hi"}]}
     assert api.client.post("/v1/chat/completions", json=chat, headers=api.other_headers).status_code == 404
+    theirs = api.client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", training_lines())}, headers=api.other_headers).json()["id"]
+    for field in ("training_file", "validation_file"):
+        body = {"model": "tiny", "training_file": theirs, field: job["training_file"]}
+        answer = api.client.post("/v1/fine_tuning/jobs", json=body, headers=api.other_headers)
+        assert (answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["param"]) == (400, "file_not_found", field)
+    questions = api.upload(b'{"probe": "sums", "question": "1+1?", "answers": ["2"]}', purpose="evals")
+    body = {"model": "tiny", "training_file": theirs, "method": {"type": "sdft", "sdft": {"retention_file": questions}}}
+    answer = api.client.post("/v1/fine_tuning/jobs", json=body, headers=api.other_headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "file_not_found")
+    prompt = {"model": "ft:tiny:default:x:1", "prompt": "hi"}
+    assert api.client.post("/v1/completions", json=prompt, headers=api.other_headers).status_code == 404
+    assert api.client.delete(f"/v1/files/{theirs}", headers=api.other_headers).status_code == 200
     for path, after in (("/v1/files", job["training_file"]), ("/v1/fine_tuning/jobs", job["id"])):
         answer = api.client.get(path, params={"after": after}, headers=api.other_headers)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
         assert api.client.get(path, headers=api.other_headers).json()["data"] == []
     assert [model["id"] for model in api.client.get("/v1/models", headers=api.other_headers).json()["data"]] == ["tiny"]
+
+
+def test_cursors_within_an_object_are_of_that_object(api: Api) -> None:
+    """An event's or checkpoint's id of another project's job is unknown in a list of one's own."""
+    job = api.create_job()
+    mine = api.client.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["last_id"]
+    theirs = add_job(api.database, api.other_project_id)
+    for kind in ("events", "checkpoints"):
+        answer = api.client.get(f"/v1/fine_tuning/jobs/{theirs}/{kind}", params={"after": mine}, headers=api.other_headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_cursor"), kind
 
 
 def test_found_key_is_remembered_for_a_moment_only(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

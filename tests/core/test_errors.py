@@ -3,7 +3,7 @@ import re
 import pytest
 
 from core import errors
-from core.errors import BadRequest, Conflict, InferenceUnavailable, InvalidFile, ServiceError, Unavailable
+from core.errors import BadRequest, Conflict, InferenceUnavailable, InvalidFile, RateLimited, ServiceError, Unavailable
 
 
 def descendants(parent: type[ServiceError]) -> list[type[ServiceError]]:
@@ -17,7 +17,8 @@ def test_tree_in_the_docstring_is_the_tree() -> None:
 
 @pytest.mark.parametrize("error", descendants(ServiceError), ids=lambda error: error.__name__)
 def test_status_and_type_fit_together(error: type[ServiceError]) -> None:
-    assert error.type == ("invalid_request_error" if error.status < 500 else "server_error")
+    expected = "requests" if error is RateLimited else "invalid_request_error" if error.status < 500 else "server_error"
+    assert error.type == expected
 
 
 def test_body_is_as_the_client_expects() -> None:

@@ -13,10 +13,11 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from core.audit import SERVER
 from core.database import Database, unix_now
 from core.errors import BadRequest
-from core.projects import KEY, create_key, create_project, ensure_first_key, find_key, replace_lost_key
-from core.tables.projects import ApiKey, Project
+from core.projects import KEY, archive_project, create_key, create_project, ensure_first_key, find_key, key_id_of, replace_lost_key
+from core.tables.projects import SCOPES, ApiKey, Project
 from tests.rows import add_project
 
 
@@ -30,6 +31,11 @@ def project_of(database: Database, plain_key: str) -> str | None:
     with database.reading() as session:
         key = find_key(session, plain_key)
         return None if key is None else key.project_id
+
+
+def scopes_of(database: Database, plain_key: str) -> list[str]:
+    with database.reading() as session:
+        return session.get_one(ApiKey, key_id_of(plain_key)).scopes
 
 
 @pytest.mark.parametrize("name", ["default", "Team-1", "a_b", "x" * 64])
@@ -66,6 +72,21 @@ def test_key_opens_its_project_and_only_its_hash_is_kept(database: Database) -> 
     assert keys[mine][14:] not in repr(vars(row))
 
 
+def test_a_key_opens_its_project_and_not_the_server_unless_it_is_said(database: Database) -> None:
+    assert scopes_of(database, make_key(database)) == ["read", "write", "infer"]
+    with database.transaction() as session:
+        project_id = session.scalars(select(Project.id)).one()
+        operator = create_key(session, project_id, "operator", scopes=["admin", "read"])
+    assert scopes_of(database, operator) == ["read", "admin"]
+
+
+def test_keys_of_an_archived_project_open_nothing(database: Database) -> None:
+    plain_key = make_key(database)
+    with database.transaction() as session:
+        archive_project(session, session.scalars(select(Project)).one(), SERVER)
+    assert project_of(database, plain_key) is None
+
+
 def test_keys_are_all_different(sqlite_database: Database) -> None:
     project_id = add_project(sqlite_database)
     with sqlite_database.transaction() as session:
@@ -76,7 +97,7 @@ def test_keys_are_all_different(sqlite_database: Database) -> None:
 def test_mistyped_key_is_refused_without_asking_the_database(sqlite_database: Database) -> None:
     plain_key = make_key(sqlite_database)
     session = Mock(spec=Session)
-    session.get.side_effect = AssertionError("the database was asked")
+    session.execute.side_effect = AssertionError("the database was asked")
     for position in range(len(plain_key)):
         typo = plain_key[:position] + ("a" if plain_key[position] != "a" else "b") + plain_key[position + 1 :]
         assert find_key(session, typo) is None
@@ -115,6 +136,7 @@ def test_first_key_is_written_privately_and_only_once(database: Database, tmp_pa
     assert path.read_text() == f"{plain_key}\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert project_of(database, plain_key) is not None
+    assert scopes_of(database, plain_key) == list(SCOPES)
     assert ensure_first_key(database, path) is None
     assert path.read_text() == f"{plain_key}\n"
     assert os.listdir(path.parent) == ["admin.key"]
@@ -165,6 +187,7 @@ def test_lost_key_is_replaced_and_both_open_the_first_project(database: Database
     assert path.read_text() == f"{second}\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert project_of(database, str(second)) == project_of(database, first) is not None
+    assert scopes_of(database, str(second)) == list(SCOPES)
 
 
 def test_lost_key_is_replaced_only_for_the_first_project(database: Database, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.util import CommandError
-from sqlalchemy import CheckConstraint, inspect, text
+from sqlalchemy import CheckConstraint, inspect, select, text
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from core.database import Database
 from core.tables.jobs import JOB_STATUSES
 from core.tables.models import MODEL_STATUSES, Model
+from core.tables.projects import SCOPES, ApiKey
 from core.tables.registry import metadata
 from migrations.upgrade import configuration, current_revision, downgrade, upgrade
 
@@ -93,6 +94,25 @@ def test_downgrade_and_upgrade_again(database_url: str) -> None:
     assert tables_of(database_url) == set()
     upgrade(database_url)
     command.check(configuration(database_url))
+
+
+def test_keys_of_before_scopes_can_do_what_they_could(empty_database_url: str) -> None:
+    upgrade(empty_database_url, "0002")
+    database = Database(empty_database_url)
+    try:
+        add_job_row(database)
+        with database.transaction() as session:
+            for key_id, name in (("a", "first key"), ("b", "instead of a lost key"), ("c", "laptop")):
+                values = f"('{key_id}', 'proj-1', '{name}', '0', 0)"
+                session.execute(text(f"insert into api_keys (id, project_id, name, key_sha256, created_at) values {values}"))
+        upgrade(empty_database_url)
+        with database.reading() as session:
+            keys = list(session.scalars(select(ApiKey).order_by(ApiKey.id)))
+            assert session.scalar(text("select count(*) from fine_tuning_jobs where project_id = 'proj-1'")) == 1
+        assert [key.scopes for key in keys] == [list(SCOPES), list(SCOPES), ["read", "write", "infer"]]
+        assert [(key.project_id, key.name, key.expires_at) for key in keys][2] == ("proj-1", "laptop", None)
+    finally:
+        database.close()
 
 
 def test_failed_migration_leaves_nothing_behind(empty_database_url: str) -> None:

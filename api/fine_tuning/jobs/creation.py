@@ -7,8 +7,10 @@ from sqlalchemy.orm import Session
 
 from api.files.service import files_of
 from api.fine_tuning.jobs.method import resolve_method
-from api.fine_tuning.jobs.schemas import LARGEST_SEED, CreateJob
+from api.fine_tuning.jobs.schemas import LARGEST_SEED, CreateJob, job_object
+from api.idempotency import AlreadyCreated, Creation, record_creation, refuse_repetition
 from api.state import ApiState
+from core.audit import Actor, record
 from core.doorbell import ring
 from core.errors import BadRequest, ModelNotFound
 from core.jobs import transitions
@@ -23,8 +25,17 @@ from sdft_engine.contract.quoting import quoted
 RETENTION_PURPOSES = ("evals", "user_data")
 
 
-def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
-    """Insert the job, and ring once it is committed. Raises BadRequest or ModelNotFound naming the field."""
+def create_job(state: ApiState, project_id: str, actor: Actor, creation: Creation, request: CreateJob) -> Job:
+    """Insert the job, and ring once it is committed; or find the one that an earlier try of the request has created. Raises BadRequest
+    or ModelNotFound naming the field."""
+    try:
+        return _create_job(state, project_id, actor, creation, request)
+    except AlreadyCreated as earlier:
+        with state.database.reading() as session:
+            return session.get_one(Job, earlier.object_id)
+
+
+def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creation, request: CreateJob) -> Job:
     settings = state.settings
     if request.integrations:
         raise BadRequest("integrations: this server has none", code="unsupported_parameter", param="integrations")
@@ -32,6 +43,7 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
     if method.get("sdft", {}).get("sampler") == "vllm" and settings.inference != "vllm":
         raise BadRequest("method.sdft.sampler: this server has no vLLM; leave it out", code="unsupported_parameter", param="method.sdft.sampler")
     with state.database.transaction() as session:
+        refuse_repetition(session, creation)
         base_model, parent_model = _resolve_model(session, settings, project_id, request.model)
         _check_file(session, project_id, request.training_file, "training_file", settings.min_training_examples)
         if request.validation_file is not None:
@@ -54,6 +66,8 @@ def create_job(state: ApiState, project_id: str, request: CreateJob) -> Job:
             seed=secrets.randbelow(LARGEST_SEED + 1) if request.seed is None else request.seed,
             metadata=request.metadata,
         )
+        record(session, actor, "fine_tuning.job.created", project_id=project_id, object_id=job.id)
+        record_creation(session, creation, job.id, job_object(job, None))
     ring(state.doorbell)
     return job
 

@@ -55,7 +55,10 @@ class QueueView:
         for row in running:
             numbers[row.project_id] = numbers.get(row.project_id, 0) + 1
         waiting_projects = session.scalars(select(Project).where(Project.id.in_({row.project_id for row in queued})))
-        loads = {project.id: ProjectLoad(numbers.get(project.id, 0), self._max_running, project.last_claimed_at) for project in waiting_projects}
+        loads = {
+            project.id: ProjectLoad(numbers.get(project.id, 0), project.max_running_jobs or self._max_running, project.last_claimed_at)
+            for project in waiting_projects
+        }
         order = forecast([Waiting(row.id, row.project_id, row.created_at, row.attempt > 0) for row in queued], loads)
         seconds = _usual_seconds(session)
         slots = sum(worker.slots for worker in workers_that_are_there(session))

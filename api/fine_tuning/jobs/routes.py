@@ -6,8 +6,9 @@ from api.fine_tuning.jobs import service
 from api.fine_tuning.jobs.creation import create_job
 from api.fine_tuning.jobs.dependencies import MetadataFilter, OwnedJob
 from api.fine_tuning.jobs.schemas import CheckpointObject, CreateJob, EventObject, JobObject, MetricsList, checkpoint_object, event_object
+from api.idempotency import JsonCreation
 from api.pagination import After, Page, page_of
-from api.state import ProjectId, State
+from api.state import ProjectId, RequestActor, State
 from api.strict_json import StrictJsonRoute
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
@@ -17,8 +18,8 @@ LARGEST_STEP = 2**31 - 1
 
 
 @router.post("")
-def create(request: CreateJob, state: State, project_id: ProjectId) -> JobObject:
-    return service.describe(state, create_job(state, project_id, request))
+def create(request: CreateJob, state: State, project_id: ProjectId, actor: RequestActor, creation: JsonCreation) -> JobObject:
+    return service.describe(state, create_job(state, project_id, actor, creation, request))
 
 
 @router.get("")
@@ -32,18 +33,18 @@ def get_job(job: OwnedJob, state: State) -> JobObject:
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job: OwnedJob, state: State) -> JobObject:
-    return service.cancel_job(state, job)
+def cancel_job(job: OwnedJob, state: State, actor: RequestActor) -> JobObject:
+    return service.cancel_job(state, job, actor)
 
 
 @router.post("/{job_id}/pause")
-def pause_job(job: OwnedJob, state: State) -> JobObject:
-    return service.pause_job(state, job)
+def pause_job(job: OwnedJob, state: State, actor: RequestActor) -> JobObject:
+    return service.pause_job(state, job, actor)
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job: OwnedJob, state: State) -> JobObject:
-    return service.resume_job(state, job)
+def resume_job(job: OwnedJob, state: State, actor: RequestActor) -> JobObject:
+    return service.resume_job(state, job, actor)
 
 
 @router.get("/{job_id}/events")

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from api.fine_tuning.jobs.schemas import JobObject, job_object
 from api.pagination import unknown_cursor
 from api.state import ApiState
+from core.audit import Action, Actor, record
 from core.doorbell import ring
 from core.errors import BadRequest
 from core.jobs.transitions import request_cancellation, request_pause, resume
@@ -34,27 +35,29 @@ def list_jobs(state: ApiState, project_id: str, *, after: str | None, limit: int
     return [describe(state, job) for job in jobs]
 
 
-def cancel_job(state: ApiState, job: Job) -> JobObject:
+def cancel_job(state: ApiState, job: Job, actor: Actor) -> JobObject:
     """Raises BadRequest on a job that has already ended."""
-    return _changed(state, job, request_cancellation, "cancelled")
+    return _changed(state, job, actor, request_cancellation, "fine_tuning.job.cancelled")
 
 
-def pause_job(state: ApiState, job: Job) -> JobObject:
+def pause_job(state: ApiState, job: Job, actor: Actor) -> JobObject:
     """Idempotent. Raises BadRequest on a job that has already ended."""
-    return _changed(state, job, request_pause, "paused")
+    return _changed(state, job, actor, request_pause, "fine_tuning.job.paused")
 
 
-def resume_job(state: ApiState, job: Job) -> JobObject:
+def resume_job(state: ApiState, job: Job, actor: Actor) -> JobObject:
     """Idempotent: a job that is not paused stays as it is. Raises BadRequest on a job that has already ended."""
-    return _changed(state, job, resume, "resumed")
+    return _changed(state, job, actor, resume, "fine_tuning.job.resumed")
 
 
-def _changed(state: ApiState, job: Job, change: Callable[[Session, str], bool], done: str) -> JobObject:
+def _changed(state: ApiState, job: Job, actor: Actor, change: Callable[[Session, str], bool], action: Action) -> JobObject:
     with state.database.transaction() as session:
         possible = change(session, job.id)
         current = session.get_one(Job, job.id, populate_existing=True)
         if not possible:
+            done = action.rpartition(".")[2]
             raise BadRequest(f"the job {job.id} has ended ({current.status}) and can't be {done}", code="job_already_finished", param="fine_tuning_job_id")
+        record(session, actor, action, project_id=job.project_id, object_id=job.id)
     ring(state.doorbell)
     return describe(state, current)
 

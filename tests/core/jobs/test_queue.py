@@ -71,6 +71,18 @@ def test_a_project_at_its_limit_waits_and_others_do_not(database: Database) -> N
     assert claim_all(database, 2) == [waiting[2]]
 
 
+def test_a_project_s_own_limit_goes_before_the_server_s(database: Database) -> None:
+    more, less = add_project(database, "more"), add_project(database, "less")
+    with database.transaction() as session:
+        session.execute(update(Project).where(Project.id == more).values(max_running_jobs=3))
+        session.execute(update(Project).where(Project.id == less).values(max_running_jobs=1))
+    for project in (more, less):
+        for number in range(5):
+            add_job(database, project, created_at=float(number))
+    assert len(claim_all(database, 2)) == 4
+    assert len(claim_all(database)) == 0, "without a server's limit too"
+
+
 def test_nobody_overshoots_a_limit_however_many_claim_at_once(database: Database) -> None:
     project = add_project(database, "p")
     for number in range(40):

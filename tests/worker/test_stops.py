@@ -1,0 +1,112 @@
+"""Attempts that are stopped: by a cancellation, a pause or a deploy."""
+
+import time
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from core.jobs.transitions import claim_for_training, request_cancellation, request_pause, resume
+from core.tables.jobs import Checkpoint
+from tests.fixtures.scripted_inference import ScriptedInference
+from tests.fixtures.scripted_model import state_after
+from tests.rows import assert_sound, get_job, messages_of
+from tests.worker.conftest import ROWS, Workshop
+from tests.worker.test_supervisor import final_state, train_in_background, train_next, trainers, wait_for_step
+from worker import supervisor
+
+
+def test_cancel_stops_at_a_step_boundary(workshop: Workshop) -> None:
+    workshop.script(steps=1000, step_seconds=0.05)
+    job_id = workshop.add_job()
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 3)
+    asked_at = time.monotonic()
+    with workshop.database.transaction() as session:
+        assert request_cancellation(session, job_id)
+    thread.join(20)
+    assert time.monotonic() - asked_at < 5
+    assert get_job(workshop.database, job_id).status == "cancelled"
+    assert_sound(workshop.database, job_id)
+    assert trainers() == []
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_a_paused_job_keeps_its_step_and_goes_on_when_resumed(
+    workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch, ends_by_itself: bool
+) -> None:
+    """A trainer that does not stop in time is killed, and goes on from the checkpoint before."""
+    if not ends_by_itself:
+        monkeypatch.setattr("worker.supervisor.GRACE_SECONDS", {"pause": 0.5})
+    workshop.script(steps=60, step_seconds=0.1, at={} if ends_by_itself else {"1": {"9": "hang"}})
+    job_id = workshop.add_job()
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 8)
+    with workshop.database.transaction() as session:
+        assert request_pause(session, job_id)
+    thread.join(20)
+    job = get_job(workshop.database, job_id)
+    assert (job.status, job.lost_leases, job.lease_token) == ("paused", 0, None)
+    assert trainers() == []
+    assert_sound(workshop.database, job_id)
+    workshop.script(steps=60)
+    with workshop.database.transaction() as session:
+        assert claim_for_training(session, 60) is None, "nobody takes it up by itself"
+    with workshop.database.transaction() as session:
+        assert resume(session, job_id)
+    train_next(workshop)
+    assert (get_job(workshop.database, job_id).status, get_job(workshop.database, job_id).attempt) == ("succeeded", 2)
+    assert final_state(workshop, job_id, inference) == state_after(60, ROWS)
+
+
+def test_a_pause_taken_back_after_the_trainer_stopped_puts_the_job_in_the_queue(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop.script(steps=60, step_seconds=0.1)
+    job_id = workshop.add_job()
+    conclude = supervisor._conclude
+
+    def late(*arguments: Any) -> None:
+        with workshop.database.transaction() as session:
+            assert resume(session, job_id)
+        conclude(*arguments)
+
+    monkeypatch.setattr(supervisor, "_conclude", late)
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 5)
+    with workshop.database.transaction() as session:
+        assert request_pause(session, job_id)
+    thread.join(20)
+    assert get_job(workshop.database, job_id).status == "queued"
+    assert any("The pause was taken back" in message for message in messages_of(workshop.database, job_id))
+
+
+def test_a_trainer_that_does_not_stop_is_killed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.supervisor.GRACE_SECONDS", {"cancel": 0.5, "requeue": 0.5})
+    workshop.script(at={"1": {"3": "hang"}})
+    job_id = workshop.add_job()
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 2)
+    with workshop.database.transaction() as session:
+        request_cancellation(session, job_id)
+    thread.join(20)
+    assert get_job(workshop.database, job_id).status == "cancelled"
+    assert trainers() == []
+
+
+def test_a_deploy_hands_the_job_back_uncharged_with_its_last_step(workshop: Workshop, inference: ScriptedInference) -> None:
+    workshop.script(steps=60, step_seconds=0.1)
+    job_id = workshop.add_job()
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 5)
+    workshop.resources.stopping.set()
+    thread.join(20)
+    job = get_job(workshop.database, job_id)
+    assert (job.status, job.lost_leases, job.lease_token) == ("queued", 0, None)
+    assert any("deploy" in message for message in messages_of(workshop.database, job_id))
+    with workshop.database.reading() as session:
+        newest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id))
+    assert newest == job.step, "the trainer wrote a checkpoint of the step it stopped at"
+    workshop.resources.stopping.clear()
+    workshop.script(steps=60)
+    train_next(workshop)
+    assert get_job(workshop.database, job_id).status == "succeeded"
+    assert final_state(workshop, job_id, inference) == state_after(60, ROWS)

@@ -18,6 +18,7 @@ from api.fine_tuning.jobs import routes as jobs
 from api.models import routes as models
 from api.request_context import RequestContext
 from api.request_limits import RequestLimits
+from api.shutdown import called_when_told_to_stop
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
 from core.logging import configure_logging, get_logger
@@ -38,7 +39,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.api = state = ApiState.open(settings)
         expiring = asyncio.create_task(_expire_files(state))
         try:
-            yield
+            with called_when_told_to_stop(state.event_feed.close):
+                yield
         finally:
             expiring.cancel()
             await asyncio.gather(expiring, return_exceptions=True)

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+import anyio.to_thread
 from celery import Celery
 from fastapi import Depends, Request
 
 from api.completions.adapter_loading import AdapterLoading
+from api.fine_tuning.jobs.event_feed import EventFeed
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_servers import InferenceServers
@@ -22,21 +24,26 @@ class ApiState:
     doorbell: Celery
     inference: InferenceServers
     adapter_loading: AdapterLoading
+    event_feed: EventFeed
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
         storage = LocalStorage(settings.storage_dir)
         inference = InferenceServers(settings)
+        database = Database(settings.resolved_database_url)
         return cls(
             settings=settings,
-            database=Database(settings.resolved_database_url),
+            database=database,
             storage=storage,
             doorbell=celery_application(settings),
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
+            event_feed=EventFeed(database),
         )
 
     async def aclose(self) -> None:
+        self.event_feed.close()
+        await anyio.to_thread.run_sync(self.event_feed.join)
         await self.inference.aclose()
         self.doorbell.close()
         self.database.close()

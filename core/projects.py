@@ -11,9 +11,10 @@ import re
 import secrets
 import string
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from core.database import Database, insert_for, unix_now
@@ -61,6 +62,18 @@ def find_key(session: Session, plain_key: str) -> ApiKey | None:
     if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= unix_now()):
         return None
     return key
+
+
+def key_id_in(authorization: str) -> str | None:
+    """The public part of the key in an Authorization header, whether or not that key is valid."""
+    parts = KEY.search(authorization)
+    return parts and parts[2]
+
+
+def valid_keys(session: Session, key_ids: Iterable[str]) -> set[str]:
+    """Those of the keys that are neither expired nor revoked."""
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > unix_now())
+    return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(list(key_ids)), ApiKey.revoked_at.is_(None), unexpired)))
 
 
 def ensure_first_key(database: Database, path: Path) -> str | None:

@@ -7,6 +7,7 @@ from sqlalchemy import select
 from api.fine_tuning.jobs.schemas import MAX_METADATA
 from api.state import ProjectId, State
 from core.errors import BadRequest, NotFound
+from core.projects import key_id_in
 from core.tables.jobs import Job
 
 METADATA_PARAMETER = re.compile(r"metadata\[(.*)\]", re.DOTALL)
@@ -28,7 +29,13 @@ async def _metadata_filter(request: Request) -> dict[str, str]:
     return wanted
 
 
+async def _key_id(request: Request) -> str | None:
+    return key_id_in(request.headers.get("authorization", ""))
+
+
 OwnedJob = Annotated[Job, Depends(_owned_job)]
 """The job of the path, of the caller's project; 404 otherwise."""
 MetadataFilter = Annotated[dict[str, str], Depends(_metadata_filter)]
 """`metadata[k]=v` of the query, as the OpenAI client writes it."""
+KeyId = Annotated[str | None, Depends(_key_id)]
+"""The public part of the caller's key, which the authentication has found to be valid."""

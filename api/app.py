@@ -21,6 +21,7 @@ from api.request_limits import RequestLimits
 from api.shutdown import called_when_told_to_stop
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
+from api.webhooks import routes as webhooks
 from core.logging import configure_logging, get_logger
 from core.settings import Settings, get_settings
 
@@ -48,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     error_handlers.install(app)
-    for router in (health.router, files.router, base_models.router, jobs.router, models.router, completions.router):
+    for router in (health.router, files.router, base_models.router, jobs.router, models.router, completions.router, webhooks.router):
         app.include_router(router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(Authentication)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+import anyio
 import anyio.to_thread
 from celery import Celery
 from fastapi import Depends, Request
@@ -15,6 +16,8 @@ from core.inference_servers import InferenceServers
 from core.settings import Settings
 from core.storage import LocalStorage, Storage
 
+WEBHOOK_TESTS_AT_A_TIME = 8
+
 
 @dataclass(frozen=True)
 class ApiState:
@@ -25,6 +28,7 @@ class ApiState:
     inference: InferenceServers
     adapter_loading: AdapterLoading
     event_feed: EventFeed
+    webhook_tests: anyio.CapacityLimiter
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
@@ -39,6 +43,7 @@ class ApiState:
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
             event_feed=EventFeed(database),
+            webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
         )
 
     async def aclose(self) -> None:

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from cli import chat, files, jobs, models
+from cli import chat, files, jobs, models, webhooks
 from cli.errors import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(webhooks.app, name="webhooks")
 app.command()(chat.chat)
 
 DataDir = Annotated[Path | None, typer.Option(help="Where the service keeps everything. Default: SDFT_DATA_DIR, else ./sdft-data.")]

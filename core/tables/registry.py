@@ -1,7 +1,7 @@
 """All tables at once: foreign keys name their target's table, which must be known by the time a statement runs."""
 
-from core.tables import base, exports, files, jobs, models, projects
+from core.tables import base, exports, files, jobs, models, projects, webhooks
 
 metadata = base.Table.metadata
 
-__all__ = ["exports", "files", "jobs", "metadata", "models", "projects"]
+__all__ = ["exports", "files", "jobs", "metadata", "models", "projects", "webhooks"]

@@ -20,6 +20,7 @@ from core.projects import create_key
 from core.tables.projects import ApiKey
 from tests.api.model_rows import add_model
 from tests.api.serving import Api, bearer
+from tests.rows import add_endpoint
 
 OPEN = {"/healthz", "/readyz", "/metrics"}
 
@@ -119,6 +120,7 @@ def test_other_projects_objects_do_not_exist(api: Api) -> None:
     add_model(api, "ft:tiny:default:x:1")
     job = api.create_job()
     names = {"file_id": job["training_file"], "job_id": job["id"], "model_id": "ft:tiny:default:x:1"}
+    names["webhook_endpoint_id"] = add_endpoint(api.database, api.project_id)
     routes = [(method, path) for method, path in every_route(api.app) if "{" in path]
     assert len(routes) >= 11
     for method, path in routes:
@@ -140,7 +142,8 @@ def test_other_projects_ids_in_bodies_and_cursors_do_not_exist(api: Api) -> None
         assert api.client.post("/v1/fine_tuning/jobs", json=body, headers=api.other_headers).status_code == status
     chat = {"model": "ft:tiny:default:x:1", "messages": [{"role": "user", "content": "hi"}]}
     assert api.client.post("/v1/chat/completions", json=chat, headers=api.other_headers).status_code == 404
-    for path, after in (("/v1/files", job["training_file"]), ("/v1/fine_tuning/jobs", job["id"])):
+    endpoint = add_endpoint(api.database, api.project_id)
+    for path, after in (("/v1/files", job["training_file"]), ("/v1/fine_tuning/jobs", job["id"]), ("/v1/webhook_endpoints", endpoint)):
         answer = api.client.get(path, params={"after": after}, headers=api.other_headers)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
         assert api.client.get(path, headers=api.other_headers).json()["data"] == []

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ POLL_SECONDS = 0.25
 KEY_CHECK_SECONDS = 30.0
 MAX_WAITING_BYTES = 512 * 1024
 """What one stream's reader may leave unread beside what the sockets hold."""
+JOIN_SECONDS = 5.0
 JOBS_AT_A_TIME = 50
 """That many jobs' new events are read by one query."""
 MOST_EVENTS = 500
@@ -120,9 +121,9 @@ class EventFeed:
         self._give([(subscription, b"", End(_stopping())) for subscription in open_ones])
 
     def join(self) -> None:
-        """Wait for the thread, which uses the database."""
+        """Wait for the thread, which may be asking the database."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(JOIN_SECONDS)
 
     def _run(self) -> None:
         """The thread's loop, until the feed is closed."""
@@ -200,11 +201,12 @@ class _JobState:
     """Sequence of its last event."""
 
 
-def _states_of(session: Session, job_ids: Iterable[str]) -> dict[str, _JobState]:
+def _states_of(session: Session, job_ids: Collection[str]) -> dict[str, _JobState]:
     """A status and the event of its transition are committed together, so `newest` is at least the terminal event's."""
     newest = select(func.max(JobEvent.sequence)).where(JobEvent.job_id == Job.id).scalar_subquery()
     rows = session.execute(select(Job.id, Job.status, func.coalesce(newest, 0).label("newest")).where(Job.id.in_(list(job_ids))))
-    return {row.id: _JobState(row.status in TERMINAL_STATUSES, row.newest) for row in rows}
+    gone = {job_id: _JobState(ended=True, newest=0) for job_id in job_ids}
+    return gone | {row.id: _JobState(row.status in TERMINAL_STATUSES, row.newest) for row in rows}
 
 
 def _events_after(session: Session, places: dict[str, int]) -> list[JobEvent]:

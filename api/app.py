@@ -24,8 +24,10 @@ from api.rate_limits import RateLimits
 from api.request_context import RequestContext
 from api.request_limits import RequestLimits
 from api.scopes import ScopeCheck
+from api.shutdown import called_when_told_to_stop
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
+from api.webhooks import routes as webhooks
 from core.logging import configure_logging, get_logger
 from core.settings import Settings, get_settings
 
@@ -44,7 +46,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.api = state = ApiState.open(settings)
         expiring = asyncio.create_task(_delete_what_expires(state))
         try:
-            yield
+            with called_when_told_to_stop(state.event_feed.close):
+                yield
         finally:
             expiring.cancel()
             await asyncio.gather(expiring, return_exceptions=True)
@@ -52,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     error_handlers.install(app)
-    for resource in (health, files, base_models, jobs, models, completions, projects, api_keys, audit_logs):
+    for resource in (health, files, base_models, jobs, models, completions, webhooks, projects, api_keys, audit_logs):
         app.include_router(resource.router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(ScopeCheck)

@@ -8,17 +8,19 @@ import anyio.to_thread
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from pydantic import BaseModel
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 
 from api.state import ApiState, State
 from core.doorbell import broker_answers
 from core.errors import Unavailable
 from core.logging import get_logger
 from core.tables.jobs import JOB_STATUSES, Job
+from core.tables.webhooks import WebhookDelivery
 
 router = APIRouter(tags=["operation"])
 log = get_logger(__name__)
 jobs_by_status = Gauge("sdft_jobs", "Fine-tuning jobs by status.", ["status"])
+deliveries_by_status = Gauge("sdft_webhook_deliveries", "Webhook deliveries: pending, delivered or failed.", ["status"])
 
 
 class Health(BaseModel):
@@ -62,9 +64,11 @@ async def readyz(state: State, response: Response) -> Readiness:
 def metrics(state: State) -> Response:
     try:
         _count_jobs(state)
+        _count_deliveries(state)
     except Unavailable as error:  # the other measurements are wanted most while the database is down
         jobs_by_status.clear()
-        log.warning("jobs_not_counted", error=error.message)
+        deliveries_by_status.clear()
+        log.warning("rows_not_counted", error=error.message)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -82,3 +86,11 @@ def _count_jobs(state: ApiState) -> None:
         counts = {row.status: row.number for row in session.execute(select(Job.status, func.count().label("number")).group_by(Job.status))}
     for status in JOB_STATUSES:
         jobs_by_status.labels(status).set(counts.get(status, 0))
+
+
+def _count_deliveries(state: ApiState) -> None:
+    status = case((WebhookDelivery.delivered_at.is_not(None), "delivered"), (WebhookDelivery.failed_at.is_not(None), "failed"), else_="pending").label("status")
+    with state.database.reading() as session:
+        counts = {row.status: row.number for row in session.execute(select(status, func.count().label("number")).group_by(status))}
+    for name in ("pending", "delivered", "failed"):
+        deliveries_by_status.labels(name).set(counts.get(name, 0))

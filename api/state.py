@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+import anyio
+import anyio.to_thread
 from celery import Celery
 from fastapi import Depends, Request
 
 from api.caller import caller_of
 from api.completions.adapter_loading import AdapterLoading
+from api.fine_tuning.jobs.event_feed import EventFeed
 from api.fine_tuning.jobs.queue_view import QueueView
 from core.audit import Actor
 from core.database import Database
@@ -15,6 +18,8 @@ from core.doorbell import celery_application
 from core.inference_servers import InferenceServers
 from core.settings import Settings
 from core.storage import LocalStorage, Storage
+
+WEBHOOK_TESTS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class ApiState:
     inference: InferenceServers
     adapter_loading: AdapterLoading
     queue: QueueView
+    event_feed: EventFeed
+    webhook_tests: anyio.CapacityLimiter
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
@@ -40,9 +47,13 @@ class ApiState:
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
             queue=QueueView(database, settings.project_max_running_jobs),
+            event_feed=EventFeed(database),
+            webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
         )
 
     async def aclose(self) -> None:
+        self.event_feed.close()
+        await anyio.to_thread.run_sync(self.event_feed.join)
         await self.inference.aclose()
         self.doorbell.close()
         self.database.close()

@@ -3,7 +3,8 @@
 ServiceError (500 server_error)
 ├── BadRequest (400 invalid_request_error)
 │   ├── InvalidFile (400 invalid_training_file)
-│   └── ExportNotPossible (400 export_not_possible)
+│   ├── ExportNotPossible (400 export_not_possible)
+│   └── WebhookNotDelivered (400 webhook_not_delivered)
 ├── AuthenticationFailed (401)
 ├── InsufficientScope (403 insufficient_scope)
 ├── NotFound (404 not_found)
@@ -65,6 +66,10 @@ class InvalidFile(BadRequest):
 
 class ExportNotPossible(BadRequest):
     default_code = "export_not_possible"
+
+
+class WebhookNotDelivered(BadRequest):
+    default_code = "webhook_not_delivered"
 
 
 class AuthenticationFailed(ServiceError):

@@ -84,6 +84,10 @@ class Settings(BaseSettings):
         0.05, gt=0, description="Largest difference in log-probability (nats) between trainer and inference server for a model to become servable."
     )
 
+    webhook_allow_insecure: bool = Field(
+        False, description="Webhooks may go to http:// URLs and to addresses that are not public: for tests and private networks."
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line that is written.")
     log_format: Literal["json", "console"] = Field("json", description="Shape of log lines.")
 

@@ -1,5 +1,5 @@
 """What a worker does without being told: release expired leases, find jobs whose nudge was lost, verify models,
-make the forms of models that were asked for.
+make the forms of models that were asked for, deliver webhooks.
 
 A Celery bootstep starts these threads before the broker is connected, so jobs run with the broker down too.
 """
@@ -17,6 +17,7 @@ from worker.presence import Presence
 from worker.resources import Resources, resources_of
 from worker.tasks import seek_work
 from worker.verification import Verifier
+from worker.webhook_delivery import Deliverer
 
 log = get_logger(__name__)
 
@@ -27,6 +28,7 @@ class Poll:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._presence = Presence(resources)
+        self._most_searches = len(resources.training_slots.groups) + len(resources.validation_slots.groups)
         self._searches: list[threading.Thread] = []
 
     def run(self) -> None:
@@ -46,7 +48,7 @@ class Poll:
         self._presence.tell()
         free_expired_leases(self._resources)
         self._searches = [thread for thread in self._searches if thread.is_alive()]
-        if len(self._searches) < self._resources.threads_needed and work_is_waiting(self._resources):
+        if len(self._searches) < self._most_searches and work_is_waiting(self._resources):
             search = threading.Thread(target=seek_work, args=(self._resources,), name="search")
             search.start()
             self._searches.append(search)
@@ -67,16 +69,18 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._poll = Poll(self._resources)
         self._thread = threading.Thread(target=self._poll.run, name="poll")
         self._exporter = threading.Thread(target=Exporter(self._resources).run, name="exporter")
+        self._deliverer = threading.Thread(target=Deliverer(self._resources).run, name="deliverer")
 
     def start(self, worker: Any) -> None:
         self._thread.start()
         threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
         self._exporter.start()
+        self._deliverer.start()
 
     def stop(self, worker: Any) -> None:
         """Wait for the searches: their supervisors were told already when the shutdown began."""
         self._resources.stopping.set()
-        for thread in (self._thread, self._exporter):
+        for thread in (self._thread, self._exporter, self._deliverer):
             if thread.is_alive():
                 thread.join()
         self._poll.wait_for_searches()

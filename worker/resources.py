@@ -37,10 +37,10 @@ class Resources:
         self.training_slots = Slots(training_groups(self.settings))
         self.validation_slots = Slots([DeviceGroup()] * VALIDATION_SLOTS)
 
-    @property
-    def threads_needed(self) -> int:
-        """Threads of the Celery pool: one for every job that is trained and one for every job that is validated at a time."""
-        return len(self.training_slots.groups) + len(self.validation_slots.groups)
+
+def threads_needed(settings: Settings) -> int:
+    """Threads of the Celery pool: one for every job that is trained and one for every job that is validated at a time."""
+    return len(training_groups(settings)) + VALIDATION_SLOTS
 
 
 @lru_cache

@@ -65,11 +65,12 @@ class Job(Table):
 
 class JobEvent(Table):
     __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_job_id_sequence", "job_id", "sequence"),)
 
     sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     """Order of events; what pages and streams go by."""
     id: Mapped[str] = mapped_column(unique=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"))
     created_at: Mapped[float]
     level: Mapped[str]
     type: Mapped[str]

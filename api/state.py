@@ -10,8 +10,9 @@ from api.completions.adapter_loading import AdapterLoading
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_servers import InferenceServers
+from core.object_storage import open_storage
 from core.settings import Settings
-from core.storage import LocalStorage, Storage
+from core.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ApiState:
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
-        storage = LocalStorage(settings.storage_dir)
+        storage = open_storage(settings)
         inference = InferenceServers(settings)
         return cls(
             settings=settings,

@@ -2,16 +2,24 @@
 
 import hashlib
 
-from sqlalchemy import select
+from sqlalchemy import select, true
 
 from core.database import Database
 from core.errors import Unavailable
 from core.logging import get_logger
-from core.storage import ObjectDamaged, Storage, StoredObject
+from core.storage import ObjectDamaged, Storage, StoredObject, discard
 from core.tables.exports import ModelExport
 from core.tables.files import File
 from core.tables.jobs import Checkpoint
 from core.tables.models import Model
+
+REFERENCES = (
+    (File.storage_key, true()),
+    (Model.storage_key, Model.status != "deleted"),
+    (ModelExport.storage_key, true()),
+    (Checkpoint.storage_key, true()),
+)
+"""Every column that names an object, and of which rows."""
 
 log = get_logger(__name__)
 
@@ -29,12 +37,11 @@ def delete_unreferenced(database: Database, storage: Storage, keys: list[str]) -
     """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the deleted keys."""
     try:
         with database.reading() as session:
-            columns = (Model.storage_key, ModelExport.storage_key, Checkpoint.storage_key, File.storage_key)
-            used = {key for column in columns for key in session.scalars(select(column).where(column.in_(keys)))}
+            used = {key for column, lives in REFERENCES for key in session.scalars(select(column).where(column.in_(keys), lives))}
     except Unavailable:
         log.warning("objects_left_without_rows", keys=keys)
         return set()
     unused = set(keys) - used
     for key in unused:
-        storage.delete(key)
+        discard(storage, key)
     return unused

@@ -8,6 +8,7 @@ from api.pagination import unknown_cursor
 from api.state import ApiState
 from core.database import unix_now
 from core.errors import Conflict, NotFound
+from core.storage import discard
 from core.tables.files import File
 from core.tables.jobs import TERMINAL_STATUSES, Job
 
@@ -42,7 +43,7 @@ def delete_file(state: ApiState, file: File) -> None:
         if job_id := session.scalar(_unfinished_jobs_with(file.id).limit(1)):
             raise Conflict(f"the file {file.id} is used by the unfinished job {job_id}; cancel the job first", code="file_in_use")
         session.delete(locked)
-    state.storage.delete(file.storage_key)
+    discard(state.storage, file.storage_key)
 
 
 def delete_expired_files(state: ApiState) -> int:

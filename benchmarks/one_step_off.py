@@ -15,6 +15,7 @@ from sdft_engine.contract.thread_pool import TRAINING_THREADS
 os.environ.update(TRAINING_THREADS | os.environ)  # before torch is imported
 
 import argparse
+import secrets
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import SecretStr
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +43,7 @@ from sdft_engine.step import sdft_gradient
 from sdft_engine.trainer import masks_of, objective_of
 
 START_SECONDS = 600
+KEY_VARIABLE = "SAMPLER_API_KEY"
 PARTS = ("load", "rollouts", "gradient")
 
 
@@ -53,10 +56,11 @@ def main() -> int:
     bench = Bench()
     hyperparameters = SDFT | {"max_completion_tokens": options.tokens, "n_epochs": 50}
     with tempfile.TemporaryDirectory(prefix="sdft-one-step-off-") as directory:
-        settings = Settings(data_dir=Path(directory), inference="vllm", dtype="float32")
+        os.environ[KEY_VARIABLE] = secrets.token_urlsafe(16)
+        settings = Settings(data_dir=Path(directory), inference="vllm", dtype="float32", inference_api_key=SecretStr(os.environ[KEY_VARIABLE]))
         settings.served_adapters_dir.mkdir()
         with vllm_server(settings) as url:
-            sampler = {"url": url, "adapters_dir": str(settings.served_adapters_dir), "name_prefix": "rollout-benchmark"}
+            sampler = {"url": url, "adapters_dir": str(settings.served_adapters_dir), "name_prefix": "rollout-benchmark", "api_key_env": KEY_VARIABLE}
             with bench.session("sdft", hyperparameters, seed=1, sampler=sampler) as session:
                 in_turn(session, 2)  # warms both
                 rounds = [(in_turn(session, options.steps), one_step_off(session, options.steps)) for _ in range(options.rounds)]

@@ -134,6 +134,20 @@ def cancel(job_id: JobId) -> None:
 
 
 @app.command()
+def pause(job_id: JobId) -> None:
+    """Pause a job; a running one saves a checkpoint after the step that it is in, and gives its place to another."""
+    job = Client.from_environment().post(f"{JOBS}/{segment(job_id)}/pause")
+    print("paused" if job["status"] == "paused" else f"pause requested; the job is {output.clean(job['status'])} and stops at its next step")
+
+
+@app.command()
+def resume(job_id: JobId) -> None:
+    """Let a paused job go on from its last checkpoint."""
+    job = Client.from_environment().post(f"{JOBS}/{segment(job_id)}/resume")
+    print(f"the job is {output.clean(job['status'])}")
+
+
+@app.command()
 def events(job_id: JobId, limit: Annotated[int, typer.Option(min=1, help="How many at most: the last ones.")] = 20, as_json: AsJson = False) -> None:
     """Show a job's last events, the oldest first."""
     found = list(Client.from_environment().pages(f"{JOBS}/{segment(job_id)}/events", limit))

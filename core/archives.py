@@ -1,26 +1,33 @@
-"""Directories as single stored objects: an adapter is a tar.gz, a checkpoint a tar. Built by us, read back by us."""
+"""Directories as single stored objects: an adapter is a tar.gz, a checkpoint a tar. Built by us, read back by us.
+
+Where a function takes `check`, it is called before every chunk and may raise: nothing is left then. With it a worker that ends
+is not held up by a large object.
+"""
 
 import gzip
+import io
 import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from core.durable_files import rename_durably
 from core.ids import new_token
-from core.storage import ObjectDamaged, Storage, StoredObject, fetch
+from core.storage import CHUNK_BYTES, ObjectDamaged, ObjectWriter, Storage, StoredObject, fetch
+
+Check = Callable[[], None]
 
 
-def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path, compress_level: int = 1) -> StoredObject:
+def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path) -> StoredObject:
     """Archive the files of `directory` (flat, names sorted, no owner or time, so equal content gives equal bytes) and store
-    it under `key`; a key ending in .gz is compressed (level 0: wrapped as gzip, which weights hardly gain by). `scratch_dir` must
-    exist and holds the archive while it is written."""
+    it under `key`; a key ending in .gz is compressed. `scratch_dir` must exist and holds the archive while it is written."""
     scratch = scratch_dir / f".{new_token()}.tar"
     try:
         with scratch.open("wb") as file:
             if key.endswith(".gz"):
-                with gzip.GzipFile("", "wb", compresslevel=compress_level, fileobj=file, mtime=0) as compressed:  # neither name nor time
+                with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed:  # neither name nor time
                     _write_tar(compressed, directory)
             else:
                 _write_tar(file, directory)
@@ -29,7 +36,20 @@ def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Pa
         scratch.unlink(missing_ok=True)
 
 
-def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) -> Path:
+def stream_directory(storage: Storage, key: str, directory: Path, check: Check = lambda: None) -> StoredObject:
+    """The same for a directory as large as a whole model: written straight into storage, without a second copy on this machine's
+    disk, and wrapped as gzip uncompressed, because weights hardly gain by that."""
+    writer = storage.open_writer(key)
+    try:
+        with gzip.GzipFile("", "wb", compresslevel=0, fileobj=_WriterFile(writer), mtime=0) as wrapped:
+            _write_tar(wrapped, directory, check)
+        return writer.commit()
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path, check: Check = lambda: None) -> Path:
     """The stored directory, unpacked at `destination`, whole or not at all, a power cut included; at once where it is there
     already.
 
@@ -41,9 +61,9 @@ def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) 
     unpacked = destination.parent / f".{destination.name}.{new_token()}"
     archive_path = unpacked.with_name(f"{unpacked.name}.tar")
     try:
-        fetch(storage, key, archive_path, sha256)
+        fetch(storage, key, archive_path, sha256, check)
         unpacked.mkdir()
-        with tarfile.open(archive_path) as archive:
+        with _CheckedFile(archive_path, check) as file, tarfile.open(fileobj=file) as archive:
             archive.extractall(unpacked, filter="data")
         try:
             rename_durably(unpacked, destination)
@@ -58,12 +78,35 @@ def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path) 
     return destination
 
 
-def _write_tar(target: IO[bytes] | gzip.GzipFile, directory: Path) -> None:
-    with tarfile.open(fileobj=target, mode="w") as archive:
+def _write_tar(target: IO[bytes] | gzip.GzipFile, directory: Path, check: Check = lambda: None) -> None:
+    with tarfile.TarFile(fileobj=target, mode="w", copybufsize=CHUNK_BYTES) as archive:
         for path in sorted(directory.iterdir()):
             if not path.is_file() or path.is_symlink():
                 raise ValueError(f"{path} is not a plain file; archives hold plain files only")
             entry = tarfile.TarInfo(path.name)
             entry.size = os.stat(path).st_size
-            with path.open("rb") as file:
+            with _CheckedFile(path, check) as file:
                 archive.addfile(entry, file)
+
+
+class _CheckedFile(io.BufferedReader):
+    """A file open for reading that calls `check` before every read."""
+
+    def __init__(self, path: Path, check: Check) -> None:
+        super().__init__(io.FileIO(path))
+        self._check = check
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._check()
+        return super().read(size)
+
+
+class _WriterFile(io.RawIOBase):
+    """An object's writer where a file is expected."""
+
+    def __init__(self, writer: ObjectWriter) -> None:
+        self._writer = writer
+
+    def write(self, chunk: bytes) -> int:  # type: ignore[override]
+        self._writer.write(chunk)
+        return len(chunk)

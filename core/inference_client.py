@@ -18,12 +18,15 @@ from core.settings import Settings
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 600
 LOAD_TIMEOUT_SECONDS = 120
+UNLOAD_TIMEOUT_SECONDS = 20
 SCORE_TIMEOUT_SECONDS = 60
 UNREACHABLE = "the inference server can't be reached; try again in a moment"
 
-LIMITS = httpx2.Limits(max_connections=100, max_keepalive_connections=0)
+LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
 """Every request has a connection of its own: the server may close a kept one, after an error say, just as it is used again, and
-a new one costs nothing beside a generation."""
+a new one costs nothing beside a generation. How many run at a time is the server's affair, which queues what is too much."""
+PASSING_STATUSES = (408, 429, 502, 503, 504)
+"""Of a server that is busy or starting, or of a proxy before one that is away: nothing is wrong with the adapter."""
 
 
 class AdapterRefused(Exception):
@@ -41,7 +44,8 @@ class InferenceAnswer:
 class InferenceClient:
     """Speaks to the server at `url`, with the settings' key. Safe for several threads; one event loop.
 
-    `in_flight` counts the answers that are awaited; `is_down`: it could not be reached when it was last asked for an answer.
+    `in_flight` counts the answers that are awaited; `is_down`: when it was last asked for an answer, it could not be reached or said
+    that it can't work.
     """
 
     def __init__(self, url: str, settings: Settings) -> None:
@@ -67,12 +71,14 @@ class InferenceClient:
         answer = self._post("/v1/load_lora_adapter", {"lora_name": serving_name, "lora_path": str(adapter_dir)}, LOAD_TIMEOUT_SECONDS)
         if answer.status_code == 400 and "already" in answer.text:
             return
+        if answer.status_code in PASSING_STATUSES:
+            raise InferenceUnavailable(f"the inference server can't load adapters at the moment ({answer.status_code}): {_message_of(answer)}")
         if answer.status_code != 200:
             raise AdapterRefused(_message_of(answer))
 
     def unload_adapter(self, serving_name: str) -> None:
         """Idempotent: an adapter that is not loaded is no error."""
-        answer = self._post("/v1/unload_lora_adapter", {"lora_name": serving_name}, LOAD_TIMEOUT_SECONDS)
+        answer = self._post("/v1/unload_lora_adapter", {"lora_name": serving_name}, UNLOAD_TIMEOUT_SECONDS)
         if answer.status_code not in (200, 400, 404):
             raise AdapterRefused(_message_of(answer))
 
@@ -115,6 +121,7 @@ class InferenceClient:
         """
         with self._counted():
             answer = await self._asynchronous().post(path, json=body)
+            self.is_down = answer.status_code >= 500
         return InferenceAnswer(answer.status_code, _json_of(answer))
 
     @asynccontextmanager
@@ -126,6 +133,7 @@ class InferenceClient:
         request = self._asynchronous().build_request("POST", path, json=body)
         with self._counted():
             answer = await self._asynchronous().send(request, stream=True)
+            self.is_down = answer.status_code >= 500
         self.in_flight += 1
         try:
             yield answer.status_code, _bytes_of(answer)
@@ -147,7 +155,6 @@ class InferenceClient:
         self.in_flight += 1
         try:
             yield
-            self.is_down = False
         except httpx2.ReadTimeout as error:
             raise InferenceTimeout(f"the inference server took longer than {READ_TIMEOUT_SECONDS} seconds; set max_tokens, or stream the answer") from error
         except httpx2.HTTPError as error:

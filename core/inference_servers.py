@@ -1,7 +1,8 @@
 """The inference servers behind the gateway: replicas of one base model, each of which can answer for every adapter.
 
 A request goes to the server with the fewest requests in flight; among equals the same model goes to the same server, which has
-its adapter at hand. One that could not be reached is asked last, and looked after in the background until it answers again.
+its adapter at hand. One that could not be reached, or answered that it is broken, is asked last, and looked after in the background
+until it says that it is well: else one that fails at once would seem the least busy.
 """
 
 import asyncio

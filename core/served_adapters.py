@@ -1,11 +1,21 @@
-"""From a model's row to the adapter that an inference server has loaded, and back."""
+"""From a model's row to the adapter that an inference server has loaded, and back.
+
+A server that has an adapter under its serving name has proved that it answers as the trainer measured: every adapter is loaded under
+a name that nobody knows first, compared, and only then under its own. So no restart of ours and no second API process can meet an
+adapter that was loaded and never proved.
+"""
 
 import hashlib
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from core.archives import fetch_directory
 from core.errors import InferenceUnavailable
+from core.ids import new_token
 from core.inference_client import AdapterRefused, InferenceClient
 from core.inference_servers import InferenceServers
 from core.logging import get_logger
@@ -18,18 +28,37 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 log = get_logger(__name__)
 
 
-def load_into_server(model: Model, storage: Storage, served_adapters_dir: Path, client: InferenceClient) -> None:
-    """Unpack the model's adapter where the inference server reads it, and have it loaded. Idempotent. Where it was unpacked
-    before, and its weights are no longer those that were verified, it is unpacked again.
+class Verdict(Protocol):
+    @property
+    def reason(self) -> str | None:
+        """None where the server proved itself."""
 
-    Raises ObjectDamaged, InferenceUnavailable, or AdapterRefused with the server's reason.
+
+V = TypeVar("V", bound=Verdict)
+Score = Callable[[list[int]], list[float]]
+Compare = Callable[[Path, Score, Score, str | None, float], V]
+"""sdft_engine.contract.served_attestation.compare_served, which this room can't name."""
+
+
+def load_proved(model: Model, storage: Storage, served_adapters_dir: Path, client: InferenceClient, compare: "Compare[V]", tolerance: float) -> V:
+    """Have the model's adapter loaded under its serving name, if the server proves under another name first that it serves what was
+    trained. `tolerance` in nats. Returns the verdict.
+
+    Raises ObjectDamaged, FileNotFoundError (not in storage any more), InferenceUnavailable, InferenceFailed, or AdapterRefused with
+    the server's reason.
     """
-    directory = served_adapters_dir / model.serving_name
-    if directory.exists() and not _holds_verified_weights(directory, model):
-        log.error("served_adapter_damaged", model=model.id, directory=str(directory))
-        shutil.rmtree(directory, ignore_errors=True)
-    fetch_directory(storage, model.storage_key, model.archive_sha256, directory)
-    client.load_adapter(model.serving_name, directory)
+    directory = _unpacked(model, storage, served_adapters_dir)
+    trial = f"{model.serving_name}-{new_token()[:12]}"
+    try:
+        client.load_adapter(trial, directory)
+        score = client.prompt_logprobs
+        verdict = compare(directory, partial(score, trial), partial(score, model.base_model), client.served_dtype(model.base_model), tolerance)
+    finally:
+        with suppress(AdapterRefused, InferenceUnavailable):  # it only takes memory: nobody knows the name
+            client.unload_adapter(trial)
+    if verdict.reason is None:
+        client.load_adapter(model.serving_name, directory)
+    return verdict
 
 
 def remove_from_servers(model: Model, served_adapters_dir: Path, servers: InferenceServers) -> None:
@@ -43,6 +72,17 @@ def remove_from_servers(model: Model, served_adapters_dir: Path, servers: Infere
         except (InferenceUnavailable, AdapterRefused) as error:
             log.warning("adapter_not_unloaded", model=model.id, server=client.url, error=str(error))
     shutil.rmtree(served_adapters_dir / model.serving_name, ignore_errors=True)
+
+
+def _unpacked(model: Model, storage: Storage, served_adapters_dir: Path) -> Path:
+    """The model's adapter where the inference servers read it. Where it was unpacked before, and its weights are no longer those that
+    were verified, it is unpacked again."""
+    directory = served_adapters_dir / model.serving_name
+    if directory.exists() and not _holds_verified_weights(directory, model):
+        log.error("served_adapter_damaged", model=model.id, directory=str(directory))
+        shutil.rmtree(directory, ignore_errors=True)
+    fetch_directory(storage, model.storage_key, model.archive_sha256, directory)
+    return directory
 
 
 def _holds_verified_weights(directory: Path, model: Model) -> bool:

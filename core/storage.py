@@ -11,7 +11,7 @@ leave a row without its bytes: no store can tie the two together.
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,13 +127,15 @@ def discard(storage: Storage, key: str) -> bool:
     return True
 
 
-def fetch(storage: Storage, key: str, path: Path, sha256: str) -> None:
-    """Copy an object to a local file, whole or not at all. Raises ObjectDamaged where the hash differs."""
+def fetch(storage: Storage, key: str, path: Path, sha256: str, check: Callable[[], None] = lambda: None) -> None:
+    """Copy an object to a local file, whole or not at all. `check` is called before every chunk and may raise. Raises ObjectDamaged
+    where the hash differs."""
     digest = hashlib.sha256()
     temporary = path.with_name(f".{path.name}.{new_token()}.tmp")
     try:
         with temporary.open("wb") as file:
             for chunk in storage.read(key):
+                check()
                 digest.update(chunk)
                 file.write(chunk)
         if digest.hexdigest() != sha256:

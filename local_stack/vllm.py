@@ -16,6 +16,7 @@ from core.settings import Settings
 from local_stack.errors import StackError
 
 MODULE = "vllm.entrypoints.openai.api_server"
+DRIVER_SECONDS = 20
 PLUGIN = "sdft_cpu_lora"
 """The only plugin that is loaded: see vllm_plugin/. On a GPU it does nothing."""
 
@@ -26,7 +27,9 @@ def python_of(settings: Settings) -> Path:
     if not python.is_file():
         raise StackError(f"vLLM is not installed at {python}: run `make vllm`, or name the Python that has it in SDFT_VLLM_PYTHON")
     if not any(python.parent.parent.glob("lib/python*/site-packages/sdft_vllm_plugin-*.dist-info")):
-        raise StackError(f"the plugin in vllm_plugin/ is not installed for {python}, without which vLLM mixes adapters up on a CPU: run `make vllm`")
+        raise StackError(
+            f"the plugin in vllm_plugin/ is not installed for {python}, without which vLLM mixes adapters up on a CPU and leaves doors open: run `make vllm`"
+        )
     return python
 
 
@@ -38,7 +41,14 @@ def on_cuda(settings: Settings) -> bool:
 @lru_cache
 def _driver_finds_a_gpu() -> bool:
     program = shutil.which("nvidia-smi")
-    return program is not None and subprocess.run([program, "-L"], capture_output=True, check=False).returncode == 0
+    return program is not None and _lists_gpus(program)
+
+
+def _lists_gpus(program: str) -> bool:
+    try:
+        return subprocess.run([program, "-L"], capture_output=True, check=False, timeout=DRIVER_SECONDS).returncode == 0
+    except subprocess.TimeoutExpired:  # a driver that hangs has no GPU to give
+        return False
 
 
 def shared_dtype(settings: Settings, *, cuda: bool) -> str:
@@ -53,7 +63,8 @@ def server_command(settings: Settings, entry: BaseModelEntry, host: str, port: i
     words += ["--dtype", shared_dtype(settings, cuda=cuda), "--enable-lora", "--max-lora-rank", str(settings.vllm_max_lora_rank)]
     words += ["--max-loras", str(settings.vllm_max_loras), "--max-cpu-loras", str(max(settings.vllm_max_cpu_loras, settings.vllm_max_loras))]
     words += ["--max-num-seqs", str(settings.inference_max_batch), "--disable-uvicorn-access-log"]
-    words += ["--middleware", "sdft_vllm_plugin.RequireKey", "--disable-fastapi-docs"]
+    words += ["--middleware", "sdft_vllm_key.RequireKey", "--disable-fastapi-docs"]
+    words += ["--generation-config", "vllm"]  # not the model's own defaults: what a request leaves open is left open
     if modules := adapted_modules(entry.directory(settings.cache_dir)):
         words += ["--lora-target-modules", *modules]
     words += ["--gpu-memory-utilization", str(settings.vllm_memory_share)] if cuda else ["--enforce-eager"]

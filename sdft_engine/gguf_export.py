@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.prompts import eos_token_ids, template_source
 
 OTHERWISE = "download it merged and use llama.cpp's convert_hf_to_gguf.py"
 
@@ -105,27 +106,37 @@ def _describe_tokenizer(writer: gguf.GGUFWriter, model_dir: Path, config: dict[s
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    ends = _ends(model_dir, config)
-    writer.add_eos_token_id(ends[0])
-    if len(ends) > 1:
-        writer.add_eot_token_id(ends[1])
-    if isinstance(bos := config.get("bos_token_id"), int):
-        writer.add_bos_token_id(bos)
-    if isinstance(pad := config.get("pad_token_id"), int):
-        writer.add_pad_token_id(pad)
+    _name_special_tokens(writer, config, eos_token_ids(model_dir, {token: number for number, token in enumerate(tokens)}.get))
     writer.add_add_bos_token(_adds_bos(tokenizer))
-    if template := _chat_template(model_dir):
+    if template := template_source(model_dir):
         writer.add_chat_template(template)
 
 
+def _name_special_tokens(writer: gguf.GGUFWriter, config: dict[str, Any], ends: list[int]) -> None:
+    """llama.cpp has three places for tokens that end an answer (of a sequence, a turn, a message), and stops at each of them."""
+    size = config["vocab_size"]
+    if not ends:
+        raise ConfigurationError(f"the model names no end-of-sequence token; {OTHERWISE}")
+    places = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    if len(ends) > len(places):
+        raise ConfigurationError(f"{len(ends)} tokens end this model's answers, and a GGUF has places for {len(places)}; {OTHERWISE}")
+    for write_to_place, number in zip(places, ends, strict=False):
+        write_to_place(_require_known(number, size))
+    if isinstance(bos := config.get("bos_token_id"), int):
+        writer.add_bos_token_id(_require_known(bos, size))
+    if isinstance(pad := config.get("pad_token_id"), int) and 0 <= pad < size:  # -1 stands for none in some models
+        writer.add_pad_token_id(pad)
+
+
 def _vocabulary(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[gguf.TokenType]]:
-    """Every id's token and kind; ids that the tokenizer doesn't have, at the end of a padded embedding, are named and unused."""
+    """Every id's token and kind; ids that the tokenizer doesn't have, at the end of a padded embedding, are named and unused. Added
+    tokens that the embedding doesn't have are left out: the model can't read them either."""
     tokens, types = [f"[PAD{number}]" for number in range(size)], [gguf.TokenType.UNUSED] * size
     for token, number in tokenizer["model"]["vocab"].items():
-        tokens[number], types[number] = token, gguf.TokenType.NORMAL
+        tokens[_require_known(number, size)], types[number] = token, gguf.TokenType.NORMAL
     for added in tokenizer.get("added_tokens") or []:
         number = added["id"]
-        if number < size:
+        if 0 <= number < size:
             tokens[number] = added["content"]
             types[number] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     return tokens, types
@@ -140,16 +151,10 @@ def _word_splitter(pre_tokenizer: dict[str, Any] | None) -> str:
     raise ConfigurationError(f"this tokenizer splits text into words in a way that llama.cpp has no name for; {OTHERWISE}")
 
 
-def _ends(model_dir: Path, config: dict[str, Any]) -> list[int]:
-    """The ids that end an answer, the configured first."""
-    path = model_dir / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    found: list[int] = []
-    for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
-        found += value if isinstance(value, list) else [value] if value is not None else []
-    if not found:
-        raise ConfigurationError(f"the model names no end-of-sequence token; {OTHERWISE}")
-    return list(dict.fromkeys(found))
+def _require_known(number: int, size: int) -> int:
+    if not 0 <= number < size:
+        raise ConfigurationError(f"the token id {number} has no place in a vocabulary of {size:,}; {OTHERWISE}")
+    return number
 
 
 def _adds_bos(tokenizer: dict[str, Any]) -> bool:
@@ -157,15 +162,6 @@ def _adds_bos(tokenizer: dict[str, Any]) -> bool:
     processor = tokenizer.get("post_processor") or {}
     templates = [part for part in [processor, *(processor.get("processors") or [])] if part.get("type") == "TemplateProcessing"]
     return any("SpecialToken" in piece for part in templates for piece in part["single"][:1])
-
-
-def _chat_template(model_dir: Path) -> str | None:
-    path = model_dir / "chat_template.jinja"
-    if path.exists():
-        return path.read_text()
-    config_path = model_dir / "tokenizer_config.json"
-    template = json.loads(config_path.read_text()).get("chat_template") if config_path.exists() else None
-    return template if isinstance(template, str) else None
 
 
 def _write_tensors(writer: gguf.GGUFWriter, model_dir: Path, config: dict[str, Any], family: Family) -> None:
@@ -179,9 +175,9 @@ def _write_tensors(writer: gguf.GGUFWriter, model_dir: Path, config: dict[str, A
     writer.write_ti_data_to_file()
     for name, tensor in _tensors(model_dir, config, names):
         if family.interleaved and ".attn_q." in name:
-            tensor = _interleaved(tensor, config["num_attention_heads"])
+            tensor = _interleave(tensor, config["num_attention_heads"])
         elif family.interleaved and ".attn_k." in name:
-            tensor = _interleaved(tensor, config.get("num_key_value_heads") or config["num_attention_heads"])
+            tensor = _interleave(tensor, config.get("num_key_value_heads") or config["num_attention_heads"])
         numbers = tensor.to(torch.float32 if tensor.dim() == 1 else torch.float16)
         if not bool(numbers.isfinite().all()):
             raise ConfigurationError(f"{name} holds numbers too large for float16; {OTHERWISE}")
@@ -200,7 +196,7 @@ def _tensors(model_dir: Path, config: dict[str, Any], names: gguf.TensorNameMap)
                 yield known, opened.get_tensor(name)
 
 
-def _interleaved(tensor: Tensor, heads: int) -> Tensor:
+def _interleave(tensor: Tensor, heads: int) -> Tensor:
     """Rows (heads x 2 halves x features) to (heads x features x 2)."""
     return tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 

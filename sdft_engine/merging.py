@@ -23,6 +23,8 @@ A, B, WEIGHT = ".lora_A", ".lora_B", ".weight"
 def merge_adapter(base_dir: Path, adapter_dir: Path, out_dir: Path) -> None:
     """Write the merged model into `out_dir`, which must not exist.
 
+    W is (out, in) in the base's dtype, which the merged weight keeps; A is (r, in) and B (out, r), in any floating-point dtype.
+
     Raises ConfigurationError where the adapter does not fit this base, BaseModelError where a file can't be read or written, DiskFull;
     nothing is left then.
     """

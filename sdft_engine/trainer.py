@@ -66,7 +66,10 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
 
 def _train(session: Session, agreed_stop: Callable[[], StopReason | None]) -> TrainingResult:
     run, ranks = session.run, session.ranks
-    stop = settle(session, agreed_stop)
+    try:
+        stop = settle(session, agreed_stop)
+    except StoppedWaiting:  # for the sampler, which is asked in the first measurements too
+        return _result(session, "stopped", agreed_stop())
     if stop is not None:
         return _result(session, "stopped", stop)
     metrics: StepMetrics | None = None

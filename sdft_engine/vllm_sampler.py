@@ -41,6 +41,9 @@ RETRY_SECONDS = 3
 PASSING = (404, 408, 429)
 """Statuses of a server that forgot its adapters when it was restarted, or is busy."""
 LARGEST_SEED = 2**63
+PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Said in full: what a request leaves open, vLLM takes from the model's generation_config.json, and the reported log-probabilities,
+which are those before any of it, would not show that the rollouts are another policy's."""
 
 
 class StoppedWaiting(Exception):
@@ -107,16 +110,16 @@ class RemoteSampler:
         seed: int,
     ) -> list[Rollout]:
         """One completion per row from the adapter `name`, with `wanted` of the request. Raises SamplerUnavailable."""
-        fixed = wanted | {"model": name, "top_p": 1.0, "logprobs": 0}
+        fixed = wanted | PLAIN_SAMPLING | {"model": name, "logprobs": 0}
         fixed |= {"stop_token_ids": sorted(model.chat_format.eos_token_ids), "return_token_ids": True, "skip_special_tokens": False}
 
         def rollout(row: int) -> Rollout:
             own_seed = seed_of(seed, row) % LARGEST_SEED
-            choice = self._post("/v1/completions", fixed | {"prompt": student_prompts[row], "seed": own_seed})["choices"][0]
-            ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-            if len(ids) != len(logps):
-                raise SamplerUnavailable(f"the inference server gave {len(logps)} log-probabilities for {len(ids)} tokens")
-            return Rollout(row, student_prompts[row], teacher_prompts[row], ids, choice["finish_reason"] == "stop", logps)
+            choice = self._choice(fixed | {"prompt": student_prompts[row], "seed": own_seed})
+            ids, logps = choice.get("token_ids"), _logps_of(choice)
+            if not isinstance(ids, list) or len(ids) != len(logps):
+                raise SamplerUnavailable(f"the inference server gave {len(logps)} log-probabilities for {ids!r:.100}", lasting=True)
+            return Rollout(row, student_prompts[row], teacher_prompts[row], ids, choice.get("finish_reason") == "stop", logps)
 
         if not rows:
             return []
@@ -171,7 +174,7 @@ class RemoteSampler:
     def _require_same(self, model: LanguageModel, name: str, step: int) -> None:
         """Raise StaleSampler unless the server's log-probabilities of the probe are the trainer's."""
         request = {"model": name, "prompt": self._probe, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
-        served = self._post("/v1/completions", request)["choices"][0]["logprobs"]["token_logprobs"][1 : len(self._probe)]
+        served = _logps_of(self._choice(request), slice(1, len(self._probe)))
         own, _ = score(model, self._probe, STUDENT)
         if len(served) != len(own):
             raise SamplerUnavailable(f"the inference server gave {len(served)} log-probabilities of {len(own)} tokens", lasting=True)
@@ -187,6 +190,15 @@ class RemoteSampler:
             self._http.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=LOAD_SECONDS)
         shutil.rmtree(self._config.adapters_dir / name, ignore_errors=True)
 
+    def _choice(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The one choice of a completion. Raises SamplerUnavailable."""
+        answer = self._post("/v1/completions", request)
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise SamplerUnavailable(f"the inference server answered a completion with {answer!r:.300}", lasting=True)
+        choice: dict[str, Any] = choices[0]
+        return choice
+
     def _post(self, path: str, body: dict[str, Any], timeout_seconds: float = ANSWER_SECONDS) -> Any:
         """The answer's JSON, or None where it is none. Raises SamplerUnavailable."""
         try:
@@ -196,4 +208,15 @@ class RemoteSampler:
         if answer.status_code != 200:
             lasting = answer.status_code < 500 and answer.status_code not in PASSING
             raise SamplerUnavailable(f"the inference server refused {path} with {answer.status_code}: {answer.text[:300]}", lasting=lasting)
-        return answer.json() if answer.headers.get("content-type", "").startswith("application/json") else None
+        try:
+            return answer.json()
+        except ValueError:
+            return None
+
+
+def _logps_of(choice: dict[str, Any], part: slice = slice(None)) -> list[float]:
+    """Log-probabilities of a choice's tokens. Raises SamplerUnavailable where it has none."""
+    try:
+        return [float(logp) for logp in choice["logprobs"]["token_logprobs"][part]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SamplerUnavailable("the inference server's answer holds no log-probabilities of its tokens", lasting=True) from error

@@ -1,6 +1,6 @@
-"""A tuned model in one of its other forms, for the worker or by hand:
+"""A tuned model in one of its other formats, for the worker or by hand:
 
-    python -m sdft_engine.weights_export --format merged|gguf --base DIR --adapter DIR --out DIR --name NAME
+    python -m sdft_engine.weights_export --format merged|gguf --base DIR --adapter DIR --out DIR --name NAME [--parent PID]
 
 Writes into OUT, which must not exist: the merged model's files, or one .gguf file. Exit status 0; 1 with one JSON line
 {"code", "message"} on standard error where it can't be made.
@@ -20,9 +20,9 @@ from sdft_engine.gguf_export import write_gguf
 from sdft_engine.merging import merge_adapter
 
 
-def export(form: str, base_dir: Path, adapter_dir: Path, out_dir: Path, name: str) -> None:
-    """Raises ConfigurationError where the model can't have this form, DiskFull; nothing is left then."""
-    if form == "merged":
+def export(format: str, base_dir: Path, adapter_dir: Path, out_dir: Path, name: str) -> None:
+    """Raises ConfigurationError where the model can't have this format, DiskFull; nothing is left then."""
+    if format == "merged":
         merge_adapter(base_dir, adapter_dir, out_dir)
         return
     merged_dir = out_dir.with_name(f".{out_dir.name}.merged")

@@ -75,4 +75,4 @@ def _assert_sound(job: Job, messages: list[str]) -> None:
         assert job.lease_token is None
     elif job.lease_token is None:
         assert job.stop_requested is None, "nobody holds this job and nobody can claim it: it is stuck"
-        assert job.status in ("validating_files", "queued")
+        assert job.status in ("validating_files", "queued", "paused")

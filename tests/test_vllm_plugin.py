@@ -2,25 +2,31 @@
 
 import asyncio
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "vllm_plugin" / "sdft_vllm_plugin.py"
+PLUGIN_DIR = Path(__file__).parents[1] / "vllm_plugin"
 INDICES = [0, -1, 2, 2, -1, 1, 0]
 SLOTS, RANK, IN, OUT = 3, 4, 6, 5
 
 
-@pytest.fixture(scope="module")
-def plugin() -> Any:
-    spec = importlib.util.spec_from_file_location("sdft_vllm_plugin", PATH)
+def module_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, PLUGIN_DIR / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def plugin() -> Any:
+    return module_of("sdft_vllm_lora")
 
 
 @pytest.fixture
@@ -70,14 +76,14 @@ def test_one_index_stands_for_all_rows_and_any_other_number_is_refused(plugin: A
 @pytest.mark.parametrize(
     ("path", "given", "status"),
     [
-        ("/health", b"", 200),
+        ("/health", b"wrong", 200),
         ("/v1/models", b"", 401),
         ("/adapters", b"", 401),
         ("/metrics", b"Bearer wrong", 401),
         ("/adapters", b"Bearer secret", 200),
     ],
 )
-def test_every_path_but_health_asks_for_the_key(plugin: Any, monkeypatch: pytest.MonkeyPatch, path: str, given: bytes, status: int) -> None:
+def test_every_path_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPatch, path: str, given: bytes, status: int) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     answered: list[int] = []
 
@@ -91,5 +97,36 @@ def test_every_path_but_health_asks_for_the_key(plugin: Any, monkeypatch: pytest
         raise AssertionError("the body is not read before the key is known")
 
     scope = {"type": "http", "path": path, "headers": [(b"authorization", given)]}
-    asyncio.run(plugin.RequireKey(app)(scope, receive, send))
+    asyncio.run(module_of("sdft_vllm_key").RequireKey(app)(scope, receive, send))
     assert answered == [status]
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_no_server_starts_without_a_key(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("VLLM_API_KEY", value)
+    with pytest.raises(RuntimeError, match="VLLM_API_KEY is not set"):
+        module_of("sdft_vllm_key").RequireKey(lambda *_: None)
+
+
+def test_a_vllm_whose_kernels_have_other_names_is_refused(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without vLLM itself: modules by the names that it has, one of them without a kernel."""
+    kernels = dict.fromkeys(("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"))
+    modules = {
+        "vllm.platforms": SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True)),
+        "vllm.lora.ops.torch_ops.lora_ops": SimpleNamespace(__name__="lora_ops", **kernels),
+        "vllm.lora.punica_wrapper.punica_cpu": SimpleNamespace(__name__="punica_cpu", **kernels),
+    }
+    modules["vllm.lora.ops.torch_ops"] = SimpleNamespace(__name__="torch_ops", lora_ops=modules["vllm.lora.ops.torch_ops.lora_ops"], **kernels)
+    modules["vllm.lora.ops"] = SimpleNamespace(torch_ops=modules["vllm.lora.ops.torch_ops"])
+    modules["vllm.lora.punica_wrapper"] = SimpleNamespace(punica_cpu=modules["vllm.lora.punica_wrapper.punica_cpu"])
+    for name in ("vllm", "vllm.lora"):
+        modules[name] = SimpleNamespace()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    plugin.register()
+    assert modules["vllm.lora.punica_wrapper.punica_cpu"].bgmv_expand is plugin.bgmv_expand
+    del modules["vllm.lora.punica_wrapper.punica_cpu"].bgmv_shrink
+    with pytest.raises(RuntimeError, match="punica_cpu has no bgmv_shrink"):
+        plugin.register()

@@ -1,38 +1,39 @@
 """A model on every inference server that can be reached: loaded, and compared with what its trainer measured."""
 
-from collections.abc import Callable
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 
 from core.base_models import BaseModelEntry
 from core.database import unix_now
-from core.errors import InferenceUnavailable
+from core.errors import InferenceFailed, InferenceUnavailable
 from core.inference_client import AdapterRefused, InferenceClient
-from core.served_adapters import load_into_server
+from core.logging import get_logger
+from core.served_adapters import load_proved
 from core.tables.models import Model
-from sdft_engine.contract.sealed_directory import file_sha256
+from sdft_engine.contract.prompts import template_source
 from sdft_engine.contract.served_attestation import Verdict, compare_served
 from worker.resources import Resources
 
-CHAT_TEMPLATE_NAME = "chat_template.jinja"
+log = get_logger(__name__)
 
 
 def prove_on_servers(resources: Resources, model: Model) -> Verdict:
-    """The verdict on the model: the worst of the servers', with what identifies model, base and chat template in its record. One
-    that can't be reached is left out: it proves itself when it is asked for the model later.
+    """The verdict on the model, with what identifies model, base and chat template in its record: good where a server proved itself,
+    because no other ever answers for the model. One that could not be asked proves itself when it is asked for the model later.
 
-    Raises InferenceUnavailable where none can be reached; InferenceFailed, AdapterRefused, ObjectDamaged or FileNotFoundError.
+    Raises InferenceUnavailable, InferenceFailed or AdapterRefused where none could be asked; ObjectDamaged or FileNotFoundError.
     """
     clients = resources.inference.clients
     with ThreadPoolExecutor(len(clients)) as threads:
-        answers = list(threads.map(partial(_unless_unreachable, partial(_prove, resources, model)), clients))
-    found = [answer for answer in answers if isinstance(answer, Verdict)]
-    if not found:
-        raise next(answer for answer in answers if isinstance(answer, InferenceUnavailable))
-    worst = max(found, key=lambda verdict: (verdict.reason is not None, verdict.record["largest_difference"] or 0))
+        answers = list(threads.map(partial(_prove, resources, model), clients))
+    verdicts = [answer for answer in answers if isinstance(answer, Verdict)]
+    if not verdicts:
+        raise next(answer for answer in answers if isinstance(answer, Exception))
+    good = [verdict for verdict in verdicts if verdict.reason is None]
+    worst = max(good or verdicts, key=lambda verdict: verdict.record["largest_difference"] or 0)
     record = worst.record | {
-        "servers": len(found),
+        "servers": len(good),
         "base_model": model.base_model,
         **_identity_of(resources, model.base_model),
         "archive_sha256": model.archive_sha256,
@@ -41,24 +42,16 @@ def prove_on_servers(resources: Resources, model: Model) -> Verdict:
     return Verdict(worst.reason, record)
 
 
-def _prove(resources: Resources, model: Model, client: InferenceClient) -> Verdict:
-    directory = resources.settings.served_adapters_dir
-    load_into_server(model, resources.storage, directory, client)
-    score, tolerance = client.prompt_logprobs, resources.settings.attestation_tolerance
+def _prove(resources: Resources, model: Model, client: InferenceClient) -> Verdict | InferenceUnavailable | InferenceFailed | AdapterRefused:
+    settings = resources.settings
     try:
-        served_dtype = client.served_dtype(model.base_model)
-        return compare_served(directory / model.serving_name, partial(score, model.serving_name), partial(score, model.base_model), served_dtype, tolerance)
-    except BaseException:  # else it would answer for the model later, unproved
-        with suppress(AdapterRefused, InferenceUnavailable):
-            client.unload_adapter(model.serving_name)
-        raise
-
-
-def _unless_unreachable(prove: Callable[[InferenceClient], Verdict], client: InferenceClient) -> Verdict | InferenceUnavailable:
-    try:
-        return prove(client)
-    except InferenceUnavailable as error:
+        verdict = load_proved(model, resources.storage, settings.served_adapters_dir, client, compare_served, settings.attestation_tolerance)
+    except (InferenceUnavailable, InferenceFailed, AdapterRefused) as error:
+        log.warning("server_not_compared", model=model.id, server=client.url, error=str(error))
         return error
+    if verdict.reason is not None:
+        log.error("served_model_differs", model=model.id, server=client.url, reason=verdict.reason)
+    return verdict
 
 
 def _identity_of(resources: Resources, base_model: str) -> dict[str, str | None]:
@@ -66,9 +59,9 @@ def _identity_of(resources: Resources, base_model: str) -> dict[str, str | None]
     entry: BaseModelEntry | None = resources.settings.base_model(base_model)
     if entry is None:
         return {}
-    template = entry.directory(resources.settings.cache_dir) / CHAT_TEMPLATE_NAME
+    template = template_source(entry.directory(resources.settings.cache_dir))
     return {
         "base_source": entry.source,
         "base_revision": entry.revision,
-        "chat_template_sha256": file_sha256(template) if template.exists() else None,
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
     }

@@ -1,14 +1,20 @@
 """A claim kept alive from a thread of its own, whatever its holder is busy with: tokens, uploads, a slow trainer.
 
-Every heartbeat the lease is renewed; about every second the row is read for a cancellation. `deadline` is when this
-machine must have stopped working on the job if no renewal gets through, a margin before anybody else may claim it.
+Every heartbeat the lease is renewed; about every second the row is read, for a cancellation or for another's claim. `deadline`
+is when this machine must have stopped working on it if no renewal gets through, a margin before anybody else may claim it.
+
+    KeptLease       the thread, the deadline, and writes under the lease
+    ├── HeldLease       on a job
+    └── ExportLease     on a model's export
 """
 
 import contextvars
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -16,6 +22,7 @@ from sqlalchemy.orm import Session
 from core.errors import ServiceError
 from core.jobs.leases import Claim, LeaseLost, renew_lease
 from core.logging import get_logger
+from core.model_exports import ExportClaim, assert_export_held, renew_export
 from core.tables.jobs import Job
 from sdft_engine.contract.run_directory import StopReason
 from worker.resources import Resources
@@ -28,34 +35,42 @@ log = get_logger(__name__)
 
 
 class StopRequested(Exception):
-    """The holder is asked to let go of the job: because of a cancellation, or because this worker ends."""
+    """The holder is asked to let go: because of a cancellation, or because this worker ends."""
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-class HeldLease:
-    """`claimed_at` is this machine's unix time just before the claim was made."""
+class KeptLease(ABC):
+    """`held` says what is held, for messages; `claimed_at` is this machine's unix time just before the claim was made."""
 
-    def __init__(self, resources: Resources, claim: Claim, claimed_at: float) -> None:
-        self.claim = claim
+    def __init__(self, resources: Resources, held: str, claimed_at: float) -> None:
+        self.held = held
         self.stop: StopReason | None = None
         self._resources = resources
         self._lease_seconds = resources.settings.lease_seconds
         self._heartbeat_seconds = resources.settings.heartbeat_seconds
         self._renewed_at = claimed_at
-        self._on_change: Callable[[HeldLease], None] | None = None
+        self._on_change: Callable[[KeptLease], None] | None = None
         self._telling = threading.Lock()
         self._lost = threading.Event()
         self._settled = threading.Event()
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._keep,), name=f"lease-{claim.job_id[-6:]}", daemon=True)
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._keep,), name=f"lease-{held[-6:]}", daemon=True)
+
+    @abstractmethod
+    def renew(self, session: Session) -> str | None:
+        """Extend the lease from now. Returns the stop that was requested ("cancel"), if any. Raises LeaseLost."""
+
+    @abstractmethod
+    def read(self, session: Session) -> str | None:
+        """The same without extending it: writes nothing."""
 
     @property
     def deadline(self) -> float:
         return self._renewed_at + self._lease_seconds * (1 - MARGIN)
 
-    def __enter__(self) -> "HeldLease":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -63,17 +78,17 @@ class HeldLease:
         self._settled.set()
         self._thread.join()
 
-    def report_to(self, on_change: Callable[["HeldLease"], None]) -> None:
+    def report_to(self, on_change: Callable[["KeptLease"], None]) -> None:
         """Call `on_change` now, and from the lease's thread whenever `deadline` or `stop` changed; one call at a time."""
         with self._telling:
             on_change(self)
             self._on_change = on_change
 
     def check(self) -> None:
-        """Raises LeaseLost once the job is not ours any more, or may not be."""
+        """Raises LeaseLost once it is not ours any more, or may not be."""
         if self._lost.is_set() or time.time() > self.deadline:
             self._lost.set()
-            raise LeaseLost(f"job {self.claim.job_id} is no longer held by this attempt")
+            raise LeaseLost(f"{self.held} is no longer held by this attempt")
 
     def check_wanted(self) -> None:
         """Raises LeaseLost, or StopRequested where the holder should let go."""
@@ -101,7 +116,7 @@ class HeldLease:
         return True
 
     def settle(self, change: Callable[[Session], None]) -> None:
-        """The last write: `change` lets go of the job. No renewal follows. Raises LeaseLost."""
+        """The last write: `change` lets go. No renewal follows. Raises LeaseLost."""
         self._settled.set()
         self._thread.join()
         self.write(change)
@@ -130,14 +145,11 @@ class HeldLease:
         asked_at = time.time()
         if asked_at - self._renewed_at >= self._heartbeat_seconds:
             with self._resources.database.transaction() as session:
-                requested = renew_lease(session, self.claim, self._lease_seconds)
+                requested = self.renew(session)
             self._renewed_at = asked_at
         else:
             with self._resources.database.reading() as session:
-                row = session.execute(select(Job.stop_requested, Job.lease_token).where(Job.id == self.claim.job_id)).one_or_none()
-            if row is None or row.lease_token != self.claim.lease_token:
-                raise LeaseLost(f"job {self.claim.job_id} is no longer held by this attempt")
-            requested = row.stop_requested
+                requested = self.read(session)
         if requested == "cancel":
             self.stop = "cancel"
         elif self._resources.stopping.is_set():
@@ -151,3 +163,41 @@ class HeldLease:
                 self._on_change(self)
             except OSError as error:  # a full disk: the trainer then stops by itself at the deadline that it knows
                 log.error("control_not_written", error=str(error))
+
+
+class HeldLease(KeptLease):
+    """On a job."""
+
+    def __init__(self, resources: Resources, claim: Claim, claimed_at: float) -> None:
+        super().__init__(resources, f"job {claim.job_id}", claimed_at)
+        self.claim = claim
+
+    def renew(self, session: Session) -> str | None:
+        return renew_lease(session, self.claim, self._lease_seconds)
+
+    def read(self, session: Session) -> str | None:
+        row = session.execute(select(Job.stop_requested, Job.lease_token).where(Job.id == self.claim.job_id)).one_or_none()
+        if row is None or row.lease_token != self.claim.lease_token:
+            raise LeaseLost(f"{self.held} is no longer held by this attempt")
+        requested: str | None = row.stop_requested
+        return requested
+
+
+class ExportLease(KeptLease):
+    """On a model's export. Nobody cancels one: deleting the model takes its row away."""
+
+    def __init__(self, resources: Resources, claim: ExportClaim, claimed_at: float) -> None:
+        super().__init__(resources, f"the {claim.format} export of {claim.model_id}", claimed_at)
+        self.claim = claim
+
+    def check_wanted(self) -> None:
+        """The same, and at once where this worker ends: a lease's thread that waits for the database would tell too late."""
+        self.check()
+        if self._resources.stopping.is_set():
+            raise StopRequested("requeue")
+
+    def renew(self, session: Session) -> None:
+        renew_export(session, self.claim, self._lease_seconds)
+
+    def read(self, session: Session) -> None:
+        assert_export_held(session, self.claim)

@@ -20,13 +20,14 @@ from sdft_engine.contract import sealed_directory
 from sdft_engine.contract.run_directory import RunDirectory, TrainingResult
 from sdft_engine.contract.served_attestation import Verdict
 from worker.adapter_archives import store_adapter
+from worker.comparison import prove_on_servers
 from worker.held_lease import HeldLease
 from worker.resources import Resources
 from worker.result_file import store_result_file
 from worker.run_preparation import PreparedRun
 from worker.stored_objects import delete_unreferenced
 from worker.trained_models import new_trained_model
-from worker.verification import NOT_VERIFIABLE_NOW, not_servable, verify
+from worker.verification import NOT_VERIFIABLE_NOW, not_servable
 
 VERIFICATION_ATTEMPTS = 5
 
@@ -71,7 +72,7 @@ def _verify_patiently(resources: Resources, lease: HeldLease, model: Model) -> s
 
     def ask() -> Verdict:
         lease.check()
-        return verify(resources, model)
+        return prove_on_servers(resources, model)
 
     retrying = Retrying(
         retry=retry_if_exception_type((InferenceUnavailable, InferenceFailed)),

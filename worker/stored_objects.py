@@ -1,6 +1,7 @@
 """Objects that this worker wrote to storage: read back before a row tells of them, and deleted where none came to be."""
 
 import hashlib
+from collections.abc import Callable
 
 from sqlalchemy import select, true
 
@@ -24,10 +25,11 @@ REFERENCES = (
 log = get_logger(__name__)
 
 
-def check_stored(storage: Storage, stored: StoredObject) -> None:
-    """Raises ObjectDamaged unless storage returns the bytes that were written."""
+def check_stored(storage: Storage, stored: StoredObject, check: Callable[[], None] = lambda: None) -> None:
+    """Raises ObjectDamaged unless storage returns the bytes that were written. `check` is called before every chunk and may raise."""
     digest = hashlib.sha256()
     for chunk in storage.read(stored.key):
+        check()
         digest.update(chunk)
     if digest.hexdigest() != stored.sha256:
         raise ObjectDamaged(f"{stored.key}: storage returned other bytes than were written")

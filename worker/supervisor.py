@@ -36,6 +36,7 @@ GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "pause": 60, "requeue": 
 
 DEPLOY_MESSAGE = "The worker was stopped, as in a deploy; the job goes back to the queue and continues from its last checkpoint"
 STORAGE_MESSAGE = "The object storage could not be reached for long; the job goes back to the queue and continues from its last checkpoint"
+TAKEN_BACK_MESSAGE = "The pause was taken back; the job goes back to the queue and continues from its last checkpoint"
 UNREACHABLE_MESSAGE = "The database could not be reached; the job goes back to the queue and continues from its last checkpoint"
 
 log = get_logger(__name__)
@@ -123,13 +124,15 @@ def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, 
 
 
 def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, trainer: TrainerProcess) -> None:
-    """End the attempt as the trainer's result says; without one it crashed, unless it was stopped from here."""
+    """End the attempt as the trainer's result says; without one it crashed, unless it was stopped from here. One that is handed back
+    is paused instead where that is asked for."""
     result = _read_result(run)
     claim, lost_leases = lease.claim, resources.settings.max_lost_leases
+    handed_back = DEPLOY_MESSAGE if resources.stopping.is_set() else TAKEN_BACK_MESSAGE
     if lease.stop == "cancel":
         lease.settle(lambda session: finish_cancellation(session, claim))
     elif result is None and lease.stop is not None:
-        lease.settle(lambda session: requeue(session, claim, DEPLOY_MESSAGE))
+        lease.settle(lambda session: requeue(session, claim, handed_back))
     elif result is None:
         is_last = prepared.job.lost_leases + 1 >= lost_leases
         reason = _crash_report(run, trainer, next_attempt=None if is_last else claim.attempt + 1)
@@ -137,7 +140,7 @@ def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepare
     elif result.outcome == "succeeded":
         through_outages(lease, lambda: publish(resources, lease, run, prepared, result))
     elif result.outcome == "stopped":
-        lease.settle(lambda session: requeue(session, claim, DEPLOY_MESSAGE))
+        lease.settle(lambda session: requeue(session, claim, handed_back))
     else:
         _conclude_failure(resources, lease, prepared, result)
 

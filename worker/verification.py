@@ -1,14 +1,14 @@
-"""Models become servable here: loaded into the inference server and compared with what the trainer measured.
+"""Models become servable here: loaded into the inference servers and compared with what the trainer measured.
 
 The final model of a job is verified while the job is published; checkpoints, and models whose server could not be reached
-then, by a thread that looks for them every few seconds. A model that failed the comparison is not tried again: its bytes
-never change.
+then, by a thread that looks for them every few seconds. A model that failed the comparison is tried again too, but rarely: its
+bytes never change, and yet the server may have been the one that was wrong, in another precision say.
 """
 
 import time
 from dataclasses import dataclass, field
 
-from sqlalchemy import select, update
+from sqlalchemy import select, true, update
 
 from core.errors import InferenceFailed, InferenceUnavailable, ServiceError, StorageUnavailable
 from core.inference_client import AdapterRefused
@@ -23,17 +23,14 @@ from worker.resources import Resources
 
 LOOK_SECONDS = 3.0
 LONGEST_DELAY_SECONDS = 60.0
+DIFFERED_DELAY_SECONDS = 600.0
+"""Also at every start of a worker, which may come with other settings."""
 MODELS_AT_A_TIME = 10
 
 NOT_VERIFIABLE_NOW = (InferenceUnavailable, InferenceFailed, AdapterRefused)
 """What may be different later: the server is down, starting, or serves another base model at the moment."""
 
 log = get_logger(__name__)
-
-
-def verify(resources: Resources, model: Model) -> Verdict:
-    """Load the model into the inference servers and compare. Raises ObjectDamaged, StorageUnavailable or one of NOT_VERIFIABLE_NOW."""
-    return prove_on_servers(resources, model)
 
 
 @dataclass
@@ -55,9 +52,9 @@ class Verifier:
                 log.exception("verification_failed_unexpectedly")
 
     def verify_waiting(self) -> int:
-        """Verify the models that wait for it. Returns how many got a verdict."""
+        """Verify the models that wait for it, those without a verdict first. Returns how many got a verdict."""
         with self.resources.database.reading() as session:
-            waiting = session.scalars(select(Model).where(Model.status == "unverified", Model.attestation.is_(None)).order_by(Model.created_at)).all()
+            waiting = session.scalars(select(Model).where(Model.status == "unverified").order_by(Model.attestation.is_not(None), Model.created_at)).all()
         due = [model for model in waiting if self.not_before.get(model.id, 0) <= time.monotonic()][:MODELS_AT_A_TIME]
         if not due or not self.resources.inference.healthy():
             return 0
@@ -65,26 +62,27 @@ class Verifier:
 
     def _verify(self, model: Model) -> bool:
         try:
-            verdict = verify(self.resources, model)
+            verdict = prove_on_servers(self.resources, model)
         except (*NOT_VERIFIABLE_NOW, StorageUnavailable, ObjectDamaged, FileNotFoundError) as error:
             self.delays[model.id] = min(LONGEST_DELAY_SECONDS, 2 * self.delays.get(model.id, LOOK_SECONDS / 2))
             self.not_before[model.id] = time.monotonic() + self.delays[model.id]
             log.warning("model_not_verifiable", model=model.id, error=str(error), retry_seconds=self.delays[model.id])
             return False
-        stays = model.step is None and verdict.reason is None  # a checkpoint is loaded again when somebody asks for it
-        if not self._record(model, verdict):
-            stays = not self._is_deleted(model)  # another worker was faster, and looks after it
+        self.not_before[model.id] = time.monotonic() + DIFFERED_DELAY_SECONDS
+        recorded = self._record(model, verdict)
+        # A checkpoint is loaded again when somebody asks for it; what another worker was faster with, that one looks after.
+        stays = (model.step is None and verdict.reason is None) if recorded else self._is_servable(model)
         if not stays:
             remove_from_servers(model, self.resources.settings.served_adapters_dir, self.resources.inference)
         return True
 
     def _record(self, model: Model, verdict: Verdict) -> bool:
-        """Returns False where another verdict was recorded before, or the model was deleted meanwhile."""
+        """Returns False where that is known already, or the model was deleted meanwhile."""
         status = "servable" if verdict.reason is None else "unverified"
         with self.resources.database.transaction() as session:
             recorded = session.execute(
                 update(Model)
-                .where(Model.id == model.id, Model.status == "unverified", Model.attestation.is_(None))
+                .where(Model.id == model.id, Model.status == "unverified", Model.attestation.is_(None) if verdict.reason else true())
                 .values(status=status, attestation=verdict.record)
                 .returning(Model.id)
                 .execution_options(synchronize_session=False)
@@ -98,9 +96,9 @@ class Verifier:
         log.info("model_verified", model=model.id, status=status, reason=verdict.reason)
         return True
 
-    def _is_deleted(self, model: Model) -> bool:
+    def _is_servable(self, model: Model) -> bool:
         with self.resources.database.reading() as session:
-            return session.get_one(Model, model.id).status == "deleted"
+            return session.get_one(Model, model.id).status == "servable"
 
 
 def not_servable(model_id: str, reason: str) -> str:

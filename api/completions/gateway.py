@@ -23,6 +23,8 @@ from core.errors import InferenceFailed, InferenceUnavailable
 from core.inference_client import InferenceAnswer, InferenceClient
 from core.logging import get_logger
 
+NOT_HERE = (502, 503, 504)
+"""Statuses of a server that can't answer at the moment, or of a proxy before one that is away: another may."""
 Result = TypeVar("Result")
 log = get_logger(__name__)
 
@@ -44,6 +46,8 @@ async def _whole(state: ApiState, model: ServedModel, path: str, body: dict[str,
         if found.status == 404 and model.adapter is not None:
             await state.adapter_loading.load(model.adapter, client)
             found = await client.complete(path, body)
+        if found.status in NOT_HERE:
+            raise translated(found.status, found.body, model)
         return found
 
     found = await _first_answer(state, model, ask)
@@ -61,6 +65,10 @@ async def _streamed(state: ApiState, model: ServedModel, path: str, body: dict[s
             await opened.aclose()
             await state.adapter_loading.load(model.adapter, client)
             status, chunks = await opened.enter_async_context(client.stream(path, body))
+        if status in NOT_HERE:
+            error = translated(status, await _json_of(chunks), model)
+            await opened.aclose()
+            raise error
         return status, chunks
 
     async with AsyncExitStack() as opened:
@@ -72,19 +80,13 @@ async def _streamed(state: ApiState, model: ServedModel, path: str, body: dict[s
 
 async def _first_answer(state: ApiState, model: ServedModel, ask: Callable[[InferenceClient], Awaitable[Result]]) -> Result:
     """What the first server says that can be reached and serves the model. Raises what the last one raised where none does."""
-
-    async def ask_settled(client: InferenceClient) -> Result:
-        if model.adapter is not None:
-            await state.adapter_loading.settled(model.adapter, client)
-        return await ask(client)
-
     *others, last = state.inference.in_order(model.serving_name)
     for client in others:
         try:
-            return await ask_settled(client)
+            return await ask(client)
         except (InferenceUnavailable, InferenceFailed) as error:
             log.warning("asking_another_server", model=model.public_id, server=client.url, error=error.message)
-    return await ask_settled(last)
+    return await ask(last)
 
 
 async def _json_of(chunks: AsyncIterator[bytes]) -> Any:

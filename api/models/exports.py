@@ -1,12 +1,12 @@
-"""Other forms of a model's weights, for download: a worker makes them when they are first asked for."""
+"""Other formats of a model's weights, for download: a worker makes them when they are first asked for."""
 
 import asyncio
 import time
 
-import anyio.to_thread
+from anyio import to_thread
 
 from api.state import ApiState
-from core.errors import ExportFailed, ExportInProgress, ExportNotPossible
+from core.errors import ExportFailed, ExportInProgress, ExportNotPossible, ModelNotFound
 from core.model_exports import IMPOSSIBLE, request_export
 from core.storage import StoredObject
 from core.tables.exports import ModelExport
@@ -17,37 +17,39 @@ WAIT_SECONDS = 20.0
 POLL_SECONDS = 0.5
 
 
-async def stored_export(state: ApiState, model: Model, form: str) -> StoredObject:
-    """The form of the model in storage; asked for, and waited for a moment, where it is not there yet. No session is held meanwhile.
+async def stored_export(state: ApiState, model: Model, format: str) -> StoredObject:
+    """The model in this format in storage; asked for, and waited for a moment, where it is not there yet. No session is held
+    meanwhile.
 
-    Raises ExportInProgress, ExportNotPossible where this model can't have the form, or ExportFailed.
+    Raises ExportInProgress, ExportNotPossible where this model can't have the format, ExportFailed, or ModelNotFound where it was
+    deleted meanwhile.
     """
     until = time.monotonic() + WAIT_SECONDS
-    export = await anyio.to_thread.run_sync(_found, state, model, form)
+    export = await to_thread.run_sync(_read_export, state, model, format)
     if export is None or export.status == "failed":
-        export = await anyio.to_thread.run_sync(_requested, state, model, form)
-    while (stored := _stored(export)) is None:
+        export = await to_thread.run_sync(_ask_for_export, state, model, format)
+    while (stored := _object_of(model, export)) is None:
         if time.monotonic() > until:
-            raise ExportInProgress(f"the {form} form of {model.id} is being made; ask again in a moment")
+            raise ExportInProgress(f"{model.id} is being exported as {format}; ask again in a moment")
         await asyncio.sleep(POLL_SECONDS)
-        export = await anyio.to_thread.run_sync(_found, state, model, form)
+        export = await to_thread.run_sync(_read_export, state, model, format)
     return stored
 
 
-def _requested(state: ApiState, model: Model, form: str) -> ModelExport:
+def _ask_for_export(state: ApiState, model: Model, format: str) -> ModelExport:
     with state.database.transaction() as session:
-        return request_export(session, model, form)
+        return request_export(session, model, format)
 
 
-def _found(state: ApiState, model: Model, form: str) -> ModelExport | None:
+def _read_export(state: ApiState, model: Model, format: str) -> ModelExport | None:
     with state.database.reading() as session:
-        return session.get(ModelExport, (model.id, form))
+        return session.get(ModelExport, (model.id, format))
 
 
-def _stored(export: ModelExport | None) -> StoredObject | None:
-    """None while it is being made."""
+def _object_of(model: Model, export: ModelExport | None) -> StoredObject | None:
+    """None while it is being made. Raises ModelNotFound where there is none: it goes with its model."""
     if export is None:
-        raise ExportFailed("the model was deleted while its export was made")
+        raise ModelNotFound(f"The model {model.id!r} does not exist", param="model")
     if export.status == "failed":
         error = export.error or {}
         message = f"{export.model_id} can't be exported as {export.format}: {error.get('message')}"

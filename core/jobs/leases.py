@@ -8,7 +8,7 @@ stale attempt can't write anything. What a lease is taken for, and how it ends, 
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import Select, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.database import database_now
@@ -32,21 +32,21 @@ class Claim:
     attempt: int
 
 
-def take_lease(session: Session, status: str, lease_seconds: float, changes: dict[str, Any]) -> Claim | None:
-    """Hold the oldest job of this status that nobody holds, with `changes` of its row. Returns None when there is none.
+def claimable(status: str) -> Select[tuple[str]]:
+    """The ids of the jobs of this status that nobody holds, and that nobody wants stopped."""
+    return select(Job.id).where(Job.status == status, Job.lease_token.is_(None), Job.stop_requested.is_(None))
+
+
+def take_lease(session: Session, candidates: Select[tuple[str]], status: str, lease_seconds: float, changes: dict[str, Any]) -> Claim | None:
+    """Hold the first of `candidates`, claimable jobs of this status in an order, that no other claim is taking at this moment, with
+    `changes` of its row. Returns None when there is none.
 
     For the claims of core.jobs.transitions."""
     token = new_token()
-    oldest = (
-        select(Job.id)
-        .where(Job.status == status, Job.lease_token.is_(None), Job.stop_requested.is_(None))
-        .order_by(Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    first = candidates.limit(1).with_for_update(of=Job, skip_locked=True)
     statement = (
         update(Job)
-        .where(Job.id == oldest.scalar_subquery(), Job.status == status, Job.lease_token.is_(None))
+        .where(Job.id == first.scalar_subquery(), Job.status == status, Job.lease_token.is_(None))
         .values(lease_token=token, lease_until=database_now() + lease_seconds, **changes)
         .returning(Job.id, Job.attempt)
         .execution_options(synchronize_session=False)

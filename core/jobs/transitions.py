@@ -8,6 +8,9 @@
             └──────────fail / cancel──────────┬──────────────────────────────┘
                                        failed, cancelled
 
+    whatever has not ended ──pause──► paused ──resume──► validating_files or queued
+                                         └─────cancel──► cancelled
+
 A held job is changed only under its lease (core.jobs.leases): with a claim that is no longer good, every function here
 raises LeaseLost. None of them commits: the caller's `transaction()` does.
 """
@@ -18,14 +21,17 @@ from typing import Any
 from sqlalchemy import case, select, update
 from sqlalchemy.orm import Session
 
-from core.database import unix_now
+from core.database import database_now, unix_now
 from core.ids import new_id
 from core.jobs.events import Level, append_event
-from core.jobs.leases import EXPIRED, Claim, take_lease, update_held
+from core.jobs.leases import EXPIRED, Claim, claimable, take_lease, update_held
+from core.jobs.queue import keep_claims_apart, next_queued
 from core.tables.jobs import TERMINAL_STATUSES, Job
+from core.tables.projects import Project
 
 RELEASED: dict[str, Any] = {"lease_token": None, "lease_until": None, "phase": None, "estimated_finish_at": None}
 """Columns of a job that nobody holds any more."""
+PAUSED = "The job is paused; resume it to go on"
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,19 @@ def create(
 
 def claim_for_validation(session: Session, lease_seconds: float) -> Claim | None:
     """Take the oldest job whose files wait to be validated. Returns None when there is none."""
-    return take_lease(session, "validating_files", lease_seconds, {})
+    return take_lease(session, claimable("validating_files").order_by(Job.created_at, Job.id), "validating_files", lease_seconds, {})
 
 
-def claim_for_training(session: Session, lease_seconds: float) -> Claim | None:
-    """Take the oldest queued job: it becomes running, and an attempt is counted. Returns None when there is none."""
+def claim_for_training(session: Session, lease_seconds: float, max_running: int | None = None) -> Claim | None:
+    """Take the queued job that is next (core.jobs.queue): it becomes running, and an attempt is counted. `max_running`: jobs of one
+    project that run at a time, where the project has no limit of its own. Returns None when none may start."""
+    keep_claims_apart(session)
     changes = {"status": "running", "attempt": Job.attempt + 1, "started_at": case((Job.started_at.is_(None), unix_now()), else_=Job.started_at)}
-    return take_lease(session, "queued", lease_seconds, changes)
+    claim = take_lease(session, next_queued(max_running), "queued", lease_seconds, changes)
+    if claim is not None:
+        project_id = select(Job.project_id).where(Job.id == claim.job_id).scalar_subquery()
+        session.execute(update(Project).where(Project.id == project_id).values(last_claimed_at=database_now()).execution_options(synchronize_session=False))
+    return claim
 
 
 def record_progress(session: Session, claim: Claim, progress: Progress) -> None:
@@ -95,8 +107,8 @@ def record_progress(session: Session, claim: Claim, progress: Progress) -> None:
 
 
 def finish_validation(session: Session, claim: Claim, resolved_hyperparameters: dict[str, Any], total_steps: int) -> None:
-    """validating_files → queued, when every row was counted and fits; cancelled where that was asked meanwhile."""
-    if _cancelled_instead(session, claim):
+    """validating_files → queued, when every row was counted and fits; cancelled or paused where that was asked meanwhile."""
+    if _stopped_instead(session, claim):
         return
     update_held(session, claim, status="queued", resolved_hyperparameters=resolved_hyperparameters, total_steps=total_steps, lost_leases=0, **RELEASED)
     append_event(session, claim.job_id, "Files validated, moving job to queued state")
@@ -104,22 +116,22 @@ def finish_validation(session: Session, claim: Claim, resolved_hyperparameters: 
 
 def release_validation(session: Session, claim: Claim) -> None:
     """Stop validating at the worker's wish (a deploy): the job waits for another worker. Charges nothing."""
-    if not _cancelled_instead(session, claim):
+    if not _stopped_instead(session, claim):
         update_held(session, claim, **RELEASED)
 
 
 def requeue(session: Session, claim: Claim, reason: str, level: Level = "info") -> None:
-    """running → queued at the supervisor's wish (a deploy); cancelled where that was asked meanwhile. Charges nothing."""
-    if _cancelled_instead(session, claim):
+    """running → queued at the supervisor's wish (a deploy); cancelled or paused where that was asked meanwhile. Charges nothing."""
+    if _stopped_instead(session, claim):
         return
     update_held(session, claim, status="queued", **RELEASED)
     append_event(session, claim.job_id, reason, level=level)
 
 
 def requeue_after_crash(session: Session, claim: Claim, reason: str, max_lost_leases: int) -> None:
-    """running → queued after a trainer died without a result; failed when that happened too often; cancelled where that
-    was asked meanwhile."""
-    if _cancelled_instead(session, claim):
+    """running → queued after a trainer died without a result; failed when that happened too often; cancelled or paused where
+    that was asked meanwhile."""
+    if _stopped_instead(session, claim):
         return
     row = update_held(session, claim, lost_leases=Job.lost_leases + 1)
     if row.lost_leases >= max_lost_leases:
@@ -151,6 +163,12 @@ def fail(session: Session, claim: Claim, error: dict[str, Any]) -> None:
     append_event(session, claim.job_id, f"The job failed: {error['message']}", level="error", data={"error": error})
 
 
+def finish_pause(session: Session, claim: Claim) -> None:
+    """Held and not ended → paused, when the holder has stopped at a step boundary, with a checkpoint where it trained."""
+    update_held(session, claim, status="paused", stop_requested=None, **RELEASED)
+    append_event(session, claim.job_id, PAUSED)
+
+
 def finish_cancellation(session: Session, claim: Claim) -> None:
     """Any held status → cancelled, when the holder has stopped at a step boundary."""
     update_held(session, claim, status="cancelled", finished_at=unix_now(), **RELEASED)
@@ -159,22 +177,53 @@ def finish_cancellation(session: Session, claim: Claim) -> None:
 
 def request_cancellation(session: Session, job_id: str) -> bool:
     """Cancel a job: at once where nobody holds it, else by asking its holder. Returns False on a finished or unknown job."""
-    job = select(Job.status, Job.lease_token, Job.stop_requested).where(Job.id == job_id)
-    row = session.execute(job.with_for_update()).one_or_none()  # locked: a holder may be letting go at this moment
+    row = _locked(session, job_id)
     if row is None or row.status in TERMINAL_STATUSES:
         return False
     changes: dict[str, Any] = {"stop_requested": "cancel"}
     if row.lease_token is None:
         changes |= {"status": "cancelled", "finished_at": unix_now(), **RELEASED}
         append_event(session, job_id, "The job was cancelled")
-    elif row.stop_requested is None:
+    elif row.stop_requested != "cancel":
         append_event(session, job_id, "Cancellation requested; the job stops at its next step")
-    session.execute(update(Job).where(Job.id == job_id).values(**changes).execution_options(synchronize_session=False))
+    _change(session, job_id, changes)
+    return True
+
+
+def request_pause(session: Session, job_id: str) -> bool:
+    """Pause a job: at once where nobody holds it, else by asking its holder. Does nothing where it is paused, or about to be paused or
+    cancelled. Returns False on a finished or unknown job."""
+    row = _locked(session, job_id)
+    if row is None or row.status in TERMINAL_STATUSES:
+        return False
+    if row.status == "paused" or row.stop_requested is not None:
+        return True
+    if row.lease_token is None:
+        _change(session, job_id, {"status": "paused", **RELEASED})
+        append_event(session, job_id, PAUSED)
+    else:
+        _change(session, job_id, {"stop_requested": "pause"})
+        append_event(session, job_id, "Pause requested; the job stops at its next step")
+    return True
+
+
+def resume(session: Session, job_id: str) -> bool:
+    """paused → where a worker finds it: queued once its files are validated, else validating_files. One that was only asked to pause
+    goes on. Does nothing to others. Returns False on a finished or unknown job."""
+    row = _locked(session, job_id)
+    if row is None or row.status in TERMINAL_STATUSES:
+        return False
+    if row.status == "paused":
+        _change(session, job_id, {"status": "validating_files" if row.resolved_hyperparameters is None else "queued"})
+        append_event(session, job_id, "Resumed; the job goes on from its last checkpoint" if row.step else "Resumed")
+    elif row.stop_requested == "pause":
+        _change(session, job_id, {"stop_requested": None})
+        append_event(session, job_id, "The requested pause was taken back")
     return True
 
 
 def release_expired_leases(session: Session, max_lost_leases: int) -> list[str]:
-    """Free every job whose holder has not been heard of: cancelled if that was asked, failed as `worker_lost` after too
+    """Free every job whose holder has not been heard of: cancelled or paused if that was asked, failed as `worker_lost` after too
     many losses, else back to where another attempt finds it. Returns the ids of the freed jobs."""
     columns = (Job.id, Job.lease_token, Job.attempt, Job.status, Job.stop_requested, Job.lost_leases)
     expired = session.execute(select(*columns).where(EXPIRED).with_for_update(skip_locked=True)).all()
@@ -183,6 +232,8 @@ def release_expired_leases(session: Session, max_lost_leases: int) -> list[str]:
         losses = row.lost_leases + 1
         if row.stop_requested == "cancel":
             finish_cancellation(session, claim)
+        elif row.stop_requested == "pause":
+            finish_pause(session, claim)
         elif losses >= max_lost_leases:
             message = f"the worker running this job was lost {losses} times; see the worker's log"
             fail(session, claim, {"code": "worker_lost", "message": message, "param": None})
@@ -192,9 +243,21 @@ def release_expired_leases(session: Session, max_lost_leases: int) -> list[str]:
     return [row.id for row in expired]
 
 
-def _cancelled_instead(session: Session, claim: Claim) -> bool:
-    """Finish a cancellation that was requested while the job was held: once nobody holds it, nobody would."""
-    if update_held(session, claim, lease_token=claim.lease_token).stop_requested != "cancel":
-        return False
-    finish_cancellation(session, claim)
-    return True
+def _stopped_instead(session: Session, claim: Claim) -> bool:
+    """Finish a cancellation or pause that was requested while the job was held: once nobody holds it, nobody would."""
+    requested = update_held(session, claim, lease_token=claim.lease_token).stop_requested
+    if requested == "cancel":
+        finish_cancellation(session, claim)
+    elif requested == "pause":
+        finish_pause(session, claim)
+    return requested is not None
+
+
+def _locked(session: Session, job_id: str) -> Any:
+    """What decides what may be done with a job, locked: its holder may be letting go of it at this moment. None: unknown."""
+    columns = (Job.status, Job.lease_token, Job.stop_requested, Job.resolved_hyperparameters, Job.step)
+    return session.execute(select(*columns).where(Job.id == job_id).with_for_update()).one_or_none()
+
+
+def _change(session: Session, job_id: str, columns: dict[str, Any]) -> None:
+    session.execute(update(Job).where(Job.id == job_id).values(**columns).execution_options(synchronize_session=False))

@@ -52,7 +52,7 @@ class Job(Table):
     attempt: Mapped[int] = mapped_column(default=0)
     lost_leases: Mapped[int] = mapped_column(default=0)
     stop_requested: Mapped[str | None]
-    """cancel, or null."""
+    """cancel, pause, or null: what the holder of the job is asked for."""
 
     step: Mapped[int | None]
     total_steps: Mapped[int | None]

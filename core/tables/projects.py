@@ -13,6 +13,8 @@ class Project(Table):
     name: Mapped[str] = mapped_column(unique=True)
     """Appears in the names of the project's models."""
     created_at: Mapped[float]
+    last_claimed_at: Mapped[float | None]
+    """When training of one of its jobs was last begun or resumed (database clock): projects take turns."""
 
 
 class ApiKey(Table):

@@ -30,7 +30,7 @@ class VllmSampler(BaseModel):
     """Of the names that the student is loaded under: no other run's."""
     api_key_env: str | None = None
     """The environment variable that holds the server's key."""
-    tolerance: float = Field(0.1, gt=0)
+    tolerance: float = Field(0.05, gt=0)
     """Largest difference in log-probability (nats) between server and trainer on a fixed text."""
 
 

@@ -16,6 +16,7 @@ Torch-free: jinja2 in its sandbox and the `tokenizers` library.
 
 import bisect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -64,20 +65,16 @@ class ChatFormat:
             raise BaseModelError(f"the tokenizer in {model_dir} can't be read: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        special_tokens = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in tokenizer_config.items()
-            if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value
-        }
-        eos_token_ids = _eos_token_ids(model_dir, config)
-        if (own := tokenizer.token_to_id(special_tokens.get("eos_token", ""))) is not None:
-            eos_token_ids |= {own}
-        if not eos_token_ids:
+        ends = eos_token_ids(model_dir, tokenizer.token_to_id)
+        if not ends:
             raise BaseModelError(f"{model_dir} names no end-of-sequence token")
         context_length = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
         if not context_length:
             raise BaseModelError(f"{model_dir / 'config.json'} has no max_position_embeddings")
-        return cls(tokenizer, _compile_template(_template_source(model_dir, tokenizer_config)), frozenset(eos_token_ids), context_length, special_tokens)
+        template = template_source(model_dir)
+        if template is None:
+            raise BaseModelError(f"{model_dir} has no chat template; only instruct models can be served and trained")
+        return cls(tokenizer, _compile_template(template), frozenset(ends), context_length, _special_tokens(tokenizer_config))
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, generate: bool = True) -> str:
         """The conversation as text, ending where the assistant's answer starts if `generate`."""
@@ -197,26 +194,40 @@ def _parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _eos_token_ids(model_dir: Path, config: dict[str, Any]) -> set[int]:
-    found: set[int] = set()
-    generation_path = model_dir / "generation_config.json"
-    generation = json.loads(generation_path.read_text()) if generation_path.exists() else {}
-    for source in (generation, config):
-        value = source.get("eos_token_id")
-        found |= set(value) if isinstance(value, list) else {value} if value is not None else set()
-    return found
-
-
-def _template_source(model_dir: Path, tokenizer_config: dict[str, Any]) -> str:
-    template_path = model_dir / "chat_template.jinja"
-    if template_path.exists():
-        return template_path.read_text()
-    source = tokenizer_config.get("chat_template")
+def template_source(model_dir: Path) -> str | None:
+    """The chat template of a transformers model directory, as text: a file of its own, else what stands in the tokenizer's config;
+    where several stand there, the one named "default". None where it has none."""
+    path = model_dir / "chat_template.jinja"
+    if path.exists():
+        return path.read_text()
+    source = _read_if_there(model_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):
         source = next((item["template"] for item in source if item.get("name") == "default"), None)
-    if not source:
-        raise BaseModelError(f"{model_dir} has no chat template; only instruct models can be served and trained")
-    return str(source)
+    return str(source) if source else None
+
+
+def eos_token_ids(model_dir: Path, token_to_id: Callable[[str], int | None]) -> list[int]:
+    """Every id that ends an answer of the model in this directory: those of its generation config first, then its config's, then the
+    tokenizer's own."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = _read_if_there(model_dir / name).get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    own = token_to_id(_special_tokens(_read_if_there(model_dir / "tokenizer_config.json")).get("eos_token", ""))
+    return list(dict.fromkeys(found if own is None else [*found, own]))
+
+
+def _special_tokens(tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    return {
+        key: value["content"] if isinstance(value, dict) else value
+        for key, value in tokenizer_config.items()
+        if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value
+    }
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
 
 
 class _GenerationBlock(Extension):

@@ -25,6 +25,7 @@ class InferenceStub:
     base_model: str = "tiny"
     loaded: set[str] = field(default_factory=set)
     load_paths: list[str] = field(default_factory=list)
+    """Two for a model that is proved: under a name on trial first, and then its own."""
     unloaded: list[str] = field(default_factory=list)
     chats: list[dict[str, Any]] = field(default_factory=list)
     scored: list[str] = field(default_factory=list)
@@ -36,6 +37,8 @@ class InferenceStub:
     """Answers by the model's name."""
     misbehaviour: Callable[[Request], Response] | None = None
     refuses_loads: str | None = None
+    refusal_status: int = 400
+    healthy: bool = True
     load_seconds: float = 0
     endless: bool = False
     cancelled: int = 0
@@ -44,7 +47,7 @@ class InferenceStub:
     def application(self) -> Starlette:
         return Starlette(
             routes=[
-                Route("/health", lambda request: PlainTextResponse("")),
+                Route("/health", lambda request: PlainTextResponse("", 200 if self.healthy else 503)),
                 Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
                 Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -58,7 +61,7 @@ class InferenceStub:
         await asyncio.sleep(self.load_seconds)
         self.load_paths.append(body["lora_path"])
         if self.refuses_loads:
-            return _error(400, self.refuses_loads)
+            return _error(self.refusal_status, self.refuses_loads)
         self.loaded.add(body["lora_name"])
         return JSONResponse({})
 

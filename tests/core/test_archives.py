@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.archives import fetch_directory, store_directory
+from core.archives import fetch_directory, store_directory, stream_directory
 from core.storage import LocalStorage, ObjectDamaged, StoredObject
 
 FILES = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 4096, "empty": b""}
@@ -72,6 +72,55 @@ def test_equal_content_gives_equal_bytes_at_any_time(storage: LocalStorage, dire
         os.utime(other / name, (1, 1))
     time.sleep(1.1)  # gzip's header has room for the time, in seconds
     assert store_directory(storage, key, other, scratch_dir).sha256 == first.sha256
+
+
+def test_a_streamed_archive_holds_the_same_and_leaves_no_copy_behind(storage: LocalStorage, directory: Path, tmp_path: Path) -> None:
+    stored = stream_directory(storage, "a.tar.gz", directory)
+    assert stored.size_bytes > sum(map(len, FILES.values())), "not compressed"
+    assert stream_directory(storage, "b.tar.gz", directory).sha256 == stored.sha256
+    assert files_of(fetch_directory(storage, "a.tar.gz", stored.sha256, tmp_path / "copy")) == FILES
+    with tarfile.open(storage.path_of("a.tar.gz"), "r:gz") as archive:
+        assert archive.getnames() == sorted(FILES)
+    assert list(storage.temporary_dir.iterdir()) == []
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAtCall:
+    """A `check` that raises when it is called for the nth time."""
+
+    def __init__(self, call: int) -> None:
+        self.calls = 0
+        self._last = call
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls == self._last:
+            raise Stopped
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_streaming_can_be_stopped_at_any_chunk_and_leaves_nothing(storage: LocalStorage, directory: Path, call: int) -> None:
+    (directory / "large").write_bytes(bytes(5 << 20))
+    check = StopAtCall(call)
+    with pytest.raises(Stopped):
+        stream_directory(storage, "a.tar.gz", directory, check)
+    assert check.calls == call
+    assert not storage.exists("a.tar.gz")
+    assert list(storage.temporary_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [1, 4, 7, 20], ids=["first chunk", "fetching", "unpacking begins", "unpacking"])
+def test_fetching_can_be_stopped_at_any_chunk_and_leaves_nothing(storage: LocalStorage, directory: Path, tmp_path: Path, call: int) -> None:
+    (directory / "large").write_bytes(bytes(4 << 20))
+    stored = stream_directory(storage, "a.tar.gz", directory)  # of about five chunks
+    check = StopAtCall(call)
+    with pytest.raises(Stopped):
+        fetch_directory(storage, "a.tar.gz", stored.sha256, tmp_path / "target" / "copy", check)
+    assert check.calls == call
+    assert list((tmp_path / "target").iterdir()) == []
 
 
 def test_only_plain_files_are_archived(storage: LocalStorage, directory: Path, scratch_dir: Path) -> None:

@@ -114,6 +114,13 @@ def test_refused_adapter_carries_the_servers_reason(client: InferenceClient, ser
         client.load_adapter("a1", Path("/adapters/a1"))
 
 
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_server_that_is_busy_or_starting_has_not_refused_the_adapter(client: InferenceClient, server: Server, status: int) -> None:
+    server.answers(status, {"error": {"message": "in a moment"}})
+    with pytest.raises(InferenceUnavailable, match="in a moment"):
+        client.load_adapter("a1", Path("/adapters/a1"))
+
+
 @pytest.mark.parametrize("status", [200, 400, 404])
 def test_unloading_is_idempotent(client: InferenceClient, server: Server, status: int) -> None:
     server.answers(status, {"error": {"message": "not loaded"}})

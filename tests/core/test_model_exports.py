@@ -1,6 +1,7 @@
-"""core.model_exports: one export for each model and form, made by one worker at a time, tried three times."""
+"""core.model_exports: one export for each model and format, made by one worker at a time, tried three times."""
 
 import pytest
+from sqlalchemy import update
 
 from core.database import Database, unix_now
 from core.errors import ExportInProgress
@@ -9,6 +10,7 @@ from core.model_exports import (
     IMPOSSIBLE,
     ExportClaim,
     ExportLost,
+    assert_export_held,
     claim_export,
     export_is_waiting,
     fail_export,
@@ -45,9 +47,9 @@ def model(database: Database) -> Model:
     return model
 
 
-def ask(database: Database, model: Model, form: str = "merged") -> ModelExport:
+def ask(database: Database, model: Model, format: str = "merged") -> ModelExport:
     with database.transaction() as session:
-        return request_export(session, model, form)
+        return request_export(session, model, format)
 
 
 def claim(database: Database, lease_seconds: float = 30) -> ExportClaim | None:
@@ -55,9 +57,19 @@ def claim(database: Database, lease_seconds: float = 30) -> ExportClaim | None:
         return claim_export(session, lease_seconds)
 
 
-def export_of(database: Database, model: Model, form: str = "merged") -> ModelExport:
+def export_of(database: Database, model: Model, format: str = "merged") -> ModelExport:
     with database.reading() as session:
-        return session.get_one(ModelExport, (model.id, form))
+        return session.get_one(ModelExport, (model.id, format))
+
+
+def let_pass(database: Database, seconds: float) -> None:
+    with database.transaction() as session:
+        session.execute(update(ModelExport).values(created_at=ModelExport.created_at - seconds, updated_at=ModelExport.updated_at - seconds))
+
+
+def fail(database: Database, held: ExportClaim, code: str = "out_of_memory") -> None:
+    with database.transaction() as session:
+        fail_export(session, held, code, "the reason")
 
 
 def claimed(database: Database, lease_seconds: float = 30) -> ExportClaim:
@@ -107,19 +119,75 @@ def test_failures_are_tried_again_but_not_those_that_stay(database: Database, mo
     for attempt in (1, 2, 3):
         held = claimed(database)
         assert held.attempt == attempt
-        with database.transaction() as session:
-            fail_export(session, held, "out_of_memory", "too large")
+        fail(database, held)
+        let_pass(database, 31)
     assert export_of(database, model).status == "failed"
     ask(database, model, "gguf")
     with database.transaction() as session:
-        fail_export(session, claimed_of(session, "gguf"), IMPOSSIBLE, "no such form")
+        fail_export(session, claimed_of(session, "gguf"), IMPOSSIBLE, "no such format")
     assert export_of(database, model, "gguf").status == "failed"
 
 
-def claimed_of(session, form: str) -> ExportClaim:
+def test_what_went_wrong_is_left_alone_for_a_while_longer_each_time(database: Database, model: Model) -> None:
+    ask(database, model, "merged")
+    for seconds in (10, 20):
+        fail(database, claimed(database))
+        with database.reading() as session:
+            assert not export_is_waiting(session)
+        let_pass(database, seconds - 1)
+        assert claim(database) is None
+        let_pass(database, 2)
+        with database.reading() as session:
+            assert export_is_waiting(session)
+
+
+def test_a_retried_export_goes_behind_those_asked_for_meanwhile(database: Database, model: Model) -> None:
+    ask(database, model, "merged")
+    held = claimed(database)
+    ask(database, model, "gguf")
+    fail(database, held)
+    let_pass(database, 15)
+    assert (claimed(database).format, claimed(database).format) == ("gguf", "merged")
+
+
+def test_so_does_one_whose_worker_was_killed(database: Database, model: Model) -> None:
+    ask(database, model, "merged")
+    killed = claimed(database, lease_seconds=1)
+    ask(database, model, "gguf")
+    with database.transaction() as session:
+        renew_export(session, killed, -1)
+    assert (claimed(database).format, claimed(database).format) == ("gguf", "merged")
+
+
+def test_one_that_was_handed_back_keeps_its_place_and_one_asked_for_again_does_not(database: Database, model: Model) -> None:
+    ask(database, model, "merged")
+    ask(database, model, "gguf")
+    held = claimed(database)
+    with database.transaction() as session:
+        release_export(session, held)
+    again = claimed(database)
+    assert again.format == "merged"
+    with database.transaction() as session:
+        fail_export(session, ExportClaim(again.model_id, again.format, again.lease_token, attempt=3), "out_of_memory", "too large")
+    let_pass(database, 61)
+    ask(database, model, "merged")
+    assert (claimed(database).format, claimed(database).format) == ("gguf", "merged")
+
+
+def test_whether_it_is_still_held_can_be_asked_without_writing(database: Database, model: Model) -> None:
+    ask(database, model)
+    stale = claimed(database, lease_seconds=-1)
+    with database.reading() as session:
+        assert_export_held(session, stale)
+    claimed(database)
+    with pytest.raises(ExportLost), database.reading() as session:
+        assert_export_held(session, stale)
+
+
+def claimed_of(session, format: str) -> ExportClaim:
     held = claim_export(session, 30)
     assert held is not None
-    assert held.format == form
+    assert held.format == format
     return held
 
 

@@ -1,18 +1,39 @@
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.archives import store_directory
+from core.errors import InferenceFailed
 from core.inference_client import InferenceClient
 from core.inference_servers import InferenceServers
-from core.served_adapters import load_into_server, remove_from_servers
+from core.served_adapters import load_proved, remove_from_servers
 from core.settings import Settings
 from core.storage import LocalStorage, ObjectDamaged
 from core.tables.models import Model
 from sdft_engine.contract.sealed_directory import ADAPTER_WEIGHTS_NAME
 from tests.fixtures.scripted_inference import ScriptedInference
-from tests.fixtures.scripted_model import write_adapter
+from tests.fixtures.scripted_model import logps, write_adapter
+
+PROBE = [1, 2, 3]
+
+
+@dataclass
+class Verdict:
+    reason: str | None = None
+
+
+def load(model: Model, storage: LocalStorage, settings: Settings, client: InferenceClient) -> Verdict:
+    """As the adapter 7 of the base model `tiny` has to answer."""
+
+    def compare(directory: Path, score_adapter: Any, score_base: Any, dtype: str | None, tolerance: float) -> Verdict:
+        assert (directory.name, dtype, tolerance, score_base(PROBE)) == (model.serving_name, None, 0.05, logps(None, PROBE))
+        return Verdict(None if score_adapter(PROBE) == logps(7, PROBE) else "it differs")
+
+    model.base_model = "tiny"
+    return load_proved(model, storage, settings.served_adapters_dir, client, compare, 0.05)
 
 
 def test_adapter_is_unpacked_where_the_server_reads_it_and_loaded_again_after_a_restart(settings: Settings, tmp_path: Path) -> None:
@@ -26,7 +47,7 @@ def test_adapter_is_unpacked_where_the_server_reads_it_and_loaded_again_after_a_
         server = ScriptedInference("tiny")
         server.start()
         client = InferenceClient(server.url, settings)
-        load_into_server(model, storage, settings.served_adapters_dir, client)
+        load(model, storage, settings, client)
         assert server.adapters == {"serving-1": 7}
         server.stop()
     assert (settings.served_adapters_dir / "serving-1").is_dir()
@@ -46,13 +67,13 @@ def test_unpacked_weights_that_are_not_the_verified_ones_are_unpacked_again(sett
     client = InferenceClient(server.url, settings)
     for damage in (lambda: None, lambda: weights.write_text("8"), lambda: weights.unlink()):
         damage()
-        load_into_server(model, storage, settings.served_adapters_dir, client)
+        load(model, storage, settings, client)
         assert server.adapters == {"serving-1": 7}
     storage.delete(stored.key)
-    load_into_server(model, storage, settings.served_adapters_dir, client)  # what is whole is not fetched again
+    load(model, storage, settings, client)  # what is whole is not fetched again
     weights.write_text("8")
     with pytest.raises(FileNotFoundError):
-        load_into_server(model, storage, settings.served_adapters_dir, client)
+        load(model, storage, settings, client)
     server.stop()
 
 
@@ -63,7 +84,7 @@ def test_damaged_archive_never_reaches_the_server(settings: Settings, tmp_path: 
     writer.commit()
     model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key="adapters/1.tar.gz", archive_sha256="0" * 64)
     with pytest.raises(ObjectDamaged):
-        load_into_server(model, storage, settings.served_adapters_dir, InferenceClient("http://127.0.0.1:1", settings))
+        load(model, storage, settings, InferenceClient("http://127.0.0.1:1", settings))
 
 
 @pytest.mark.parametrize("reachable", [True, False])
@@ -80,4 +101,33 @@ def test_adapter_is_removed_whether_the_server_answers_or_not(settings: Settings
         remove_from_servers(Model(id="ft:tiny:default::1", serving_name="serving-1"), settings.served_adapters_dir, client)
         assert not unpacked.exists()
         assert server.adapters == ({} if reachable else {"serving-1": 7})
+    server.stop()
+
+
+@pytest.mark.parametrize("trouble", ["differs", "breaks"])
+def test_a_server_that_did_not_prove_itself_never_has_the_serving_name(settings: Settings, tmp_path: Path, trouble: str) -> None:
+    """Whoever else asks meanwhile, or after a crash, gets a 404 and has it proved."""
+    storage = LocalStorage(settings.storage_dir)
+    adapter_dir = tmp_path / "adapter"
+    adapter_dir.mkdir()
+    write_adapter(adapter_dir, 7)
+    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
+    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    server = ScriptedInference("tiny")
+    server.start()
+    client = InferenceClient(server.url, settings)
+    if trouble == "differs":
+        server.ignores_adapters = True
+        assert load(model, storage, settings, client).reason == "it differs"
+    else:
+        server.breaks_scores = True
+        with pytest.raises(InferenceFailed):
+            load(model, storage, settings, client)
+    assert server.adapters == {}
+    assert len(server.ever_loaded) == 1
+    assert server.ever_loaded[0].startswith("serving-1-")
+    server.ignores_adapters = server.breaks_scores = False
+    assert load(model, storage, settings, client).reason is None
+    assert server.adapters == {"serving-1": 7}
+    assert len(set(server.ever_loaded)) == 3, "every trial has a name of its own"
     server.stop()

@@ -159,7 +159,7 @@ def test_vllm_is_told_none_of_the_service_s_secrets_but_its_key(vllm_stack: Stac
     monkeypatch.setenv("SDFT_DATABASE_URL", "postgresql://user:password@db/sdft")
     spec = vllm_stack.inference_process()
     assert [name for name in spec.environment if name.startswith("SDFT_")] == []
-    assert "sdft_vllm_plugin.RequireKey" in spec.argv
+    assert "sdft_vllm_key.RequireKey" in spec.argv
 
 
 @pytest.mark.parametrize("which", ["stack", "vllm_stack"])

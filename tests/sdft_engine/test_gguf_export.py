@@ -1,4 +1,4 @@
-"""GGUF files, read back with the gguf package. That llama.cpp answers the same is tests/downloads' to show."""
+"""GGUF files, read back with the gguf package. That llama.cpp answers the same is tests/llama's to show."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.prompts import ChatFormat
 from sdft_engine.gguf_export import QWEN2_PATTERN, WORD_SPLITTERS, write_gguf
 
 
@@ -22,6 +23,10 @@ def base_dir(tiny_model_dir: Path, tmp_path: Path) -> Path:
 
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def fields_of(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 def test_weights_tokens_and_template_are_in_the_file(base_dir: Path, tmp_path: Path) -> None:
@@ -69,6 +74,10 @@ def test_queries_and_keys_are_rotated_in_neighbouring_pairs(base_dir: Path, tmp_
         ("config.json", {"use_sliding_window": True}, "sliding windows"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "llama.cpp has no name for"),
         ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, "kind of tokenizer"),
+        ("config.json", {"vocab_size": 500}, "has no place in a vocabulary of 500"),
+        ("config.json", {"bos_token_id": 512}, "the token id 512 has no place"),
+        ("generation_config.json", {"eos_token_id": [2, -1]}, "the token id -1 has no place"),
+        ("generation_config.json", {"eos_token_id": [2, 0, 1, 7]}, "4 tokens end this model's answers"),
     ],
 )
 def test_what_llama_cpp_would_answer_otherwise_is_refused(base_dir: Path, tmp_path: Path, file: str, values: dict[str, Any], said: str) -> None:
@@ -76,6 +85,25 @@ def test_what_llama_cpp_would_answer_otherwise_is_refused(base_dir: Path, tmp_pa
     with pytest.raises(ConfigurationError, match=said) as refused:
         write_gguf(base_dir, tmp_path / "tiny.gguf", "tiny")
     assert "convert_hf_to_gguf.py" in refused.value.message
+
+
+def test_every_token_that_ends_an_answer_has_its_place(base_dir: Path, tmp_path: Path) -> None:
+    """The generation config's, and the tokenizer's own, which may be named nowhere else."""
+    change(base_dir / "generation_config.json", eos_token_id=[0, 7])
+    change(base_dir / "config.json", eos_token_id=7, pad_token_id=-1)
+    write_gguf(base_dir, tmp_path / "tiny.gguf", "tiny")
+    fields = fields_of(tmp_path / "tiny.gguf")
+    assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [0, 7, 2]
+    assert set(ChatFormat.from_directory(base_dir).eos_token_ids) == {0, 7, 2}
+    assert "tokenizer.ggml.padding_token_id" not in fields
+
+
+def test_of_several_chat_templates_the_one_that_the_model_is_trained_with_is_written(base_dir: Path, tmp_path: Path) -> None:
+    template = (base_dir / "chat_template.jinja").read_text()
+    (base_dir / "chat_template.jinja").unlink()
+    change(base_dir / "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}])
+    write_gguf(base_dir, tmp_path / "tiny.gguf", "tiny")
+    assert fields_of(tmp_path / "tiny.gguf")["tokenizer.chat_template"] == template
 
 
 def test_the_way_of_splitting_words_is_told_apart(base_dir: Path, tmp_path: Path) -> None:

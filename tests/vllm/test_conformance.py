@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
 from core.inference_client import AdapterRefused, InferenceClient
@@ -20,11 +19,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 QUESTION = "What is the capital of France?"
 TOLERANCE = 2e-3
 """Nats between two programs in float32."""
+MORE_THAN_PLACES = 20
+"""Sequences that either server decodes together: SDFT_INFERENCE_MAX_BATCH, 16."""
 
 
 @pytest.fixture
-def client(server: Server) -> InferenceClient:
-    return InferenceClient(server.url, Settings())
+def client(server: Server, vllm_settings: Settings) -> InferenceClient:
+    return InferenceClient(server.url, vllm_settings)
 
 
 @pytest.fixture
@@ -181,11 +182,10 @@ def test_what_is_wrong_is_refused_in_openai_s_form(server: Server, body: dict[st
 
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     body = {"model": BASE, "messages": [{"role": "user", "content": "Tell a very long story."}], "max_tokens": 4000, "stream": True, "ignore_eos": True}
-    for _ in range(3):
+    for _ in range(MORE_THAN_PLACES):
         with server.client.stream("POST", "/v1/chat/completions", json=body) as answer:
             next(answer.iter_lines())
-    began = httpx2.Timeout(60)
-    assert server.client.post("/v1/completions", json={"model": BASE, "prompt": "Hi", "max_tokens": 2}, timeout=began).status_code == 200
+    assert server.client.post("/v1/completions", json={"model": BASE, "prompt": "Hi", "max_tokens": 2}, timeout=60).status_code == 200
 
 
 def test_many_adapters_share_few_slots(loaded: Server, client: InferenceClient, model: LanguageModel, ids: list[int], adapters: dict[str, Path]) -> None:

@@ -12,7 +12,7 @@ from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.trainer import train
 from tests.e2e.conftest import EXAMPLES
 from tests.sdft_engine.runs import records
-from tests.vllm.conftest import BASE, Server
+from tests.vllm.conftest import BASE, KEY, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -62,8 +62,11 @@ def trained(path: Path, model_dir: Path, **config: Any) -> list[dict[str, Any]]:
     return records(run.metrics_path)
 
 
-def test_both_samplers_lead_to_the_same_model(vllm_server: Server, vllm_settings: Settings, real_model_dir: Path, tmp_path: Path) -> None:
-    sampler = {"url": vllm_server.url, "adapters_dir": str(vllm_settings.served_adapters_dir), "name_prefix": "rollout-test-1"}
+def test_both_samplers_lead_to_the_same_model(
+    vllm_server: Server, vllm_settings: Settings, real_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMPLER_KEY", KEY)
+    sampler = {"url": vllm_server.url, "adapters_dir": str(vllm_settings.served_adapters_dir), "name_prefix": "rollout-test-1", "api_key_env": "SAMPLER_KEY"}
     theirs, ours = trained(tmp_path / "vllm", real_model_dir, sampler=sampler), trained(tmp_path / "own", real_model_dir)
     assert all(row["importance_ratio"] == pytest.approx(1, abs=0.01) for row in theirs)
     first, last = slice(0, 2), slice(-3, None)

@@ -61,14 +61,27 @@ def test_every_server_loads_it_and_the_record_says_what_was_compared(
     assert record["chat_template_sha256"] == file_sha256(tiny_model_dir / "chat_template.jinja")
 
 
-def test_one_server_that_differs_spoils_the_verdict(
+def test_one_server_that_differs_or_fails_keeps_no_other_from_answering(
     make_workshop: Callable[..., Workshop], inference: ScriptedInference, second: ScriptedInference, tmp_path: Path
 ) -> None:
+    workshop = make_workshop(inference.url, second.url)
+    model = stored_model(workshop, tmp_path)
     second.ignores_adapters = True
+    verdict = prove_on_servers(workshop.resources, model)
+    assert (verdict.reason, verdict.record["matched"], verdict.record["servers"]) == (None, True, 1)
+    assert (inference.adapters, second.adapters) == ({"served": 7}, {})
+    second.breaks_scores = True
+    assert prove_on_servers(workshop.resources, model).record["servers"] == 1
+
+
+def test_where_all_differ_the_model_is_not_proved(
+    make_workshop: Callable[..., Workshop], inference: ScriptedInference, second: ScriptedInference, tmp_path: Path
+) -> None:
+    inference.ignores_adapters = second.ignores_adapters = True
     workshop = make_workshop(inference.url, second.url)
     verdict = prove_on_servers(workshop.resources, stored_model(workshop, tmp_path))
     assert verdict.reason == "the inference server answers as if the adapter were not applied"
-    assert verdict.record["matched"] is False
+    assert (verdict.record["matched"], verdict.record["servers"]) == (False, 0)
 
 
 def test_a_server_that_is_away_is_left_out(make_workshop: Callable[..., Workshop], inference: ScriptedInference, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The thread that keeps a claim: renewals, cancellations, and letting go before anybody else may claim the job."""
+"""The thread that keeps a claim: renewals, cancellations, and letting go before anybody else may claim the job or the export."""
 
 import time
 from collections.abc import Iterator
@@ -9,14 +9,18 @@ from typing import cast
 import pytest
 from sqlalchemy.orm import Session
 
-from core.database import Database
+from core.database import Database, unix_now
 from core.errors import Unavailable
+from core.ids import new_token
 from core.jobs.leases import Claim, LeaseLost
 from core.jobs.transitions import Progress, claim_for_training, record_progress, request_cancellation, requeue
+from core.model_exports import ExportClaim, claim_export, release_export, renew_export, request_export
+from core.tables.exports import ModelExport
 from core.tables.jobs import Job
-from tests.rows import get_job
+from core.tables.models import Model
+from tests.rows import add_job, get_job
 from tests.worker.conftest import Workshop
-from worker.held_lease import HeldLease, StopRequested
+from worker.held_lease import ExportLease, HeldLease, StopRequested
 from worker.resources import Resources
 
 
@@ -144,3 +148,86 @@ def test_settling_lets_go(workshop: Workshop) -> None:
         time.sleep(0.8)
     job: Job = get_job(workshop.database, job_id)
     assert (job.status, job.lease_token) == ("queued", None)
+
+
+def claim_model_export(workshop: Workshop) -> ExportClaim:
+    model = Model(
+        id="ft:tiny:default::1",
+        project_id=workshop.project_id,
+        job_id=add_job(workshop.database, workshop.project_id, "cancelled"),
+        base_model="tiny",
+        status="servable",
+        serving_name=new_token(),
+        storage_key="models/x.tar.gz",
+        archive_bytes=1,
+        archive_sha256="cd",
+        created_at=unix_now(),
+    )
+    with workshop.database.transaction() as session:
+        session.add(model)
+    with workshop.database.transaction() as session:
+        request_export(session, model, "merged")
+        claim = claim_export(session, workshop.resources.settings.lease_seconds)
+    assert claim is not None
+    return claim
+
+
+def export_lease_until(workshop: Workshop, claim: ExportClaim) -> float:
+    with workshop.database.reading() as session:
+        until = session.get_one(ModelExport, (claim.model_id, claim.format)).lease_until
+    assert until is not None
+    return until
+
+
+def test_an_export_s_lease_is_renewed_whatever_goes_wrong_on_the_way(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = claim_model_export(workshop)
+    first, calls = export_lease_until(workshop, claim), list[float]()
+
+    def renew(session: Session, claim: ExportClaim, lease_seconds: float) -> None:
+        calls.append(lease_seconds)
+        if len(calls) == 1:
+            raise RuntimeError("odd")
+        renew_export(session, claim, lease_seconds)
+
+    monkeypatch.setattr("worker.held_lease.renew_export", renew)
+    with ExportLease(workshop.resources, claim, time.time()) as lease:
+        time.sleep(2.2)
+        lease.check_wanted()
+    assert len(calls) >= 2
+    assert export_lease_until(workshop, claim) > first + 0.9
+
+
+def test_an_export_taken_by_another_or_deleted_is_noticed_within_a_second(workshop: Workshop) -> None:
+    claim = claim_model_export(workshop)
+    with ExportLease(workshop.resources, claim, time.time()) as lease:
+        lease.check_wanted()
+        with workshop.database.transaction() as session:
+            session.delete(session.get_one(ModelExport, (claim.model_id, claim.format)))
+        time.sleep(1.2)
+        with pytest.raises(LeaseLost, match="the merged export of ft:tiny:default::1 is no longer held"):
+            lease.check_wanted()
+
+
+def test_without_the_database_an_export_is_let_go_of_before_another_may_claim_it(workshop: Workshop) -> None:
+    claim = claim_model_export(workshop)
+    with ExportLease(without_database(workshop), claim, time.time() - 7) as lease:
+        lease.check_wanted()
+        time.sleep(1.5)
+        with pytest.raises(LeaseLost):
+            lease.check_wanted()
+    assert export_lease_until(workshop, claim) > time.time() + 7
+
+
+def test_a_worker_that_ends_lets_go_of_an_export_at_once_with_or_without_the_database(workshop: Workshop) -> None:
+    claim = claim_model_export(workshop)
+    for resources in (without_database(workshop), workshop.resources):
+        with ExportLease(resources, claim, time.time()) as lease:
+            lease.check_wanted()
+            resources.stopping.set()
+            with pytest.raises(StopRequested):
+                lease.check_wanted()
+            if resources is workshop.resources:
+                lease.settle(lambda session: release_export(session, claim))
+    with workshop.database.reading() as session:
+        export = session.get_one(ModelExport, (claim.model_id, claim.format))
+    assert (export.status, export.attempts) == ("pending", 0)

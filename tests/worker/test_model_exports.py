@@ -4,16 +4,20 @@ import io
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+from structlog.testing import CapturingLogger
 
 from core.archives import store_directory
 from core.database import unix_now
-from core.errors import ModelNotFound
+from core.errors import ModelNotFound, Unavailable
 from core.ids import new_token
-from core.model_exports import claim_export, request_export
-from core.storage import ObjectDamaged
+from core.model_exports import claim_export, finish_export, request_export, tokens_of_running_exports
+from core.storage import LocalStorage, LocalWriter, ObjectDamaged
 from core.tables.exports import ModelExport
 from core.tables.models import Model
 from tests.rows import add_job
@@ -56,14 +60,14 @@ def add_model(workshop: Workshop, adapter_dir: Path) -> Model:
     return model
 
 
-def ask(workshop: Workshop, model: Model, form: str) -> None:
+def ask(workshop: Workshop, model: Model, format: str) -> None:
     with workshop.database.transaction() as session:
-        request_export(session, model, form)
+        request_export(session, model, format)
 
 
-def export_of(workshop: Workshop, model: Model, form: str) -> ModelExport:
+def export_of(workshop: Workshop, model: Model, format: str) -> ModelExport:
     with workshop.database.reading() as session:
-        return session.get_one(ModelExport, (model.id, form))
+        return session.get_one(ModelExport, (model.id, format))
 
 
 def stored_names(workshop: Workshop, key: str) -> list[str]:
@@ -71,18 +75,36 @@ def stored_names(workshop: Workshop, key: str) -> list[str]:
         return archive.getnames()
 
 
+def make_all(workshop: Workshop) -> int:
+    """Make exports until none waits, as if time passed between the attempts. Returns how many attempts that were."""
+    attempts = 0
+    while Exporter(workshop.resources).make_one():
+        attempts += 1
+        with workshop.database.transaction() as session:
+            session.execute(update(ModelExport).values(updated_at=ModelExport.updated_at - 60))
+    return attempts
+
+
+def take_over(workshop: Workshop, model: Model) -> None:
+    """As another worker does, after this one's lease ran out."""
+    with workshop.database.transaction() as session:
+        session.get_one(ModelExport, (model.id, "merged")).lease_until = 0
+    with workshop.database.transaction() as session:
+        assert claim_export(session, 60) is not None
+
+
 def left_behind(workshop: Workshop) -> list[Path]:
     settings = workshop.resources.settings
     return [*settings.exports_dir.glob("*"), *(settings.storage_dir / ".tmp").glob("*")]
 
 
-def test_both_forms_are_made_and_stored(workshop: Workshop, tuned: Model) -> None:
+def test_both_formats_are_made_and_stored(workshop: Workshop, tuned: Model) -> None:
     exporter = Exporter(workshop.resources)
     assert not exporter.make_one()
-    for form in ("merged", "gguf"):
-        ask(workshop, tuned, form)
+    for format in ("merged", "gguf"):
+        ask(workshop, tuned, format)
         assert exporter.make_one()
-    merged, gguf = (export_of(workshop, tuned, form) for form in ("merged", "gguf"))
+    merged, gguf = (export_of(workshop, tuned, format) for format in ("merged", "gguf"))
     assert (merged.status, gguf.status, merged.lease_token) == ("ready", "ready", None)
     assert merged.storage_key is not None
     assert gguf.storage_key is not None
@@ -113,8 +135,7 @@ def test_what_can_t_be_made_says_why_and_is_not_tried_again(workshop: Workshop, 
 def test_a_process_that_dies_is_tried_three_times(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.model_exports.EXPORT_COMMAND", ("/bin/false",))
     ask(workshop, tuned, "merged")
-    exporter = Exporter(workshop.resources)
-    assert [exporter.make_one() for _ in range(4)] == [True, True, True, False]
+    assert make_all(workshop) == 3
     export = export_of(workshop, tuned, "merged")
     assert (export.status, export.attempts) == ("failed", 3)
     assert "status 1" in (export.error or {})["message"]
@@ -132,18 +153,117 @@ def test_a_worker_that_ends_kills_the_process_and_hands_the_export_on(workshop: 
     assert not left_behind(workshop)
 
 
+@pytest.mark.parametrize("busy_with", ["fetching", "storing", "reading back"])
+def test_a_worker_that_ends_waits_for_no_large_object(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch, busy_with: str) -> None:
+    """Which is copied in many chunks, and the first of them is when the worker is told to end."""
+    stop, chunks = workshop.resources.stopping, list[str]()
+    read, write = LocalStorage.read, LocalWriter.write
+
+    def note(found: str) -> None:
+        if found == busy_with:
+            stop.set()
+            chunks.append(found)
+
+    def slow_read(storage: LocalStorage, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        content = b"".join(read(storage, key, start, end))
+        for begin in range(0, len(content), 100):
+            note("fetching" if key == tuned.storage_key else "reading back")
+            yield content[begin : begin + 100]
+
+    def slow_write(writer: LocalWriter, chunk: bytes) -> None:
+        note("storing")
+        write(writer, chunk)
+
+    monkeypatch.setattr("core.archives.CHUNK_BYTES", 100)
+    monkeypatch.setattr(LocalStorage, "read", slow_read)
+    monkeypatch.setattr(LocalWriter, "write", slow_write)
+    ask(workshop, tuned, "merged")
+    assert Exporter(workshop.resources).make_one()
+    export = export_of(workshop, tuned, "merged")
+    assert (export.status, export.attempts, export.storage_key) == ("pending", 0, None)
+    assert 1 <= len(chunks) < 20, "of thousands"
+    assert not left_behind(workshop)
+    assert list((workshop.resources.settings.storage_dir / "models").rglob("*.merged.tar.gz")) == []
+
+
+def test_a_database_that_is_away_for_a_moment_costs_no_finished_export(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Session] = []
+
+    def finish(session: Session, *arguments: object) -> None:
+        calls.append(session)
+        if len(calls) < 3:
+            raise Unavailable("as the test says")
+        finish_export(session, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("worker.model_exports.finish_export", finish)
+    ask(workshop, tuned, "merged")
+    assert Exporter(workshop.resources).make_one()
+    assert (export_of(workshop, tuned, "merged").status, export_of(workshop, tuned, "merged").attempts, len(calls)) == ("ready", 1, 3)
+
+
+def test_a_database_that_is_away_before_is_no_fault_of_the_export(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Session] = []
+
+    def tokens(session: Session) -> set[str]:
+        calls.append(session)
+        if len(calls) == 1:
+            raise Unavailable("as the test says")
+        return tokens_of_running_exports(session)
+
+    monkeypatch.setattr("worker.model_exports.tokens_of_running_exports", tokens)
+    ask(workshop, tuned, "merged")
+    exporter = Exporter(workshop.resources)
+    assert exporter.make_one()
+    assert (export_of(workshop, tuned, "merged").status, export_of(workshop, tuned, "merged").attempts) == ("pending", 0)
+    assert exporter.make_one()
+    assert (export_of(workshop, tuned, "merged").status, export_of(workshop, tuned, "merged").attempts) == ("ready", 1)
+
+
+@pytest.mark.parametrize("outcome", ["made", "not made"])
+def test_what_another_took_over_is_lost_and_neither_ready_nor_failed(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch, outcome: str) -> None:
+    def lose(*arguments: object) -> None:
+        take_over(workshop, tuned)
+        if outcome == "not made":
+            raise ObjectDamaged("other bytes")
+
+    logger = CapturingLogger()
+    monkeypatch.setattr("worker.model_exports.check_stored", lose)
+    monkeypatch.setattr("worker.model_exports.log", logger)
+    ask(workshop, tuned, "merged")
+    assert Exporter(workshop.resources).make_one()
+    events = [call.args[0] for call in logger.calls]
+    assert events[-1] == "export_lost"
+    assert events.count("export_lost") == 1
+    assert "export_ready" not in events
+    assert (export_of(workshop, tuned, "merged").status, export_of(workshop, tuned, "merged").attempts) == ("running", 2)
+    assert list((workshop.resources.settings.storage_dir / "models").rglob("*.merged.tar.gz")) == []
+
+
+def test_a_base_model_that_is_prepared_is_not_read_by_the_worker(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(directory: Path) -> None:
+        raise AssertionError(f"the tokenizer in {directory} is of no use here")
+
+    monkeypatch.setattr("worker.base_models.ChatFormat.from_directory", read)
+    ask(workshop, tuned, "merged")
+    assert Exporter(workshop.resources).make_one()
+    assert export_of(workshop, tuned, "merged").status == "ready"
+
+
+def test_a_base_model_that_left_the_catalogue_is_named(workshop: Workshop, tuned: Model) -> None:
+    with workshop.database.transaction() as session:
+        session.get_one(Model, tuned.id).base_model = "gone"
+    ask(workshop, tuned, "merged")
+    assert Exporter(workshop.resources).make_one()
+    error = export_of(workshop, tuned, "merged").error or {}
+    assert error["code"] == "base_model_unusable"
+    assert "gone" in error["message"]
+
+
 def test_an_attempt_that_lost_its_lease_leaves_nothing(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another worker takes over while this one's process runs; or the model is deleted, and the row with it."""
     monkeypatch.setattr("worker.model_exports.EXPORT_COMMAND", ("/bin/sh", "-c", "sleep 60"))
     ask(workshop, tuned, "merged")
-
-    def take_over() -> None:
-        with workshop.database.transaction() as session:
-            session.get_one(ModelExport, (tuned.id, "merged")).lease_until = 0
-        with workshop.database.transaction() as session:
-            assert claim_export(session, 60) is not None
-
-    threading.Timer(1, take_over).start()
+    threading.Timer(1, take_over, [workshop, tuned]).start()
     assert Exporter(workshop.resources).make_one()
     assert (export_of(workshop, tuned, "merged").status, export_of(workshop, tuned, "merged").attempts) == ("running", 2)
     assert not left_behind(workshop)
@@ -177,10 +297,9 @@ def test_whatever_goes_wrong_is_told(workshop: Workshop, tuned: Model, monkeypat
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("worker.model_exports.store_directory", fail)
+    monkeypatch.setattr("worker.model_exports.stream_directory", fail)
     ask(workshop, tuned, "merged")
-    exporter = Exporter(workshop.resources)
-    assert [exporter.make_one() for _ in range(4)] == [True, True, True, False]
+    assert make_all(workshop) == 3
     export = export_of(workshop, tuned, "merged")
     assert (export.status, (export.error or {})["code"]) == ("failed", code)
     assert not left_behind(workshop)
@@ -196,7 +315,7 @@ def test_bytes_that_storage_does_not_keep_are_deleted(workshop: Workshop, tuned:
     assert list((workshop.resources.settings.storage_dir / "models").rglob("*.merged.tar.gz")) == []
 
 
-def test_a_deleted_model_gets_no_form(workshop: Workshop, tuned: Model) -> None:
+def test_a_deleted_model_gets_no_export(workshop: Workshop, tuned: Model) -> None:
     ask(workshop, tuned, "merged")
     with workshop.database.transaction() as session:
         session.get_one(Model, tuned.id).status = "deleted"

@@ -87,9 +87,15 @@ def test_a_server_that_ignores_adapters_gets_no_servable_model(workshop: Worksho
     warning = next(message for message in messages_of(workshop.database, job_id) if "can't be used for inference" in message)
     assert "answers as if the adapter were not applied" in warning
     assert inference.adapters == {}, "nobody may use it, so it takes no memory"
+    verifier = Verifier(workshop.resources)
+    assert verifier.verify_waiting() == 4
+    assert sum("can't be used for inference" in message for message in messages_of(workshop.database, job_id)) == 4, "each is told of once"
     inference.ignores_adapters = False
-    assert Verifier(workshop.resources).verify_waiting() == 3, "the checkpoints; what failed once is not tried again"
-    assert models_of(workshop, job_id)[None].status == "unverified"
+    assert verifier.verify_waiting() == 0, "what differed is not tried again so soon"
+    assert Verifier(workshop.resources).verify_waiting() == 4, "but by a worker that has just started"
+    assert {model.status for model in models_of(workshop, job_id).values()} == {"servable"}
+    assert models_of(workshop, job_id)[None].attestation["matched"] is True  # type: ignore[index]
+    assert set(inference.adapters) == {model.serving_name}
 
 
 def test_a_server_that_drifts_gets_no_servable_model(workshop: Workshop, inference: ScriptedInference) -> None:
@@ -122,15 +128,15 @@ def test_a_server_that_is_away_delays_the_model_not_the_job(
 def test_a_hiccup_of_the_server_is_survived(workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease holds meanwhile."""
     calls: list[float] = []
-    verify = publisher.verify
+    prove = publisher.prove_on_servers
 
     def counted(*arguments: object) -> Verdict:
         calls.append(time.monotonic())
         if len(calls) == 1:
             raise InferenceUnavailable("as the test says")
-        return verify(*arguments)  # type: ignore[arg-type]
+        return prove(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(publisher, "verify", counted)
+    monkeypatch.setattr(publisher, "prove_on_servers", counted)
     job_id = workshop.add_job()
     train_next(workshop)
     assert len(calls) == 2
@@ -154,7 +160,7 @@ def test_a_refused_adapter_is_tried_again_with_patience(workshop: Workshop, infe
     job_id = workshop.add_job()
     train_next(workshop)
     verifier = Verifier(workshop.resources)
-    inference.fails_times = 3
+    inference.fails_times = 6  # three loads, and what would unload what may have been loaded
     assert verifier.verify_waiting() == 0
     assert verifier.verify_waiting() == 0, "not before its time"
     verifier.not_before.clear()
@@ -167,14 +173,14 @@ def test_a_model_deleted_meanwhile_stays_deleted_and_leaves_the_servers_memory(
 ) -> None:
     job_id = workshop.add_job()
     train_next(workshop)
-    verify = verification.verify
+    prove = verification.prove_on_servers
 
     def delete_first(*arguments: object) -> Verdict:
         with workshop.database.transaction() as session:
             session.execute(update(Model).where(Model.step == 4).values(status="deleted"))
-        return verify(*arguments)  # type: ignore[arg-type]
+        return prove(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(verification, "verify", delete_first)
+    monkeypatch.setattr(verification, "prove_on_servers", delete_first)
     Verifier(workshop.resources).verify_waiting()
     deleted = models_of(workshop, job_id)[4]
     assert deleted.status == "deleted"
@@ -188,15 +194,15 @@ def test_the_adapter_stays_loaded_where_another_workers_verdict_counts(
     """Somebody may be chatting with it by then."""
     job_id = workshop.add_job()
     train_next(workshop)
-    verify = verification.verify
+    prove = verification.prove_on_servers
 
     def be_slower(*arguments: object) -> Verdict:
-        verdict = verify(*arguments)  # type: ignore[arg-type]
+        verdict = prove(*arguments)  # type: ignore[arg-type]
         with workshop.database.transaction() as session:
             session.execute(update(Model).where(Model.step == 4).values(status="servable", attestation={"matched": True}))
         return verdict
 
-    monkeypatch.setattr(verification, "verify", be_slower)
+    monkeypatch.setattr(verification, "prove_on_servers", be_slower)
     Verifier(workshop.resources).verify_waiting()
     verified = models_of(workshop, job_id)[4]
     assert verified.attestation == {"matched": True}
@@ -205,14 +211,14 @@ def test_the_adapter_stays_loaded_where_another_workers_verdict_counts(
 
 
 def test_a_lease_lost_while_publishing_leaves_nothing(workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify = publisher.verify
+    prove = publisher.prove_on_servers
 
     def lose_the_lease(*arguments: object) -> Verdict:
         with workshop.database.transaction() as session:
             session.execute(update(Job).values(lease_token="another"))
-        return verify(*arguments)  # type: ignore[arg-type]
+        return prove(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(publisher, "verify", lose_the_lease)
+    monkeypatch.setattr(publisher, "prove_on_servers", lose_the_lease)
     job_id = workshop.add_job()
     train_next(workshop)
     job = get_job(workshop.database, job_id)
@@ -220,7 +226,7 @@ def test_a_lease_lost_while_publishing_leaves_nothing(workshop: Workshop, infere
     assert None not in models_of(workshop, job_id)
     assert stored_keys(workshop) == referenced_keys(workshop)
     assert inference.adapters == {}
-    assert len(inference.ever_loaded) == 1
+    assert len(inference.ever_loaded) == 2, "on trial, and under its serving name"
 
 
 def test_the_verifiers_thread_ends_with_the_worker(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,16 @@ def cancel_job(job: OwnedJob, state: State) -> JobObject:
     return service.cancel_job(state, job)
 
 
+@router.post("/{job_id}/pause")
+def pause_job(job: OwnedJob, state: State) -> JobObject:
+    return service.pause_job(state, job)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job: OwnedJob, state: State) -> JobObject:
+    return service.resume_job(state, job)
+
+
 @router.get("/{job_id}/events")
 def list_events(job: OwnedJob, state: State, after: After = None, limit: Limit = 20) -> Page[EventObject]:
     return page_of([event_object(event) for event in service.list_events(state, job, after=after, limit=limit)], limit)

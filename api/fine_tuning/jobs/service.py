@@ -1,6 +1,6 @@
-"""Reading and cancelling jobs. Creating them is in api.fine_tuning.jobs.creation."""
+"""Reading, cancelling, pausing and resuming jobs. Creating them is in api.fine_tuning.jobs.creation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
@@ -11,7 +11,7 @@ from api.pagination import unknown_cursor
 from api.state import ApiState
 from core.doorbell import ring
 from core.errors import BadRequest
-from core.jobs.transitions import request_cancellation
+from core.jobs.transitions import request_cancellation, request_pause, resume
 from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
 
 
@@ -40,11 +40,25 @@ def list_jobs(state: ApiState, project_id: str, *, after: str | None, limit: int
 
 def cancel_job(state: ApiState, job: Job) -> JobObject:
     """Raises BadRequest on a job that has already ended."""
+    return _changed(state, job, request_cancellation, "cancelled")
+
+
+def pause_job(state: ApiState, job: Job) -> JobObject:
+    """Idempotent. Raises BadRequest on a job that has already ended."""
+    return _changed(state, job, request_pause, "paused")
+
+
+def resume_job(state: ApiState, job: Job) -> JobObject:
+    """Idempotent: a job that is not paused stays as it is. Raises BadRequest on a job that has already ended."""
+    return _changed(state, job, resume, "resumed")
+
+
+def _changed(state: ApiState, job: Job, change: Callable[[Session, str], bool], done: str) -> JobObject:
     with state.database.transaction() as session:
-        requested = request_cancellation(session, job.id)
+        possible = change(session, job.id)
         current = session.get_one(Job, job.id, populate_existing=True)
-        if not requested:
-            raise BadRequest(f"the job {job.id} has ended ({current.status}) and can't be cancelled", code="job_already_finished", param="fine_tuning_job_id")
+        if not possible:
+            raise BadRequest(f"the job {job.id} has ended ({current.status}) and can't be {done}", code="job_already_finished", param="fine_tuning_job_id")
     ring(state.doorbell)
     return describe(state, current)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.responses import JSONResponse
 
 from core.settings import Settings
 from core.tables.models import Model
@@ -69,7 +70,7 @@ def test_a_model_stays_with_the_server_that_has_its_adapter(make_api: MakeApi, s
     for _ in range(3):
         for model in models:
             assert ask(api, model.id).status_code == 200
-    assert [len(stub.load_paths) for stub in stubs] == [len(stub.loaded) for stub in stubs]
+    assert [len(stub.load_paths) for stub in stubs] == [2 * len(stub.loaded) for stub in stubs]
     assert all(stub.loaded for stub in stubs), "twelve models go to both servers, but for once in two thousand times"
     assert sum(len(stub.loaded) for stub in stubs) == len(models)
 
@@ -83,7 +84,7 @@ def test_a_busy_server_hands_its_models_on(make_api: MakeApi, stubs: list[Infere
     with httpx2.stream("POST", api.base_url + CHAT, json=body(PUBLIC, stream=True), headers=api.headers, timeout=20) as streaming:
         assert streaming.status_code == 200
         assert ask(api).status_code == 200
-    assert (len(busy.load_paths), len(idle.load_paths)) == (1, 1)
+    assert (len(busy.load_paths), len(idle.load_paths)) == (2, 2)
 
 
 def test_a_server_that_serves_something_else_is_passed_over(make_api: MakeApi, stubs: list[InferenceStub]) -> None:
@@ -108,3 +109,49 @@ def test_a_server_that_comes_back_is_asked_again(make_api: MakeApi, stubs: list[
     first.is_down = True
     assert ask(api, "tiny").status_code == 200
     assert stubs[1].answered == {"tiny": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_server_that_says_it_can_t_is_passed_over_and_asked_last(make_api: MakeApi, stubs: list[InferenceStub], status: int, stream: bool) -> None:
+    """A proxy before a dead vLLM, or a vLLM whose engine died: it fails at once, and would seem the least busy of all."""
+    stubs[0].misbehaviour = lambda request: JSONResponse({"error": {"message": "no engine"}}, status)
+    stubs[0].healthy = False
+    api = make_api(*stubs)
+    for number in range(4):
+        add_model(api, f"ft:tiny:default:m:{number}")
+        assert ask(api, f"ft:tiny:default:m:{number}", stream=stream).status_code == 200
+    assert api.state.inference.clients[0].is_down
+    assert len(stubs[0].chats) <= 1
+    stubs[0].misbehaviour, stubs[0].healthy = None, True
+    wait_for(lambda: not api.state.inference.clients[0].is_down)
+
+
+def test_a_request_that_breaks_a_server_is_not_handed_to_the_next(make_api: MakeApi, stubs: list[InferenceStub]) -> None:
+    for stub in stubs:
+        stub.misbehaviour = lambda request: JSONResponse({"error": {"message": "as the test says"}}, 500)
+    api = make_api(*stubs)
+    assert_error(ask(api, "tiny"), 502, "inference_failed")
+    assert sum(len(stub.chats) for stub in stubs) == 1
+
+
+def test_a_server_that_can_t_load_at_the_moment_is_passed_over(make_api: MakeApi, stubs: list[InferenceStub]) -> None:
+    stubs[0].refuses_loads, stubs[0].refusal_status = "starting", 503
+    api = make_api(*stubs)
+    for number in range(4):
+        add_model(api, f"ft:tiny:default:m:{number}")
+        assert ask(api, f"ft:tiny:default:m:{number}").status_code == 200
+    assert stubs[0].answered == {}
+
+
+def test_more_than_a_hundred_answers_at_a_time(make_api: MakeApi, stubs: list[InferenceStub]) -> None:
+    """The server queues what is too much for it; nobody waits here for a connection."""
+    stubs[0].endless = True
+    api = make_api(stubs[0])
+    with ExitStack() as streams:
+        client = streams.enter_context(httpx2.Client(limits=httpx2.Limits(max_connections=None), timeout=30))
+        for _ in range(120):
+            answer = streams.enter_context(client.stream("POST", api.base_url + CHAT, json=body("tiny", stream=True), headers=api.headers))
+            assert answer.status_code == 200
+        assert stubs[0].running == 120
+        assert not api.state.inference.clients[0].is_down

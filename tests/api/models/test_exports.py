@@ -1,10 +1,11 @@
-"""Other forms of a model's weights: asked for, waited for, downloaded; a worker's part is played by hand."""
+"""Other formats of a model's weights: asked for, waited for, downloaded; a worker's part is played by hand."""
 
 import hashlib
 import threading
 import time
 
 import pytest
+from sqlalchemy import update
 
 from core.model_exports import IMPOSSIBLE, MAX_ATTEMPTS, ExportClaim, claim_export, fail_export, finish_export
 from core.storage import StoredObject
@@ -23,9 +24,9 @@ def brief_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.models.exports.POLL_SECONDS", 0.05)
 
 
-def export_of(api: Api, form: str) -> ModelExport | None:
+def export_of(api: Api, format: str) -> ModelExport | None:
     with api.database.reading() as session:
-        return session.get(ModelExport, (FIRST, form))
+        return session.get(ModelExport, (FIRST, format))
 
 
 def claimed(api: Api) -> ExportClaim:
@@ -46,6 +47,8 @@ def store(api: Api, claim: ExportClaim) -> StoredObject:
 
 def fail(api: Api, code: str, attempts: int = 1) -> None:
     for _ in range(attempts):
+        with api.database.transaction() as session:
+            session.execute(update(ModelExport).values(updated_at=ModelExport.updated_at - 60))  # no attempt follows another at once
         claim = claimed(api)
         with api.database.transaction() as session:
             fail_export(session, claim, code, "the reason")
@@ -99,14 +102,14 @@ def test_a_failure_is_told_with_its_reason(api: Api, code: str, attempts: int, s
 
 
 @pytest.mark.usefixtures("brief_wait")
-def test_another_project_s_model_has_no_forms_either(api: Api) -> None:
+def test_another_project_s_model_has_no_formats_either(api: Api) -> None:
     add_model(api, FIRST, project_id=api.other_project_id)
     assert_error(api.client.get(f"/v1/models/{FIRST}/adapter?format=merged"), 404, "model_not_found", "model")
     assert export_of(api, "merged") is None
 
 
 @pytest.mark.usefixtures("brief_wait")
-def test_deleting_a_model_deletes_its_forms(api_on_both: Api) -> None:
+def test_deleting_a_model_deletes_its_exports(api_on_both: Api) -> None:
     api = api_on_both
     add_model(api, FIRST)
     api.client.get(f"/v1/models/{FIRST}/adapter?format=merged")
@@ -117,7 +120,7 @@ def test_deleting_a_model_deletes_its_forms(api_on_both: Api) -> None:
     assert not api.state.storage.exists(stored.key)
 
 
-def test_a_model_deleted_while_its_form_is_made(api: Api) -> None:
+def test_a_model_deleted_while_it_is_exported_is_no_longer_found(api: Api) -> None:
     add_model(api, FIRST)
 
     def delete() -> None:
@@ -129,4 +132,4 @@ def test_a_model_deleted_while_its_form_is_made(api: Api) -> None:
     deleting.start()
     answer = api.client.get(f"/v1/models/{FIRST}/adapter?format=merged")
     deleting.join()
-    assert_error(answer, 500, "export_failed", None)
+    assert_error(answer, 404, "model_not_found", "model")

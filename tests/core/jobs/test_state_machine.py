@@ -101,7 +101,7 @@ class Jobs(RuleBasedStateMachine):
     def stop_as_asked(self, claim: Claim) -> None:
         job = get_job(self.database, claim.job_id) if claim.job_id in self.held else None
         if job is not None and job.stop_requested:
-            self.change(claim, transitions.finish_cancellation)
+            self.change(claim, transitions.finish_cancellation if job.stop_requested == "cancel" else transitions.finish_pause)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -115,6 +115,24 @@ class Jobs(RuleBasedStateMachine):
         with self.database.transaction() as session:
             accepted = transitions.request_cancellation(session, job_id)
         assert accepted == (job_id not in self.final)
+
+    @rule(data=st.data(), pauses=st.lists(st.booleans(), min_size=1, max_size=4))
+    def pause_and_resume(self, data: st.DataObject, pauses: list[bool]) -> None:
+        self.request_pauses(data.draw(st.sampled_from(self.jobs)), pauses)
+
+    @rule(claim=claims, pauses=st.lists(st.booleans(), min_size=1, max_size=4))
+    def pause_and_resume_what_is_or_was_held(self, claim: Claim, pauses: list[bool]) -> None:
+        self.request_pauses(claim.job_id, pauses)
+
+    def request_pauses(self, job_id: str, pauses: list[bool]) -> None:
+        """The last wish counts, unless a cancellation was asked for before."""
+        for pause in pauses:
+            with self.database.transaction() as session:
+                accepted = (transitions.request_pause if pause else transitions.resume)(session, job_id)
+            assert accepted == (job_id not in self.final)
+        job = get_job(self.database, job_id)
+        if job_id not in self.final and job.stop_requested != "cancel":
+            assert (job.status == "paused" or job.stop_requested == "pause") == pauses[-1]
 
     @rule(claim=claims)
     def lose_worker(self, claim: Claim) -> None:

@@ -41,6 +41,16 @@ def cancel(database: Database, job_id: str) -> bool:
         return transitions.request_cancellation(session, job_id)
 
 
+def pause(database: Database, job_id: str) -> bool:
+    with database.transaction() as session:
+        return transitions.request_pause(session, job_id)
+
+
+def resume(database: Database, job_id: str) -> bool:
+    with database.transaction() as session:
+        return transitions.resume(session, job_id)
+
+
 def columns_of(database: Database, job_id: str) -> dict[str, Any]:
     with database.reading() as session:
         return dict(session.execute(select(Job.__table__).where(Job.id == job_id)).one()._mapping)
@@ -286,3 +296,84 @@ def test_crashes_are_charged_and_the_third_fails_the_job(database: Database, que
     assert job.status == "failed"
     assert job.error == {"code": "trainer_crashed", "message": "the trainer was killed (tried 3 times)", "param": None}
     assert_sound(database, queued)
+
+
+@pytest.mark.parametrize(("status", "validated"), [("validating_files", None), ("queued", {"n_epochs": 1})])
+def test_a_job_that_nobody_holds_is_paused_at_once_and_goes_on_where_it_was(
+    database: Database, project_id: str, status: str, validated: dict[str, int] | None
+) -> None:
+    job_id = add_job(database, project_id, status, resolved_hyperparameters=validated)
+    assert pause(database, job_id)
+    assert pause(database, job_id), "asked for again it stays so"
+    assert get_job(database, job_id).status == "paused"
+    with database.transaction() as session:
+        assert transitions.claim_for_training(session, 60) is None
+        assert transitions.claim_for_validation(session, 60) is None
+    assert_sound(database, job_id)
+    assert resume(database, job_id)
+    assert resume(database, job_id)
+    assert get_job(database, job_id).status == status
+    assert messages_of(database, job_id) == ["The job is paused; resume it to go on", "Resumed"]
+
+
+@pytest.mark.parametrize("how", ["stopped", "deployed", "crashed", "lost"])
+def test_a_held_job_is_paused_however_its_holder_lets_go(database: Database, project_id: str, how: str) -> None:
+    job_id = add_job(database, project_id, step=8, resolved_hyperparameters={})
+    claim = train(database, lease_seconds=-1 if how == "lost" else 60)
+    assert pause(database, job_id)
+    assert get_job(database, job_id).status == "running"
+    with database.transaction() as session:
+        if how == "stopped":
+            transitions.finish_pause(session, claim)
+        elif how == "deployed":
+            transitions.requeue(session, claim, "the worker restarts")
+        elif how == "crashed":
+            transitions.requeue_after_crash(session, claim, "died", 1)
+        else:
+            assert transitions.release_expired_leases(session, 1) == [job_id]
+    job = get_job(database, job_id)
+    assert (job.status, job.stop_requested, job.lease_token, job.lost_leases) == ("paused", None, None, 0)
+    assert_sound(database, job_id)
+    assert resume(database, job_id)
+    assert train(database).attempt == 2
+    assert messages_of(database, job_id)[-1] == "Resumed; the job goes on from its last checkpoint"
+
+
+def test_a_pause_that_is_taken_back_in_time_changes_nothing(database: Database, queued: str) -> None:
+    claim = train(database)
+    pause(database, queued)
+    assert resume(database, queued)
+    with database.transaction() as session:
+        assert leases.renew_lease(session, claim, 60) is None
+        transitions.requeue(session, claim, "it had stopped already")
+    assert get_job(database, queued).status == "queued"
+
+
+def test_cancelling_goes_before_pausing(database: Database, queued: str) -> None:
+    claim = train(database)
+    pause(database, queued)
+    cancel(database, queued)
+    assert pause(database, queued)
+    assert resume(database, queued)
+    assert get_job(database, queued).stop_requested == "cancel"
+    with database.transaction() as session:
+        transitions.requeue(session, claim, "the worker restarts")
+    assert get_job(database, queued).status == "cancelled"
+    assert_sound(database, queued)
+
+
+def test_a_paused_job_can_be_cancelled(database: Database, queued: str) -> None:
+    pause(database, queued)
+    assert cancel(database, queued)
+    assert get_job(database, queued).status == "cancelled"
+    assert_sound(database, queued)
+
+
+@pytest.mark.parametrize("status", TERMINAL_STATUSES)
+def test_finished_or_unknown_jobs_can_not_be_paused_or_resumed(database: Database, project_id: str, status: str) -> None:
+    job_id = add_job(database, project_id, status)
+    for change in (pause, resume):
+        assert not change(database, job_id)
+        assert not change(database, "ftjob-unknown")
+    assert get_job(database, job_id).status == status
+    assert messages_of(database, job_id) == []

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from sdft_engine.contract.dataset import Demonstration
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, ContextExceeded
-from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.contract.prompts import ChatFormat, eos_token_ids, template_source
 from tests.tiny_model import CHAT_TEMPLATE
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -276,6 +276,26 @@ def test_template_can_stand_in_the_tokenizer_config(tiny_model_dir: Path, tmp_pa
     for value in ("T{{ messages | length }}", [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "T{{ messages | length }}"}]):
         path.write_text(json.dumps(config | {"chat_template": value}))
         assert ChatFormat.from_directory(directory).render([USER]) == "T1"
+        assert template_source(directory) == "T{{ messages | length }}"
+    (directory / "chat_template.jinja").write_text("a file of its own goes first")
+    assert template_source(directory) == "a file of its own goes first"
+
+
+def test_a_directory_may_have_no_chat_template(tmp_path: Path) -> None:
+    assert template_source(tmp_path) is None
+    for value in (None, "", [], [{"name": "tool_use", "template": "no"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        assert template_source(tmp_path) is None
+
+
+def test_ids_that_end_an_answer_are_found_in_three_places(tmp_path: Path) -> None:
+    known = {"<end>": 9}
+    assert eos_token_ids(tmp_path, known.get) == []
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    assert eos_token_ids(tmp_path, known.get) == [9]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0, 5]}))
+    assert eos_token_ids(tmp_path, known.get) == [7, 0, 5, 9], "the generation config's first, and each once"
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "config.json", "tokenizer_config.json"])

@@ -1,4 +1,4 @@
-"""LoRA on vLLM's CPU backend, corrected: loaded by vLLM in all its processes (`vllm.general_plugins`). And a door for its server.
+"""LoRA on vLLM's CPU backend, corrected: loaded by vLLM in all its processes (`vllm.general_plugins`).
 
 In a batch, vLLM marks the rows that use no adapter with the index -1. Its kernels for GPUs skip them; those for the CPU (0.32) look
 the index up in the stacked weights, where -1 is the last slot, so that a request for the base model is answered with some adapter's
@@ -6,44 +6,16 @@ weights whenever other requests run beside it (vllm-project/vllm pull requests 4
 by adapter instead, and rows without one are left alone. Grouping is faster too: no weights are copied for every token.
 """
 
-import hmac
-import os
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
-class RequireKey:
-    """ASGI middleware (`--middleware sdft_vllm_plugin.RequireKey`): asks every path but /health for the key in VLLM_API_KEY, before
-    the body is read. vLLM itself (0.32) asks under some prefixes only; /adapters, which loads and unloads adapters, is not among them.
-    """
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self._app = app
-        self._expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode() if os.environ.get("VLLM_API_KEY") else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope.get("path") == "/health" or self._allows(dict(scope["headers"]).get(b"authorization", b"")):
-            await self._app(scope, receive, send)
-            return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        body = b'{"error": {"message": "a valid bearer key is needed", "type": "invalid_request_error", "param": null, "code": 401}}'
-        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"application/json")]})
-        await send({"type": "http.response.body", "body": body})
-
-    def _allows(self, given: bytes) -> bool:
-        return self._expected is None or hmac.compare_digest(given, self._expected)
-
 
 def register() -> None:
-    """Replace the kernels where vLLM runs on a CPU. Called once in every process."""
+    """Replace the kernels where vLLM runs on a CPU. Called once in every process.
+
+    Raises RuntimeError where this vLLM has none by these names: its adapters would go uncorrected, and nobody would notice.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -54,6 +26,8 @@ def register() -> None:
 
     for module in (lora_ops, torch_ops, punica_cpu):
         for kernel in (bgmv_shrink, bgmv_expand, bgmv_expand_slice):
+            if not hasattr(module, kernel.__name__):
+                raise RuntimeError(f"{module.__name__} has no {kernel.__name__}: the plugin sdft-vllm-plugin does not know this version of vLLM")
             setattr(module, kernel.__name__, kernel)
 
 

@@ -1,0 +1,98 @@
+"""Who is next: the order in which workers take queued jobs, as SQL for the claim and as a forecast for the users who wait.
+
+1. Jobs that were training before (a worker was lost, a deploy, a pause) go on first.
+2. Projects take turns: the one with the fewest running jobs, and among equals the one that was served longest ago.
+3. Within a project the oldest job.
+
+A project whose running jobs are as many as it may have waits, whatever else is free.
+"""
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, select, text
+from sqlalchemy.orm import Session, aliased
+
+from core.jobs.leases import claimable
+from core.tables.jobs import Job
+from core.tables.projects import Project
+
+CLAIM_LOCK = 5_134_862_607_712_002
+"""Postgres: held by whoever claims a job to train, so that nobody counts running jobs while another adds one."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A queued job. `begun`: it was training before."""
+
+    job_id: str
+    project_id: str
+    created_at: float
+    begun: bool
+
+
+@dataclass(frozen=True)
+class ProjectLoad:
+    """`running` jobs now, at most `limit` (None: no limit); `last_claimed_at` in unix seconds."""
+
+    running: int
+    limit: int | None
+    last_claimed_at: float | None
+
+
+def keep_claims_apart(session: Session) -> None:
+    """One claim for training at a time, until the transaction ends. On SQLite every writing transaction is alone anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text(f"SELECT pg_advisory_xact_lock({CLAIM_LOCK})"))
+
+
+def next_queued(max_running: int | None) -> Select[tuple[str]]:
+    """The queued jobs that may start, the next one first. `max_running`: of a project without a limit of its own."""
+    other = aliased(Job)
+    running = select(other.project_id, func.count().label("number")).where(other.status == "running").group_by(other.project_id).subquery()
+    number = func.coalesce(running.c.number, 0)
+    candidates = claimable("queued").join(Project, Project.id == Job.project_id).outerjoin(running, running.c.project_id == Job.project_id)
+    if max_running is not None:
+        candidates = candidates.where(number < max_running)
+    return candidates.order_by(Job.attempt == 0, number, Project.last_claimed_at.asc().nulls_first(), Job.created_at, Job.id)
+
+
+def forecast(waiting: Iterable[Waiting], projects: dict[str, ProjectLoad]) -> list[str]:
+    """The waiting jobs' ids in the order in which they will be taken, as far as that can be known: as if no running job ended before.
+    Jobs that have to wait for their project's limit come after those that do not."""
+    loads = {project_id: (load.running, load.last_claimed_at is not None, load.last_claimed_at or 0.0) for project_id, load in projects.items()}
+    queues: dict[tuple[str, bool], list[Waiting]] = {}
+    for job in sorted(waiting, key=lambda job: (job.created_at, job.job_id)):
+        queues.setdefault((job.project_id, job.begun), []).append(job)
+    heads = [_place(queue[0], loads, projects) for queue in queues.values()]
+    heapq.heapify(heads)
+    order: list[str] = []
+    clock = max((last for _, _, last in loads.values()), default=0.0)
+    positions = dict.fromkeys(queues, 0)
+    while heads:
+        place = heapq.heappop(heads)
+        job = queues[place.queue][positions[place.queue]]
+        current = _place(job, loads, projects)
+        if current > place:  # its project was served since it was placed
+            heapq.heappush(heads, current)
+            continue
+        order.append(job.job_id)
+        clock += 1
+        loads[job.project_id] = (loads[job.project_id][0] + 1, True, clock)
+        positions[place.queue] += 1
+        if positions[place.queue] < len(queues[place.queue]):
+            heapq.heappush(heads, _place(queues[place.queue][positions[place.queue]], loads, projects))
+    return order
+
+
+@dataclass(frozen=True, order=True)
+class _Place:
+    key: tuple[bool, bool, int, bool, float, float, str]
+    queue: tuple[str, bool]
+
+
+def _place(job: Waiting, loads: dict[str, tuple[int, bool, float]], projects: dict[str, ProjectLoad]) -> _Place:
+    running, served, last = loads[job.project_id]
+    limit = projects[job.project_id].limit
+    return _Place((limit is not None and running >= limit, not job.begun, running, served, last, job.created_at, job.job_id), (job.project_id, job.begun))

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     max_lost_leases: int = Field(3, ge=1, description="Lost leases or crashes after which a job fails.")
     training_slots: int = Field(1, ge=1, description="Jobs that one worker trains at a time.")
 
-    collect_every_seconds: float = Field(3600, gt=0, description="How often a worker removes what is needed no more.")
+    collect_every_seconds: float = Field(3600, ge=0, description="How often a worker removes what is needed no more; 0: never.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest training states of an unfinished job, and checkpoint models of a finished one, that are kept.")
     keep_exports_seconds: float = Field(7 * 86_400, gt=0, description="How long a model's merged or GGUF form is kept after it was made.")
     keep_runs_seconds: float = Field(14 * 86_400, gt=0, description="How long after a job's end its logs, rollouts and surplus checkpoint models are kept.")

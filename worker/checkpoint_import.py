@@ -98,7 +98,7 @@ class CheckpointImport:
         if existing is not None:
             old_key = existing.storage_key
             existing.storage_key, existing.sha256, existing.metrics = state.key, state.sha256, metrics
-            return [old_key]
+            return [] if old_key is None else [old_key]
         if session.get(Model, model.id) is None:
             session.merge(model)  # a copy, because this may run again after the database was away
         session.add(

@@ -21,6 +21,8 @@ REFERENCES = (
     (Checkpoint.storage_key, true()),
 )
 """Every column that names an object, and of which rows."""
+OBJECT_PREFIXES = ("files", "models", "checkpoints")
+"""How the keys of these objects begin."""
 
 log = get_logger(__name__)
 
@@ -35,16 +37,20 @@ def check_stored(storage: Storage, stored: StoredObject, check: Callable[[], Non
         raise ObjectDamaged(f"{stored.key}: storage returned other bytes than were written")
 
 
+def referenced(database: Database, keys: list[str]) -> set[str]:
+    """Those of the keys that a row names. Raises Unavailable."""
+    with database.reading() as session:
+        return {key for column, lives in REFERENCES for key in session.scalars(select(column).where(column.in_(keys), lives)) if key is not None}
+
+
 def delete_unreferenced(database: Database, storage: Storage, keys: list[str]) -> set[str]:
     """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the keys that have none. Where
     storage can't be reached their objects are left to the garbage collection."""
     try:
-        with database.reading() as session:
-            used = {key for column, lives in REFERENCES for key in session.scalars(select(column).where(column.in_(keys), lives))}
+        unused = set(keys) - referenced(database, keys)
     except Unavailable:
         log.warning("objects_left_without_rows", keys=keys)
         return set()
-    unused = set(keys) - used
     for key in unused:
         if not discard(storage, key):
             break  # every try takes long

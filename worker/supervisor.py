@@ -155,8 +155,10 @@ def _conclude_failure(resources: Resources, lease: HeldLease, prepared: Prepared
     keys: list[str] = []
 
     def forget_checkpoint(session: Session) -> None:
-        keys[:] = session.scalars(delete(Checkpoint).where(Checkpoint.job_id == claim.job_id, Checkpoint.step == step).returning(Checkpoint.storage_key))
-        earlier = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == claim.job_id, Checkpoint.step < step))
+        refused = delete(Checkpoint).where(Checkpoint.job_id == claim.job_id, Checkpoint.step == step)
+        keys[:] = [key for key in session.scalars(refused.returning(Checkpoint.storage_key)) if key is not None]
+        with_state = select(func.max(Checkpoint.step)).where(Checkpoint.job_id == claim.job_id, Checkpoint.storage_key.is_not(None))
+        earlier = session.scalar(with_state.where(Checkpoint.step < step))
         instead = "starts from the beginning, as there is none before it" if earlier is None else f"tries the one of step {earlier}"
         message = f"The checkpoint of step {step} can't be used ({error['message']}); any further attempt {instead}"
         requeue_after_crash(session, claim, message, resources.settings.max_lost_leases)

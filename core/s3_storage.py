@@ -127,6 +127,14 @@ class S3Storage:
                 return
             yield [ListedObject(meta["path"], meta["size"], meta["last_modified"].timestamp()) for meta in page]
 
+    def problem(self) -> str | None:
+        """Why the bucket can't be listed, in the store's words; None where it can. Changes nothing."""
+        try:
+            next(iter(obstore.list(self._store, chunk_size=1)), None)
+        except (BaseError, OSError) as error:
+            return _first_line(error)
+        return None
+
     def discard_abandoned_uploads(self, older_than_seconds: float) -> int:
         """A rule of the bucket's does that: obstore can't list uploads that nobody completed (docs/deployment.md)."""
         return 0

@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -192,10 +192,13 @@ class LocalStorage:
 
     def discard_abandoned_uploads(self, older_than_seconds: float) -> int:
         before = time.time() - older_than_seconds
-        abandoned = [path for path in self.temporary_dir.iterdir() if path.stat().st_mtime < before]
-        for path in abandoned:
-            path.unlink(missing_ok=True)
-        return len(abandoned)
+        discarded = 0
+        for path in self.temporary_dir.iterdir():
+            with suppress(FileNotFoundError):  # committed, or removed by another worker
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    discarded += 1
+        return discarded
 
 
 def _read_range(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:

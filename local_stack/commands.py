@@ -98,7 +98,8 @@ class Stack:
         valkey.prepare_private_directory(valkey_dir)
         valkey.prepare_private_directory(self.valkey_socket.parent)
         command = valkey.server_command(program, valkey_dir, self.valkey_socket)
-        return self._process("valkey", command, lambda: broker_answers(self.broker_url, HEALTH_TIMEOUT_SECONDS), start_limit_seconds=60, stop_grace_seconds=5)
+        spec = self._process("valkey", command, lambda: broker_answers(self.broker_url, HEALTH_TIMEOUT_SECONDS), start_limit_seconds=60, stop_grace_seconds=5)
+        return replace(spec, environment=_without_storage_keys(spec.environment))
 
     def inference_process(self) -> ProcessSpec:
         settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_urls[0])
@@ -149,7 +150,7 @@ class Stack:
 
 
 def _without_storage_keys(environment: dict[str, str]) -> dict[str, str]:
-    """An inference server reads adapters from a directory alone."""
+    """For those who store nothing there: an inference server reads adapters from a directory alone."""
     return {name: value for name, value in environment.items() if not name.startswith(("SDFT_S3_", "AWS_"))}
 
 

@@ -6,6 +6,7 @@ the object is complete; whatever fails before that leaves neither.
 
 from functools import partial
 
+import anyio
 import anyio.to_thread
 from fastapi import Request
 
@@ -36,7 +37,8 @@ async def receive_file(request: Request, state: ApiState, project_id: str) -> Fi
         reader.finish()
         return await anyio.to_thread.run_sync(partial(upload.finish, project_id))
     finally:
-        upload.abort()
+        with anyio.CancelScope(shield=True):  # in a thread, because a bucket has to be told
+            await anyio.to_thread.run_sync(upload.abort)
 
 
 class Upload:

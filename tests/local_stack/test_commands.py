@@ -170,7 +170,8 @@ def test_the_keys_of_the_storage_are_for_api_and_worker_alone(request: pytest.Fi
         monkeypatch.setenv(name, value)
     for process in (stack.api_process(), stack.worker_process()):
         assert keys.items() <= process.environment.items()
-    assert "canary" not in stack.inference_process().environment.values()
+    for process in (stack.inference_process(), stack.valkey_process()):
+        assert "canary" not in process.environment.values()
 
 
 def test_vllm_adapts_the_layers_that_adapters_change_and_no_other(make_settings: MakeSettings, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from core.audit import Actor
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_servers import InferenceServers
+from core.object_storage import open_storage
 from core.settings import Settings
-from core.storage import LocalStorage, Storage
+from core.storage import Storage
 
 WEBHOOK_TESTS_AT_A_TIME = 8
 
@@ -36,7 +37,7 @@ class ApiState:
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
-        storage = LocalStorage(settings.storage_dir)
+        storage = open_storage(settings)
         inference = InferenceServers(settings)
         database = Database(settings.resolved_database_url)
         return cls(

@@ -1,5 +1,5 @@
 """What a worker does without being told: release expired leases, find jobs whose nudge was lost, verify models,
-make the forms of models that were asked for, deliver webhooks.
+make the forms of models that were asked for, deliver webhooks, remove what is needed no more.
 
 A Celery bootstep starts these threads before the broker is connected, so jobs run with the broker down too.
 """
@@ -12,6 +12,7 @@ from celery import bootsteps
 from core.errors import ServiceError
 from core.logging import get_logger
 from worker.expired_leases import free_expired_leases, work_is_waiting
+from worker.garbage_collection import Collector
 from worker.model_exports import Exporter
 from worker.presence import Presence
 from worker.resources import Resources, resources_of
@@ -74,6 +75,7 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         self._thread.start()
         threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
+        threading.Thread(target=Collector(self._resources).run, name="collector", daemon=True).start()
         self._exporter.start()
         self._deliverer.start()
 

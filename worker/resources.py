@@ -9,8 +9,9 @@ from celery import Celery
 
 from core.database import Database
 from core.inference_servers import InferenceServers
+from core.object_storage import open_storage
 from core.settings import Settings, get_settings
-from core.storage import LocalStorage, Storage
+from core.storage import Storage
 from worker.devices import DeviceGroup, Slots, training_groups
 
 TRAINER_COMMAND = (sys.executable, "-m", "sdft_engine.train")
@@ -50,7 +51,7 @@ def resources_of(app: Celery) -> Resources:
     return Resources(
         settings=settings,
         database=Database(settings.resolved_database_url),
-        storage=LocalStorage(settings.storage_dir),
+        storage=open_storage(settings),
         inference=InferenceServers(settings),
         doorbell=app,
         trainer_command=TRAINER_COMMAND,

@@ -91,7 +91,7 @@ class JobMetrics(Table):
 
 
 class Checkpoint(Table):
-    """A complete training state in storage (a tar), from which any machine can resume."""
+    """A complete training state in storage (a tar), from which any machine can resume; later only the record that there was one."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (UniqueConstraint("job_id", "step"),)
@@ -100,7 +100,8 @@ class Checkpoint(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
     step: Mapped[int]
     created_at: Mapped[float]
-    storage_key: Mapped[str]
+    storage_key: Mapped[str | None]
+    """Null once the state was superseded by newer ones, or its job has ended."""
     sha256: Mapped[str]
     metrics: Mapped[dict[str, Any]]
     model_id: Mapped[str | None]

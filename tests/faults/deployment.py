@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from openai import OpenAI
 from sqlalchemy import select
 
 from core.database import Database
+from core.doorbell import celery_application
+from core.inference_servers import InferenceServers
+from core.object_storage import open_storage
 from core.settings import Settings
 from core.tables.exports import ModelExport
 from core.tables.files import File
@@ -25,6 +29,10 @@ from core.tables.models import Model
 from local_stack.commands import Stack
 from local_stack.processes import Child, ProcessSpec
 from tests.rows import assert_all_sound
+from worker import garbage_collection
+from worker.garbage_collection import Collector
+from worker.resources import Resources
+from worker.storage_owner import OWNER_KEY
 
 ROOT = Path(__file__).parents[2]
 """For PYTHONPATH, where a process is one of tests/fixtures."""
@@ -162,8 +170,17 @@ class Deployment:
                 child.stop()
         self.database.close()
 
+    def collect(self) -> None:
+        """What a worker does after a day, at once: remove what processes that were killed left in storage."""
+        resources = Resources(self.settings, self.database, open_storage(self.settings), InferenceServers(self.settings), celery_application(self.settings))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(garbage_collection, "GRACE_SECONDS", 0.0)
+            Collector(resources).collect()
+
     def assert_sound(self) -> None:
         """What must hold once all jobs have ended or wait and nothing runs but the servers."""
+        assert self.trainers() == [], "orphans"
+        self.collect()
         with self.database.reading() as session:
             projects = set(session.scalars(select(Job.project_id)))
         for project_id in projects:
@@ -183,7 +200,7 @@ class Deployment:
 
     def _assert_objects_and_rows_match(self) -> None:
         root = self.settings.storage_dir
-        stored = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts}
+        stored = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts} - {OWNER_KEY}
         with self.database.reading() as session:
             columns = (File.storage_key, Checkpoint.storage_key, ModelExport.storage_key)
             named = {key for column in columns for key in session.scalars(select(column)) if key is not None}

@@ -32,7 +32,7 @@ from tests.rows import assert_all_sound
 from worker import garbage_collection
 from worker.garbage_collection import Collector
 from worker.resources import Resources
-from worker.storage_owner import OWNER_KEY
+from worker.stored_objects import OBJECT_PREFIXES
 
 ROOT = Path(__file__).parents[2]
 """For PYTHONPATH, where a process is one of tests/fixtures."""
@@ -199,8 +199,8 @@ class Deployment:
                 assert attempts == sorted(attempts), "a stale attempt wrote after a newer one"
 
     def _assert_objects_and_rows_match(self) -> None:
-        root = self.settings.storage_dir
-        stored = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and ".tmp" not in path.parts} - {OWNER_KEY}
+        storage = open_storage(self.settings)
+        stored = {found.key for prefix in OBJECT_PREFIXES for page in storage.list_objects(prefix) for found in page}
         with self.database.reading() as session:
             columns = (File.storage_key, Checkpoint.storage_key, ModelExport.storage_key)
             named = {key for column in columns for key in session.scalars(select(column)) if key is not None}

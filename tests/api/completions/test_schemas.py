@@ -12,7 +12,7 @@ FORWARDED: dict[str, Any] = {
     "temperature": 0,
     "top_p": 0.9,
     "n": 2,
-    "stop": ["a", "b"],
+    "stop": ["a", "b", "c", "d"],
     "seed": 7,
     "logprobs": True,
     "top_logprobs": 3,
@@ -127,7 +127,7 @@ def test_wrong_completions(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"stop": ["x"] * 17},
+        {"stop": ["x"] * 5},
         {"stop": "x" * 257},
         {"stop": [""]},
         {"logit_bias": {str(token): 1.0 for token in range(1025)}},

@@ -60,7 +60,11 @@ def download_model(
     form: Annotated[Form, typer.Option("--format", help="The adapter alone, the model with it merged in, or that for llama.cpp.")] = Form.peft,
     force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
 ) -> None:
-    """Download a tuned model as a tar.gz: its adapter (for PEFT and vLLM), or a form that the server makes first."""
+    """Download a tuned model as a tar.gz: its adapter, or a form that the server makes first.
+
+    The adapter is for PEFT and for vLLM's --lora-modules, with --max-lora-rank at least its rank. On a CPU vLLM mixes adapters up
+    unless vllm_plugin/ is installed with it and VLLM_PLUGINS=sdft_cpu_lora is set: docs/api.md, "Downloading a model".
+    """
     if target is None:
         ending = "tar.gz" if form is Form.peft else f"{form.value}.tar.gz"
         target = Path(file_name(f"{model.replace(':', '-').replace('/', '-')}.{ending}", f"model.{ending}"))

@@ -149,3 +149,10 @@ def test_prompts_times_answers_are_bounded(prompt: Any, n: int | None, passes: b
     else:
         with pytest.raises(ValidationError, match="1,024"):
             CompletionRequest.model_validate(request)
+
+
+def test_a_fifth_stop_string_is_counted_in_the_refusal() -> None:
+    with pytest.raises(ValidationError) as caught:
+        chat(stop=["a", "b", "c", "d", "e"])
+    (error,) = caught.value.errors()
+    assert (error["type"], error["loc"], error["msg"]) == ("too_long", ("stop",), "at most 4 strings, not 5")

@@ -3,7 +3,7 @@
 import re
 from urllib.parse import quote
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from core.errors import NotFound, RangeNotSatisfiable
@@ -36,10 +36,11 @@ def requested_range(header: str | None, size_bytes: int) -> tuple[int, int] | No
     return start, end
 
 
-def stored_object_response(request: Request, storage: Storage, stored: StoredObject, *, filename: str, media_type: str) -> StreamingResponse:
+def stored_object_response(request: Request, storage: Storage, stored: StoredObject, *, filename: str, media_type: str) -> Response:
     """The object as a download named `filename`. Blocking: opens the object. Raises NotFound where its bytes are gone.
 
     A whole object whose hash is wrong ends too early, as a broken download does. Who asks for a part compares x-sha256 at the end.
+    HEAD is answered from the record alone.
     """
     etag = f'"{stored.sha256}"'
     headers = {
@@ -55,6 +56,8 @@ def stored_object_response(request: Request, storage: Storage, stored: StoredObj
     headers["content-length"] = str(end - start)
     if wanted:
         headers["content-range"] = f"bytes {start}-{end - 1}/{stored.size_bytes}"
+    if request.method == "HEAD":
+        return Response(None, 206 if wanted else 200, headers, media_type)
     try:
         chunks = storage.read(stored.key, start, end)
     except FileNotFoundError as error:

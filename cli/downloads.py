@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ def download(client: Client, path: str, target: Path, *, overwrite: bool, **para
         if expected is not None and digest != expected.lower():
             raise CliError(f"the download is damaged: its SHA-256 is {digest}, not {expected}; nothing was kept, try again")
         temporary.replace(target)
+        if expected is not None:
+            print(f"its SHA-256 is the server's: {digest}", file=sys.stderr)
     finally:
         temporary.unlink(missing_ok=True)
     return size_bytes

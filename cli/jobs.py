@@ -15,6 +15,8 @@ from cli.watch import watch as watch_job
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="A job's id, as in `jobs list`.")]
 JOBS = "/fine_tuning/jobs"
+NO_HYPERPARAMETERS = {"teacher_template": "--teacher-template", "sampler": "--sampler"}
+"""What stands beside the hyperparameters in `method.sdft`, and its option here."""
 
 
 @app.command()
@@ -22,18 +24,19 @@ def create(
     model: Annotated[str, typer.Argument(help="A base model, or a tuned model to continue from.")],
     training_file: Annotated[str, typer.Argument(metavar="FILE_OR_ID", help="A JSONL file on this machine (it is uploaded), or an uploaded file's id.")],
     validation_file: Annotated[str | None, typer.Option(metavar="FILE_OR_ID", help="Rows that are measured, never trained on.")] = None,
-    method: Annotated[str | None, typer.Option(help="sdft or supervised. Default: the server's; sdft with a teacher template.")] = None,
+    method: Annotated[str | None, typer.Option(help="sdft or supervised. Default: the server's; sdft with a teacher template or sampler.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the job repeatable.")] = None,
     hp: Annotated[list[str] | None, typer.Option("--hp", metavar="KEY=VALUE", help="A hyperparameter; may be given again.")] = None,
     teacher_template: Annotated[
         str | None, typer.Option(help="How the teacher sees the demonstration: example, history, history_twice, or a template.")
     ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Who samples the rollouts: in_process (the trainer), or vllm where the server has it. Sdft only.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a job, and print its id."""
-    training = training_fields(method, dict(parse_pair(pair) for pair in hp or []), teacher_template)
+    training = training_fields(method, dict(parse_pair(pair) for pair in hp or []), {"teacher_template": teacher_template, "sampler": sampler})
     files = {"training_file": training_file} | ({"validation_file": validation_file} if validation_file is not None else {})
     for file_or_id in files.values():
         _require_file_or_id(file_or_id)
@@ -52,21 +55,23 @@ def parse_pair(pair: str) -> tuple[str, Any]:
     key, equals, text = pair.partition("=")
     if not key or not equals:
         raise CliError(f"--hp {pair}: write it as key=value")
+    if key in NO_HYPERPARAMETERS:
+        raise CliError(f"--hp {pair}: {key} is no hyperparameter; write {NO_HYPERPARAMETERS[key]} {text}")
     try:
         return key, json.loads(text)
     except ValueError:
         return key, text
 
 
-def training_fields(method: str | None, hyperparameters: Json, teacher_template: str | None) -> Json:
+def training_fields(method: str | None, hyperparameters: Json, sdft_options: dict[str, str | None]) -> Json:
     """How to train, as the job's request says it. Without a method the hyperparameters are for the server's default one, unless
-    a teacher template, which only sdft has, makes it sdft."""
-    if method is None and teacher_template is None:
+    an option that only sdft has (a teacher template, a sampler) makes it sdft."""
+    given = {name: value for name, value in sdft_options.items() if value is not None}
+    if method is None and not given:
         return {"hyperparameters": hyperparameters} if hyperparameters else {}
     kind = method or "sdft"
     section: Json = {"hyperparameters": hyperparameters} if hyperparameters else {}
-    section |= {"teacher_template": teacher_template} if teacher_template is not None else {}
-    return {"method": {"type": kind, kind: section}}
+    return {"method": {"type": kind, kind: section | given}}
 
 
 def _require_file_or_id(file_or_id: str) -> None:

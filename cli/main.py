@@ -41,18 +41,18 @@ def sdft(version: Annotated[bool, typer.Option("--version", callback=_print_vers
 
 @app.command()
 def up(data_dir: DataDir = None, host: Host = None, port: Port = None, inference: Inference = None) -> None:
-    """Start the whole service on this machine, and keep it running until Ctrl-C."""
+    """Start the whole service on this machine, and keep it running until Ctrl-C, which may take up to 35 s to stop it."""
     from local_stack.up import run_up  # only here: the other commands must start fast
 
     raise typer.Exit(run_up(data_dir, host, port, inference))
 
 
 @app.command()
-def doctor(data_dir: DataDir = None, host: Host = None, port: Port = None) -> None:
+def doctor(data_dir: DataDir = None, host: Host = None, port: Port = None, inference: Inference = None) -> None:
     """Say what would keep `sdft up` from working here, and how to mend it."""
     from local_stack.doctor import examine
 
-    findings = examine(data_dir, host, port)
+    findings = examine(data_dir, host, port, inference)
     for finding in findings:
         if finding.problem is None:
             print(f"ok       {finding.what}")

@@ -48,9 +48,9 @@ def get(model: ModelId, as_json: AsJson = False) -> None:
 
 @app.command()
 def delete(model: ModelId) -> None:
-    """Delete a tuned model and its adapter."""
+    """Delete a tuned model and its adapter. The checkpoints of its job are models of their own, and stay."""
     Client.from_environment().delete(f"/models/{segment(model)}")
-    print(f"deleted {output.clean(model)}")
+    print(f"deleted {output.clean(model)}; its job's other models, such as checkpoints, stay")
 
 
 @app.command("download")
@@ -60,11 +60,17 @@ def download_model(
     form: Annotated[Form, typer.Option("--format", help="The adapter alone, the model with it merged in, or that for llama.cpp.")] = Form.peft,
     force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
 ) -> None:
-    """Download a tuned model as a tar.gz: its adapter (for PEFT and vLLM), or a form that the server makes first."""
+    """Download a tuned model as a tar.gz: its adapter, or a form that the server makes first.
+
+    The adapter is for PEFT and for vLLM's --lora-modules, with --max-lora-rank at least its rank. On a CPU vLLM mixes adapters up
+    unless vllm_plugin/ is installed with it and VLLM_PLUGINS=sdft_cpu_lora is set: docs/api.md, "Downloading a model".
+    """
     if target is None:
         ending = "tar.gz" if form is Form.peft else f"{form.value}.tar.gz"
         target = Path(file_name(f"{model.replace(':', '-').replace('/', '-')}.{ending}", f"model.{ending}"))
-    client = Client.from_environment()
+    client, asked_at = Client.from_environment(), time.monotonic()
+    if form is not Form.peft:
+        typer.echo(f"the server makes the {form.value} form first unless it has it, which can take minutes", err=True)
     while True:
         try:
             size_bytes = download(client, f"/models/{segment(model)}/adapter", target, overwrite=force, format=form.value)
@@ -72,6 +78,6 @@ def download_model(
         except ServerRefused as error:
             if error.code != IN_PROGRESS:
                 raise
-            typer.echo("the server is making it …", err=True)
+            typer.echo(f"the server is making it, for {time.monotonic() - asked_at:.0f} s now …", err=True)
             time.sleep(AGAIN_SECONDS)
     print(f"{target} ({output.byte_size(size_bytes)})")

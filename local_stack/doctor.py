@@ -41,22 +41,22 @@ class Finding:
         return self.problem is not None and not self.is_warning
 
 
-def examine(data_dir: Path | None, host: str | None, port: int | None) -> list[Finding]:
+def examine(data_dir: Path | None, host: str | None, port: int | None, inference: str | None = None) -> list[Finding]:
     """Look at everything `sdft up` needs, changing nothing."""
     try:
-        settings = load_settings(data_dir, host, port)
+        settings = load_settings(data_dir, host, port, inference)
     except StackError as error:
         wrong = Finding("settings", str(error), "correct the environment variable; .env.example describes each")
         return [_python(), wrong, *_unknown_variables()]
     findings = [_python(), *_unknown_variables(), _training_packages(), *_cuda(settings)]
     findings += [_directory("data directory", settings.data_dir, "--data-dir"), _directory("cache directory", settings.cache_dir, "SDFT_CACHE_DIR")]
-    findings += [*_bucket(settings), *_vllm(settings), _redis(settings), _port(settings, _up_command(data_dir, host))]
+    findings += [*_bucket(settings), *_vllm(settings), _redis(settings), _port(settings, _up_command(data_dir, host, inference))]
     return findings + [_base_model(entry, settings.cache_dir) for entry in settings.base_models]
 
 
-def _up_command(data_dir: Path | None, host: str | None) -> list[str]:
+def _up_command(data_dir: Path | None, host: str | None, inference: str | None) -> list[str]:
     """With the options that the user gave, but for the port."""
-    given = {"--data-dir": data_dir, "--host": host}
+    given = {"--data-dir": data_dir, "--host": host, "--inference": inference}
     return ["sdft", "up", *(word for option, value in given.items() if value is not None for word in (option, str(value)))]
 
 

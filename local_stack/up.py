@@ -87,7 +87,7 @@ def _serve(settings: Settings, stop_requested: threading.Event) -> None:
         print(f"ready: {service_url(settings.host, settings.port)}", flush=True)
         supervisor.run()
     finally:
-        say("stopping; a job that trains goes on from its last checkpoint at the next start")
+        say("stopping, which can take 35 s; a job that trains goes on from its last checkpoint at the next start")
         supervisor.stop()
         stop_leftovers(settings.data_dir, say)
 
@@ -119,7 +119,7 @@ def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:
         for entry in settings.base_models[1:]:
             say(f"note: {entry.id} is prepared, but the inference server serves {stack.served_model.id} alone; set SDFT_INFERENCE_URLS for others")
     elif not stack.inference_answers():
-        say(f"note: not all of SDFT_INFERENCE_URLS={','.join(settings.inference_urls)} answer; chats wait for them")
+        say(f"note: not all of SDFT_INFERENCE_URLS={','.join(settings.inference_urls)} answer; requests go to those that do, and get a 503 while none does")
     supervisor.launch(stack.api_process())
     supervisor.launch(stack.worker_process())
     supervisor.wait_until_ready()

@@ -296,8 +296,8 @@ def settle_temperature(session: Session, teacher: Teacher) -> float:
     unsure = sampled < KEPT_PROBABILITY * greedy
     session.report(
         f"Temperature settled at {tau:g}: the teacher reproduces {greedy:.0%} of {whose} tokens greedily, {sampled:.0%} when sampled so"
-        + ("; less is kept than at a lower temperature, which is not chosen by itself" if unsure else "")
-        + (f". {USELESS_TEACHER}" if greedy < LEAST_GREEDY_ACCURACY else ""),
+        + ("; less is kept than at a lower temperature, which is not chosen by itself: set temperature to try one" if unsure else "")
+        + (f". {USELESS_TEACHER}" if greedy < LEAST_GREEDY_ACCURACY else "" if unsure else "; nothing needs to be done"),
         level="warn" if greedy < LEAST_GREEDY_ACCURACY else "info",
         data={"resolved": {"temperature": tau}, **measured},
     )
@@ -341,7 +341,7 @@ def _advice_on_cut_answers(clipped: int, masked: bool, longest: int) -> str:
         else "That is expected of a model that rambles: it learns from cut-off answers too, and with them to stop"
     )
     known = f" (the longest demonstration has {longest} tokens)" if longest else ""
-    return f"{means}. Raise max_completion_tokens if good answers need to be longer{known}"
+    return f"{means}. Nothing needs to be done unless good answers need to be longer{known}: raise max_completion_tokens then"
 
 
 def _dtype(config: TrainingConfig, begun_in: Literal["float32", "bfloat16"] | None) -> Literal["float32", "bfloat16"]:

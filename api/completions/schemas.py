@@ -36,7 +36,8 @@ def _joined_text(content: Any) -> Any:
     return "\n".join(texts)
 
 
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 4
+"""OpenAI's and vLLM's bound."""
 MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 1024
 MAX_ANSWERS = 1024
@@ -48,6 +49,12 @@ def _small_enough(value: Any) -> Any:
     """An inference server compiles schemas and tools before it answers anybody else's."""
     if value is not None and len(orjson.dumps(value)) > MAX_SCHEMA_BYTES:
         raise PydanticCustomError("too_long", "may have at most 65,536 bytes as JSON")
+    return value
+
+
+def _few_enough_stops(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_STOP_STRINGS:
+        raise PydanticCustomError("too_long", "at most {most} strings, not {found}", {"most": MAX_STOP_STRINGS, "found": len(value)})
     return value
 
 
@@ -90,7 +97,7 @@ class SamplingRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Annotated[StopString | list[StopString] | None, AfterValidator(_few_enough_stops)] = None
     seed: int | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
     frequency_penalty: Penalty | None = None

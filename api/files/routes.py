@@ -1,6 +1,6 @@
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api.byte_ranges import stored_object_response
@@ -39,8 +39,9 @@ async def get_file(file: OwnedFile) -> FileObject:
     return file_object(file)
 
 
-@router.get("/{file_id}/content")
-def get_file_content(file: OwnedFile, state: State, request: Request) -> StreamingResponse:
+@router.head("/{file_id}/content", include_in_schema=False)
+@router.get("/{file_id}/content", response_class=StreamingResponse)
+def get_file_content(file: OwnedFile, state: State, request: Request) -> Response:
     stored = StoredObject(file.storage_key, file.size_bytes, file.sha256)
     return stored_object_response(request, state.storage, stored, filename=file.filename, media_type="application/octet-stream")
 

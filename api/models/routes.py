@@ -4,7 +4,7 @@ route comes first."""
 from functools import partial
 
 from anyio import to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api.byte_ranges import stored_object_response
@@ -21,8 +21,9 @@ def list_models(state: State, project_id: ProjectId) -> ModelList:
     return ModelList(data=service.list_models(state, project_id))
 
 
-@router.get("/{model_id:path}/adapter")
-async def download_adapter(model_id: str, state: State, project_id: ProjectId, request: Request, format: AdapterFormat = "peft") -> StreamingResponse:
+@router.head("/{model_id:path}/adapter", include_in_schema=False)
+@router.get("/{model_id:path}/adapter", response_class=StreamingResponse)
+async def download_adapter(model_id: str, state: State, project_id: ProjectId, request: Request, format: AdapterFormat = "peft") -> Response:
     model = await to_thread.run_sync(service.get_tuned_model, state, project_id, model_id)
     stored = service.stored_adapter(model) if format == "peft" else await stored_export(state, model, format)
     response = partial(stored_object_response, filename=service.archive_name(model, format), media_type="application/gzip")

@@ -43,31 +43,53 @@ def test_a_pair_needs_a_key_and_a_value(pair: str) -> None:
         parse_pair(pair)
 
 
+@pytest.mark.parametrize(("pair", "option"), [("sampler=vllm", "--sampler vllm"), ("teacher_template=history", "--teacher-template history")])
+def test_what_is_no_hyperparameter_names_its_option(pair: str, option: str) -> None:
+    with pytest.raises(CliError, match=f"no hyperparameter; write {option}"):
+        parse_pair(pair)
+
+
 def test_hyperparameters_alone_are_for_the_servers_method() -> None:
-    assert training_fields(None, {}, None) == {}
-    assert training_fields(None, {"n_epochs": 2}, None) == {"hyperparameters": {"n_epochs": 2}}
-    assert training_fields("supervised", {}, None) == {"method": {"type": "supervised", "supervised": {}}}
-    assert training_fields("supervised", {"n_epochs": 2}, None) == {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}}
+    assert training_fields(None, {}, {"sampler": None}) == {}
+    assert training_fields(None, {"n_epochs": 2}, {}) == {"hyperparameters": {"n_epochs": 2}}
+    assert training_fields("supervised", {}, {}) == {"method": {"type": "supervised", "supervised": {}}}
+    assert training_fields("supervised", {"n_epochs": 2}, {}) == {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}}
 
 
-def test_a_teacher_template_makes_it_sdft() -> None:
-    assert training_fields(None, {}, "history") == {"method": {"type": "sdft", "sdft": {"teacher_template": "history"}}}
+def test_what_only_sdft_has_makes_it_sdft() -> None:
+    assert training_fields(None, {}, {"sampler": "vllm", "teacher_template": None}) == {"method": {"type": "sdft", "sdft": {"sampler": "vllm"}}}
+    assert training_fields(None, {}, {"teacher_template": "history"}) == {"method": {"type": "sdft", "sdft": {"teacher_template": "history"}}}
     section = {"hyperparameters": {"temperature": 0.5}, "teacher_template": "history_twice"}
-    assert training_fields(None, {"temperature": 0.5}, "history_twice") == {"method": {"type": "sdft", "sdft": section}}
+    assert training_fields(None, {"temperature": 0.5}, {"teacher_template": "history_twice"}) == {"method": {"type": "sdft", "sdft": section}}
 
 
 def test_create_uploads_a_path_first(sdft: Callable[..., Result], stub: StubServer, tmp_path: Path) -> None:
     stub.routes["POST /files"] = lambda _: json_answer({"id": "file-7"})
     stub.routes["POST /fine_tuning/jobs"] = lambda _: json_answer(JOB)
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    words = ("--method", "sdft", "--suffix", "support", "--seed", "5", "--hp", "n_epochs=2", "--hp", "temperature=0.5", "--teacher-template", "history")
+    words = (
+        "--method",
+        "sdft",
+        "--suffix",
+        "support",
+        "--seed",
+        "5",
+        "--hp",
+        "n_epochs=2",
+        "--hp",
+        "temperature=0.5",
+        "--teacher-template",
+        "history",
+        "--sampler",
+        "vllm",
+    )
     result = sdft("jobs", "create", "base", "rows.jsonl", *words)
     assert (result.exit_code, result.stdout) == (0, "ftjob-1\n")
     assert [request.path for request in stub.received] == ["/files", "/fine_tuning/jobs"]
     assert stub.received[-1].json == {
         "model": "base",
         "training_file": "file-7",
-        "method": {"type": "sdft", "sdft": {"hyperparameters": {"n_epochs": 2, "temperature": 0.5}, "teacher_template": "history"}},
+        "method": {"type": "sdft", "sdft": {"hyperparameters": {"n_epochs": 2, "temperature": 0.5}, "teacher_template": "history", "sampler": "vllm"}},
         "suffix": "support",
         "seed": 5,
     }

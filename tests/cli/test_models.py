@@ -22,7 +22,7 @@ def test_list_and_get(sdft: Callable[..., Result], stub: StubServer) -> None:
 
 def test_delete(sdft: Callable[..., Result], stub: StubServer) -> None:
     stub.routes["DELETE /models/.*"] = lambda request: json_answer({"id": "x", "object": "model", "deleted": True})
-    assert sdft("models", "delete", MODEL["id"]).stdout == f"deleted {MODEL['id']}\n"
+    assert sdft("models", "delete", MODEL["id"]).stdout == f"deleted {MODEL['id']}; its job's other models, such as checkpoints, stay\n"
     assert stub.received[-1].path.endswith("support%2Fv2%3Aabc")
 
 
@@ -30,6 +30,7 @@ def test_download_is_named_after_the_model_and_checked(sdft: Callable[..., Resul
     stub.routes["GET /models/.*/adapter"] = lambda _: (200, {"x-sha256": hashlib.sha256(ADAPTER).hexdigest()}, ADAPTER)
     result = sdft("models", "download", MODEL["id"])
     assert result.exit_code == 0, result.stderr
+    assert result.stderr == f"its SHA-256 is the server's: {hashlib.sha256(ADAPTER).hexdigest()}\n"
     assert (tmp_path / "ft-base-default-support-v2-abc.tar.gz").read_bytes() == ADAPTER
     assert stub.received[-1].query == {"format": "peft"}
 
@@ -54,7 +55,9 @@ def test_a_form_that_the_server_makes_first_is_waited_for(
     stub.routes["GET /models/.*/adapter"] = lambda _: next(answers)
     result = sdft("models", "download", MODEL["id"], "--format", "gguf")
     assert result.exit_code == 0, result.stderr
-    assert "making it" in result.stderr
+    first, *waiting = result.stderr.splitlines()
+    assert first == "the server makes the gguf form first unless it has it, which can take minutes"
+    assert waiting == ["the server is making it, for 0 s now …"] * 2
     assert (tmp_path / "ft-base-default-support-v2-abc.gguf.tar.gz").read_bytes() == ADAPTER
     assert [request.query for request in stub.received] == [{"format": "gguf"}] * 3
 
@@ -62,4 +65,5 @@ def test_a_form_that_the_server_makes_first_is_waited_for(
 def test_a_form_that_can_t_be_made_is_not_waited_for(sdft: Callable[..., Result], stub: StubServer) -> None:
     stub.routes["GET /models/.*/adapter"] = lambda _: refusal(400, "no such form", "export_not_possible")
     result = sdft("models", "download", MODEL["id"], "--format", "gguf")
-    assert (result.exit_code, result.stderr) == (1, "error: no such form\n")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[1:] == ["error: no such form"]

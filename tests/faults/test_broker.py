@@ -73,14 +73,16 @@ def test_11_the_same_nudge_fifty_times_is_one_claim(deployment: Deployment) -> N
     assert deployment.wait_for_end(job_id).attempt == 1
 
 
-def test_11_fifty_claimers_on_a_thousand_jobs_claim_each_once(database: Database) -> None:
+def test_11_fifty_claimers_on_a_thousand_jobs_claim_each_once(database: Database, database_url: str) -> None:
+    """As of five processes with ten threads each."""
+    pools = [Database(database_url) for _ in range(5)]
     project_id = add_project(database)
     job_ids = [add_job(database, project_id, created_at=float(number)) for number in range(1000)]
 
-    def claim_all(_: int) -> list[Claim]:
+    def claim_all(number: int) -> list[Claim]:
         claims = []
         while True:
-            with database.transaction() as session:
+            with pools[number % len(pools)].transaction() as session:
                 claim = claim_for_training(session, 600)
             if claim is None:
                 return claims
@@ -92,3 +94,5 @@ def test_11_fifty_claimers_on_a_thousand_jobs_claim_each_once(database: Database
     assert len({claim.lease_token for claim in claims}) == 1000
     with database.reading() as session:
         assert set(session.scalars(select(Job.attempt))) == {1}
+    for pool in pools:
+        pool.close()

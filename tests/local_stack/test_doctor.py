@@ -95,9 +95,10 @@ def test_the_proposed_command_keeps_what_was_given(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         given, bare = (
-            next(f.mend for f in doctor.examine(data_dir, host, port) if f.problem) for data_dir, host in ((tmp_path / "my data", "127.0.0.1"), (None, None))
+            next(f.mend for f in doctor.examine(data_dir, host, port, inference) if f.problem)
+            for data_dir, host, inference in ((tmp_path / "my data", "127.0.0.1", "embedded"), (None, None, None))
         )
-    assert re.fullmatch(rf"sdft up --data-dir '{tmp_path}/my data' --host 127\.0\.0\.1 --port \d+", given)
+    assert re.fullmatch(rf"sdft up --data-dir '{tmp_path}/my data' --host 127\.0\.0\.1 --inference embedded --port \d+", given)
     assert re.fullmatch(r"sdft up --port \d+", bare)
 
 
@@ -185,5 +186,10 @@ def test_vllm_that_is_not_installed_is_found_before_the_start(tmp_path: Path, po
     monkeypatch.setenv("SDFT_INFERENCE", "vllm")
     monkeypatch.setenv("SDFT_VLLM_PYTHON", str(tmp_path / "none"))
     assert any("vLLM is not installed" in problem for problem in problems(tmp_path / "data", port))
+    monkeypatch.delenv("SDFT_INFERENCE")
+    result = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path / "data"), "--port", str(port), "--inference", "vllm"])
+    assert result.exit_code == 1
+    assert "vLLM is not installed" in result.stdout
+    monkeypatch.setenv("SDFT_INFERENCE", "vllm")
     monkeypatch.setenv("SDFT_INFERENCE_URLS", "http://127.0.0.1:9")
     assert problems(tmp_path / "data", port) == [], "servers that run already are started by somebody else"

@@ -212,7 +212,7 @@ def test_an_automatic_temperature_is_measured_on_the_teachers_prompts(tmp_path: 
 @pytest.mark.parametrize(
     ("tokens", "masked", "advice"),
     [
-        (1, False, r"3 of 3 .* expected of a model that rambles.* Raise .* if .* longest demonstration has 5 tokens"),
+        (1, False, r"3 of 3 .* expected of a model that rambles.* Nothing needs .* longest demonstration has 5 tokens.* raise max_completion_tokens then"),
         (400, True, "1 of 3 .* no harm while they are few"),
     ],
     ids=["all_cut_off", "all_finished"],

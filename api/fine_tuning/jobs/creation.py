@@ -41,7 +41,8 @@ def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creati
         raise BadRequest("integrations: this server has none", code="unsupported_parameter", param="integrations")
     method = resolve_method(request.method, request.hyperparameters, settings.default_method)
     if method.get("sdft", {}).get("sampler") == "vllm" and settings.inference != "vllm":
-        raise BadRequest("method.sdft.sampler: this server has no vLLM; leave it out", code="unsupported_parameter", param="method.sdft.sampler")
+        message = "method.sdft.sampler: there is no vLLM here; leave it out, or have the operator set SDFT_INFERENCE=vllm (`sdft up --inference vllm`)"
+        raise BadRequest(message, code="unsupported_parameter", param="method.sdft.sampler")
     with state.database.transaction() as session:
         refuse_repetition(session, creation)
         base_model, parent_model = _resolve_model(session, settings, project_id, request.model)

@@ -20,6 +20,7 @@ METHODS = {"sdft": SdftHyperparameters, "supervised": SupervisedHyperparameters}
 KNOWN_BUT_REFUSED = ("dpo", "reinforcement")
 SDFT_OPTIONS: dict[str, tuple[Any, ...]] = {"sampler": ("auto", "in_process", "vllm"), "baseline": ("none",)}
 """What may stand beside `hyperparameters` in `method.sdft`, with its values, the default first."""
+BESIDE_HYPERPARAMETERS = ("teacher_template", "reasoning", "retention_file", *SDFT_OPTIONS)
 DEFAULT_TEACHER_TEMPLATE = "example"
 MAX_TEMPLATE_LENGTH = 32_768
 
@@ -63,7 +64,9 @@ def _checked_hyperparameters(kind: str, given: dict[str, Any], where: str) -> di
     for name in given:
         if name not in wire.model_fields:
             param, known = f"{where}.{shortened(name)}", ", ".join(wire.model_fields)
-            raise BadRequest(f"{param}: unknown hyperparameter; known are {known}", code="unknown_parameter", param=param)
+            beside = kind == "sdft" and name in BESIDE_HYPERPARAMETERS
+            reason = f"it stands beside hyperparameters, as method.sdft.{name}" if beside else f"unknown hyperparameter; known are {known}"
+            raise BadRequest(f"{param}: {reason}", code="unknown_parameter", param=param)
     try:
         return wire.model_validate(given).model_dump()
     except ValidationError as error:
@@ -79,7 +82,7 @@ def _checked_options(kind: str, given: dict[str, Any]) -> dict[str, Any]:
         param = f"method.sdft.{name}"
         if _not_yet(name, value):
             raise _not_yet_available(param, value)
-        if name not in ("teacher_template", "reasoning", "retention_file", *SDFT_OPTIONS):
+        if name not in BESIDE_HYPERPARAMETERS:
             raise _unknown_option(kind, name)
         if name == "reasoning" and not isinstance(value, bool):
             raise BadRequest(f"{param}: must be true or false, not {quoted(value)}", code="bool_type", param=param)

@@ -12,7 +12,7 @@ FORWARDED: dict[str, Any] = {
     "temperature": 0,
     "top_p": 0.9,
     "n": 2,
-    "stop": ["a", "b"],
+    "stop": ["a", "b", "c", "d"],
     "seed": 7,
     "logprobs": True,
     "top_logprobs": 3,
@@ -127,7 +127,7 @@ def test_wrong_completions(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"stop": ["x"] * 17},
+        {"stop": ["x"] * 5},
         {"stop": "x" * 257},
         {"stop": [""]},
         {"logit_bias": {str(token): 1.0 for token in range(1025)}},
@@ -149,3 +149,10 @@ def test_prompts_times_answers_are_bounded(prompt: Any, n: int | None, passes: b
     else:
         with pytest.raises(ValidationError, match="1,024"):
             CompletionRequest.model_validate(request)
+
+
+def test_a_fifth_stop_string_is_counted_in_the_refusal() -> None:
+    with pytest.raises(ValidationError) as caught:
+        chat(stop=["a", "b", "c", "d", "e"])
+    (error,) = caught.value.errors()
+    assert (error["type"], error["loc"], error["msg"]) == ("too_long", ("stop",), "at most 4 strings, not 5")

@@ -238,3 +238,8 @@ def test_parent_of_an_unfinished_job_cannot_be_deleted(api_on_both: Api) -> None
     assert api.client.delete(f"/v1/models/{model.id}").status_code == 200
     with api.database.reading() as session:
         assert session.get_one(Model, model.id).status == "deleted"
+
+
+def test_a_job_that_wants_vllm_where_there_is_none_is_told_what_the_operator_sets(api: Api) -> None:
+    message = refuse(api, 400, "unsupported_parameter", "method.sdft.sampler", method={"type": "sdft", "sdft": {"sampler": "vllm"}})
+    assert "SDFT_INFERENCE=vllm" in message

@@ -116,6 +116,14 @@ def test_the_sampled_estimator_is_of_the_reverse_divergence() -> None:
 def test_unknown_names_are_refused() -> None:
     error = refusal({"type": "sdft", "sdft": {"hyperparameters": {"foo": 1}}})
     assert (error.code, error.param) == ("unknown_parameter", "method.sdft.hyperparameters.foo")
+    assert "known are n_epochs" in error.message
+
+
+@pytest.mark.parametrize("name", ["sampler", "teacher_template", "reasoning", "retention_file", "baseline"])
+def test_an_option_among_the_hyperparameters_is_told_its_place(name: str) -> None:
+    error = refusal({"type": "sdft", "sdft": {"hyperparameters": {name: "auto"}}})
+    assert (error.code, error.param) == ("unknown_parameter", f"method.sdft.hyperparameters.{name}")
+    assert error.message.endswith(f"it stands beside hyperparameters, as method.sdft.{name}")
     assert refusal({"type": "sdft", "sdft": {"hyperparamters": {}}}).param == "method.sdft.hyperparamters"
     assert refusal({"type": "sdft", "stfd": {}}).param == "method.stfd"
     assert refusal({"type": "supervised", "supervised": {"teacher_template": "example"}}).param == "method.supervised.teacher_template"

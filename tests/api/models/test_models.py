@@ -116,6 +116,17 @@ def test_adapter_is_a_peft_directory(api: Api) -> None:
     assert part.headers["x-sha256"] == model.archive_sha256
 
 
+def test_head_tells_the_hash_without_the_bytes(live_api: Api) -> None:
+    api = live_api
+    model = add_model(api, FIRST)
+    answer, head = api.client.get(f"/v1/models/{FIRST}/adapter"), api.client.head(f"/v1/models/{FIRST}/adapter")
+    assert head.headers["x-sha256"] == model.archive_sha256
+    differing = {"x-request-id", "date"} | {name for name in head.headers if name.startswith("x-ratelimit")}
+    assert (head.status_code, head.content) == (200, b"")
+    assert {n: v for n, v in head.headers.items() if n not in differing} == {n: v for n, v in answer.headers.items() if n not in differing}
+    assert api.client.head(f"/v1/models/{THIRD}/adapter").status_code == 404
+
+
 def test_adapter_formats(api: Api) -> None:
     add_model(api, FIRST)
     assert_error(api.client.get(f"/v1/models/{FIRST}/adapter?format=zip"), 400, "literal_error", "format")

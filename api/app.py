@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import anyio.to_thread
 from fastapi import FastAPI
 
-from api import error_handlers, health
+from api import error_handlers, health, measurements
 from api.authentication import Authentication
 from api.completions import routes as completions
 from api.files import routes as files
@@ -26,7 +26,9 @@ from api.request_limits import RequestLimits
 from api.scopes import ScopeCheck
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
+from core.errors import Unavailable
 from core.logging import configure_logging, get_logger
+from core.schema_revision import require_fitting_schema
 from core.settings import Settings, get_settings
 
 EXPIRY_INTERVAL_SECONDS = 60
@@ -42,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
         configure_logging(settings)
         _adopt_server_logs()
         app.state.api = state = ApiState.open(settings)
+        await anyio.to_thread.run_sync(_refuse_another_schema, state)
         expiring = asyncio.create_task(_delete_what_expires(state))
         try:
             yield
@@ -52,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     error_handlers.install(app)
-    for resource in (health, files, base_models, jobs, models, completions, projects, api_keys, audit_logs):
+    for resource in (health, measurements, files, base_models, jobs, models, completions, projects, api_keys, audit_logs):
         app.include_router(resource.router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(ScopeCheck)
@@ -62,6 +65,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(TrustedHosts, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app
+
+
+def _refuse_another_schema(state: ApiState) -> None:
+    """Raises SchemaDoesNotFit. A database that can't be asked now is no reason not to start: `/readyz` goes on asking."""
+    try:
+        require_fitting_schema(state.database)
+    except Unavailable as error:
+        log.warning("schema_not_compared", error=error.message)
 
 
 def _adopt_server_logs() -> None:

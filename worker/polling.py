@@ -11,6 +11,7 @@ from celery import bootsteps
 
 from core.errors import ServiceError
 from core.logging import get_logger
+from core.schema_revision import SchemaDoesNotFit, require_fitting_schema
 from worker.expired_leases import free_expired_leases, work_is_waiting
 from worker.model_exports import Exporter
 from worker.presence import Presence
@@ -44,6 +45,8 @@ class Poll:
 
     def look(self) -> None:
         self._presence.tell()
+        if not self._resources.may_claim:
+            return
         free_expired_leases(self._resources)
         self._searches = [thread for thread in self._searches if thread.is_alive()]
         if len(self._searches) < self._resources.threads_needed and work_is_waiting(self._resources):
@@ -69,9 +72,20 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._exporter = threading.Thread(target=Exporter(self._resources).run, name="exporter")
 
     def start(self, worker: Any) -> None:
+        self._refuse_another_schema()
         self._thread.start()
         threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
         self._exporter.start()
+
+    def _refuse_another_schema(self) -> None:
+        """Ends the process. A database that can't be asked now is asked again by the poll."""
+        try:
+            require_fitting_schema(self._resources.database)
+        except SchemaDoesNotFit as error:
+            log.error("schema_does_not_fit", error=str(error))
+            raise SystemExit(1) from error
+        except ServiceError as error:
+            log.warning("database_unreachable", error=error.message)
 
     def stop(self, worker: Any) -> None:
         """Wait for the searches: their supervisors were told already when the shutdown began."""

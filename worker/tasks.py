@@ -33,7 +33,7 @@ def seek_work(resources: Resources) -> None:
         return claim_for_validation(session, settings.lease_seconds)
 
     try:
-        while not resources.stopping.is_set():
+        while resources.may_claim:
             if not (
                 _work_on_next(resources, resources.validation_slots, next_to_validate, validate)
                 or _work_on_next(resources, resources.training_slots, next_to_train, train)

@@ -33,10 +33,14 @@ def metrics(state: State) -> Response:
     registry = CollectorRegistry(auto_describe=False)
     try:
         with state.database.reading() as session:
-            registry.register(_Measured([*_jobs(session), *_workers(session), *_running_steps(session)]))
+            registry.register(_Measured(measure_rows(session)))
     except Unavailable as error:  # the other measurements are wanted most while the database is down
         log.warning("rows_not_measured", error=error.message)
     return Response(generate_latest() + generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def measure_rows(session: Session) -> list[Metric]:
+    return [*_jobs(session), *_workers(session), *_running_steps(session)]
 
 
 class _Measured(Collector):

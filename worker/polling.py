@@ -13,6 +13,7 @@ from core.errors import ServiceError
 from core.logging import get_logger
 from core.schema_revision import SchemaDoesNotFit, require_fitting_schema
 from worker.expired_leases import free_expired_leases, work_is_waiting
+from worker.measurements import serve_measurements
 from worker.model_exports import Exporter
 from worker.presence import Presence
 from worker.resources import Resources, resources_of
@@ -73,6 +74,7 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         self._refuse_another_schema()
+        serve_measurements(self._resources.settings)
         self._thread.start()
         threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
         self._exporter.start()

@@ -99,17 +99,3 @@ def test_database_that_is_down(make_settings: MakeSettings, path: str) -> None:
             assert answer.json()["checks"]["schema"] == "unknown"
             assert answer.headers["retry-after"] == "2"
         assert client.get("/healthz").status_code == 200
-
-
-def test_metrics_count_requests_and_jobs(api_on_both: Api) -> None:
-    api = api_on_both
-    api.create_job()
-    api.client.get("/v1/files/unknown")
-    api.client.get("/v1/nowhere")
-    lines = api.client.get("/metrics").text.splitlines()
-    assert 'sdft_jobs{status="validating_files"} 1.0' in lines
-    assert 'sdft_jobs{status="running"} 0.0' in lines
-    assert any(line.startswith('sdft_http_requests_total{method="GET",route="/v1/files/{file_id}",status="404"}') for line in lines)
-    assert any(line.startswith('sdft_http_requests_total{method="GET",route="unknown",status="404"}') for line in lines)
-    assert any(line.startswith('sdft_http_request_seconds_count{method="POST",route="/v1/fine_tuning/jobs"}') for line in lines)
-    assert not any("unknown_file" in line or "nowhere" in line for line in lines)

@@ -13,7 +13,7 @@ COPY pyproject.toml ./
 # The requirements as files of their own: images reinstall them only when they change, not with every source line.
 RUN mkdir /requirements && python -c "import pathlib, tomllib; \
 project = tomllib.loads(pathlib.Path('pyproject.toml').read_text())['project']; \
-pathlib.Path('/requirements/base.txt').write_text('\n'.join(project['dependencies'])); \
+pathlib.Path('/requirements/base.txt').write_text('\n'.join(project['dependencies'] + project['optional-dependencies']['otel'])); \
 pathlib.Path('/requirements/train.txt').write_text('\n'.join(project['optional-dependencies']['train']))"
 COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

@@ -11,6 +11,7 @@ from core.jobs.leases import Claim
 from core.logging import get_logger
 from core.settings import Settings
 from core.tables.jobs import Job
+from core.tracing import note_on_span
 from worker.resources import Resources
 
 log = get_logger(__name__)
@@ -36,7 +37,9 @@ def serve_measurements(settings: Settings) -> None:
 def count_end(resources: Resources, claim: Claim, *, settled: bool) -> None:
     """`settled`: the attempt ended under its lease, so that the job's row says how: succeeded, failed, cancelled or paused; requeued where
     it waits or trains again."""
-    attempts_ended.labels(_outcome(resources, claim) if settled else LEASE_LOST).inc()
+    outcome = _outcome(resources, claim) if settled else LEASE_LOST
+    attempts_ended.labels(outcome).inc()
+    note_on_span(**{"sdft.outcome": outcome})
 
 
 def _outcome(resources: Resources, claim: Claim) -> str:

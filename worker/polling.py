@@ -12,6 +12,7 @@ from celery import bootsteps
 from core.errors import ServiceError
 from core.logging import get_logger
 from core.schema_revision import SchemaDoesNotFit, require_fitting_schema
+from core.tracing import TracingNotInstalled, send_traces, start_tracing
 from worker.expired_leases import free_expired_leases, work_is_waiting
 from worker.measurements import serve_measurements
 from worker.model_exports import Exporter
@@ -74,6 +75,11 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         self._refuse_another_schema()
+        try:
+            start_tracing("sdft-worker")
+        except TracingNotInstalled as error:
+            log.error("tracing_not_installed", error=str(error))
+            raise SystemExit(1) from error
         serve_measurements(self._resources.settings)
         self._thread.start()
         threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
@@ -96,3 +102,4 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
             if thread.is_alive():
                 thread.join()
         self._poll.wait_for_searches()
+        send_traces()

@@ -135,7 +135,7 @@ class Stack:
         try:
             answer = httpx2.get(f"{service_url(self.settings.host, self.settings.port)}/readyz", timeout=READINESS_TIMEOUT_SECONDS, trust_env=False)
             degraded: list[str] = answer.json()["degraded"]
-        except (httpx2.HTTPError, ValueError, KeyError):
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):  # nobody, or another program
             return None
         return degraded if answer.status_code == 200 else None
 

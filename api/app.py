@@ -25,8 +25,10 @@ from api.rate_limits import RateLimits
 from api.request_context import RequestContext
 from api.request_limits import RequestLimits
 from api.scopes import ScopeCheck
+from api.shutdown import called_when_told_to_stop
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
+from api.webhooks import routes as webhooks
 from core.errors import Unavailable
 from core.logging import configure_logging, get_logger
 from core.schema_revision import SchemaDoesNotFit, require_fitting_schema
@@ -50,7 +52,8 @@ def create_app(settings: Settings) -> FastAPI:
         await anyio.to_thread.run_sync(_refuse_another_schema, state)
         expiring = asyncio.create_task(_delete_what_expires(state))
         try:
-            yield
+            with called_when_told_to_stop(state.event_feed.close):
+                yield
         finally:
             expiring.cancel()
             await asyncio.gather(expiring, return_exceptions=True)
@@ -59,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan, telemetry=_telemetry())
     error_handlers.install(app)
-    for resource in (health, measurements, files, base_models, jobs, models, completions, projects, api_keys, audit_logs):
+    for resource in (health, measurements, files, base_models, jobs, models, completions, webhooks, projects, api_keys, audit_logs):
         app.include_router(resource.router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(ScopeCheck)

@@ -23,8 +23,7 @@ Check = Literal["ok", "unreachable", "older", "newer", "none", "not_writable", "
 Answer = TypeVar("Answer")
 
 NOTHING_KNOWN: dict[str, Check] = {}
-UNANSWERED: StorageCondition = "not_writable"
-"""A network file system that hangs, for all that writes."""
+UNANSWERED: StorageCondition = "unreachable"
 
 router = APIRouter(tags=["operation"])
 
@@ -52,10 +51,10 @@ async def readyz(state: State, response: Response) -> Readiness:
     a deploy looks like to the processes that it is about to replace; they go on answering until then."""
     settings = state.settings
     database, broker, inference, storage = await asyncio.gather(
-        _ask(lambda: _database_checks(state), NOTHING_KNOWN),
-        _ask(lambda: broker_answers(settings.resolved_redis_url), False),
-        _ask(state.inference.healthy, False),
-        _ask(lambda: storage_condition(settings), UNANSWERED),
+        _ask(state, lambda: _database_checks(state), NOTHING_KNOWN),
+        _ask(state, lambda: broker_answers(settings.resolved_redis_url), False),
+        _ask(state, state.inference.healthy, False),
+        _ask(state, lambda: storage_condition(settings, state.storage), UNANSWERED),
     )
     checks: dict[str, Check] = {
         "database": "ok" if database else "unreachable",
@@ -73,11 +72,11 @@ async def readyz(state: State, response: Response) -> Readiness:
     return Readiness(status="unavailable" if unavailable else "degraded" if degraded else "ok", degraded=degraded, checks=checks)
 
 
-async def _ask(probe: Callable[[], Answer], otherwise: Answer) -> Answer:
-    """The probe's answer, from a thread, or `otherwise` where there is none in time."""
+async def _ask(state: ApiState, probe: Callable[[], Answer], otherwise: Answer) -> Answer:
+    """The probe's answer, or `otherwise` where there is none in time. Its thread, which may hang on, is none that requests need."""
     answer = otherwise
     with anyio.move_on_after(PROBE_SECONDS):
-        answer = await anyio.to_thread.run_sync(probe, abandon_on_cancel=True)
+        answer = await anyio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=state.probe_threads)
     return answer
 
 

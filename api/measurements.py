@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import Session
 
 from api.state import State
@@ -18,6 +18,7 @@ from core.database import unix_now
 from core.errors import Unavailable
 from core.logging import get_logger
 from core.tables.jobs import JOB_STATUSES, Job, JobMetrics
+from core.tables.webhooks import WebhookDelivery
 from core.workers import workers_that_are_there
 
 RECENT_SECONDS = 3600
@@ -40,7 +41,7 @@ def metrics(state: State) -> Response:
 
 
 def measure_rows(session: Session) -> list[Metric]:
-    return [*_jobs(session), *_workers(session), *_running_steps(session)]
+    return [*_jobs(session), *_workers(session), *_running_steps(session), _deliveries(session)]
 
 
 class _Measured(Collector):
@@ -93,6 +94,16 @@ def _running_steps(session: Session) -> Iterator[Metric]:
         memory.add_metric([base_model], max(step["peak_memory_bytes"] for step in steps))
     yield seconds
     yield memory
+
+
+def _deliveries(session: Session) -> Metric:
+    """Of webhooks."""
+    status = case((WebhookDelivery.delivered_at.is_not(None), "delivered"), (WebhookDelivery.failed_at.is_not(None), "failed"), else_="pending").label("status")
+    counts = {row.status: row.number for row in session.execute(select(status, func.count().label("number")).group_by(status))}
+    family = GaugeMetricFamily("sdft_webhook_deliveries", "Webhook deliveries: pending, delivered or failed.", labels=["status"])
+    for name in ("pending", "delivered", "failed"):
+        family.add_metric([name], counts.get(name, 0))
+    return family
 
 
 def _quantiles(values: Iterable[float | None]) -> list[tuple[str, float]]:

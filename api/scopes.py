@@ -18,6 +18,8 @@ AREAS: tuple[tuple[str, tuple[Scope, ...], tuple[Scope, ...]], ...] = (
     ("/v1/files", ("read",), ("write",)),
     ("/v1/fine_tuning", ("read",), ("write",)),
     ("/v1/models", ("read",), ("write",)),
+    ("/v1/webhook_endpoints", ("read",), ("write",)),
+    ("/v1/webhook_event_types", ("read",), ()),
     ("/v1/chat/completions", ("infer",), ("infer",)),
     ("/v1/completions", ("infer",), ("infer",)),
     ("/v1/organization", ("admin",), ("admin",)),

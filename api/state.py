@@ -3,18 +3,25 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+import anyio
+import anyio.to_thread
 from celery import Celery
 from fastapi import Depends, Request
 
 from api.caller import caller_of
 from api.completions.adapter_loading import AdapterLoading
+from api.fine_tuning.jobs.event_feed import EventFeed
 from api.fine_tuning.jobs.queue_view import QueueView
 from core.audit import Actor
 from core.database import Database
 from core.doorbell import celery_application
 from core.inference_servers import InferenceServers
+from core.object_storage import open_storage
 from core.settings import Settings
-from core.storage import LocalStorage, Storage
+from core.storage import Storage
+
+WEBHOOK_TESTS_AT_A_TIME = 8
+PROBES_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,13 @@ class ApiState:
     inference: InferenceServers
     adapter_loading: AdapterLoading
     queue: QueueView
+    event_feed: EventFeed
+    webhook_tests: anyio.CapacityLimiter
+    probe_threads: anyio.CapacityLimiter
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
-        storage = LocalStorage(settings.storage_dir)
+        storage = open_storage(settings)
         inference = InferenceServers(settings)
         database = Database(settings.resolved_database_url)
         return cls(
@@ -40,9 +50,14 @@ class ApiState:
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
             queue=QueueView(database, settings.project_max_running_jobs),
+            event_feed=EventFeed(database),
+            webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
+            probe_threads=anyio.CapacityLimiter(PROBES_AT_A_TIME),
         )
 
     async def aclose(self) -> None:
+        self.event_feed.close()
+        await anyio.to_thread.run_sync(self.event_feed.join)
         await self.inference.aclose()
         self.doorbell.close()
         self.database.close()

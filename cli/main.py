@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli import chat, files, jobs, keys, models, projects
+from cli import chat, files, jobs, keys, models, projects, webhooks
 from cli.errors import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -15,6 +15,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(projects.app, name="projects")
 app.add_typer(keys.app, name="keys")
+app.add_typer(webhooks.app, name="webhooks")
 app.command()(chat.chat)
 
 DataDir = Annotated[Path | None, typer.Option(help="Where the service keeps everything. Default: SDFT_DATA_DIR, else ./sdft-data.")]

@@ -26,6 +26,9 @@ from core.tables.base import Table
 IDLE_IN_TRANSACTION_SECONDS = 10
 """After which Postgres ends a transaction that does nothing. A process that freezes inside one would else keep its row locks,
 and nobody could take over the job it holds."""
+LOCK_SECONDS = 5
+"""That a statement waits for a lock on Postgres. Else whoever holds one for long, a program of the operator's say, would hold up every
+thread of the API one by one, and its clients would hear nothing instead of a 503."""
 
 
 class database_now(FunctionElement[float]):
@@ -73,7 +76,7 @@ class Database:
                 pool_size=20,
                 max_overflow=20,
                 pool_timeout=pool_timeout_seconds,
-                connect_args={"options": f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS * 1000}"},
+                connect_args={"options": f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS * 1000} -c lock_timeout={LOCK_SECONDS * 1000}"},
             )
         self._write = sessionmaker(self.engine, expire_on_commit=False)
         self._read = sessionmaker(self.engine.execution_options(read_only=True), expire_on_commit=False)

@@ -3,7 +3,8 @@
 ServiceError (500 server_error)
 ├── BadRequest (400 invalid_request_error)
 │   ├── InvalidFile (400 invalid_training_file)
-│   └── ExportNotPossible (400 export_not_possible)
+│   ├── ExportNotPossible (400 export_not_possible)
+│   └── WebhookNotDelivered (400 webhook_not_delivered)
 ├── AuthenticationFailed (401)
 ├── InsufficientScope (403 insufficient_scope)
 ├── NotFound (404 not_found)
@@ -15,6 +16,7 @@ ServiceError (500 server_error)
 ├── RateLimited (429 rate_limit_exceeded)      retried by clients after `retry-after`
 ├── Unavailable (503)                 retried by clients after `retry-after`
 │   ├── InferenceUnavailable (503 inference_unavailable)
+│   ├── StorageUnavailable (503 storage_unavailable)
 │   └── ExportInProgress (503 export_in_progress)
 ├── InferenceFailed (502 inference_failed)
 ├── InferenceTimeout (504 inference_timeout)   never retried: every attempt would be generated anew
@@ -65,6 +67,10 @@ class InvalidFile(BadRequest):
 
 class ExportNotPossible(BadRequest):
     default_code = "export_not_possible"
+
+
+class WebhookNotDelivered(BadRequest):
+    default_code = "webhook_not_delivered"
 
 
 class AuthenticationFailed(ServiceError):
@@ -134,6 +140,16 @@ class Unavailable(ServiceError):
 
 class InferenceUnavailable(Unavailable):
     default_code = "inference_unavailable"
+
+
+class StorageUnavailable(Unavailable):
+    """Object storage can't be reached, fails, or refuses this server; it was asked several times."""
+
+    default_code = "storage_unavailable"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.headers = {**self.headers, "retry-after": "5"}
 
 
 class ExportInProgress(Unavailable):

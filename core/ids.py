@@ -6,10 +6,16 @@ from typing import Literal
 import uuid_utils
 
 Prefix = Literal["proj", "file", "ftjob", "ftevent", "ftckpt", "req", "audit_log"]
+WebhookPrefix = Literal["whe", "wh", "evt"]
 
 
 def new_id(prefix: Prefix) -> str:
     return f"{prefix}-{uuid_utils.uuid7().hex}"
+
+
+def new_webhook_id(prefix: WebhookPrefix) -> str:
+    """Likewise, with an underscore as OpenAI writes them: of an endpoint, a delivery, an event."""
+    return f"{prefix}_{uuid_utils.uuid7().hex}"
 
 
 def new_token() -> str:

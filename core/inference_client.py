@@ -100,13 +100,23 @@ class InferenceClient:
 
     def served_dtype(self, base_model: str) -> str | None:
         """The precision that the server computes in, where it says so: `inference/` does, vLLM does not. Raises InferenceUnavailable."""
+        dtypes = [card.get("dtype") for card in self._model_cards() if card.get("id") == base_model]
+        return str(dtypes[0]) if dtypes and dtypes[0] else None
+
+    def served_names(self) -> set[str]:
+        """The base model, and the adapters that are loaded at the moment. Raises InferenceUnavailable, also where the answer names none."""
+        names = {str(card["id"]) for card in self._model_cards() if card.get("id")}
+        if not names:
+            raise InferenceUnavailable("the inference server does not say what it serves")
+        return names
+
+    def _model_cards(self) -> list[dict[str, Any]]:
         try:
             answer = self._sync.get("/v1/models", timeout=httpx2.Timeout(SCORE_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS))
         except httpx2.HTTPError as error:
             raise InferenceUnavailable(UNREACHABLE) from error
         cards = _json_of(answer).get("data")
-        dtypes = [card.get("dtype") for card in cards if isinstance(card, dict) and card.get("id") == base_model] if isinstance(cards, list) else []
-        return str(dtypes[0]) if dtypes and dtypes[0] else None
+        return [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
 
     def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> httpx2.Response:
         try:

@@ -6,6 +6,8 @@ pending ──claim──► running ──finish──► ready
    └─────────────────┘                  │ request, a minute later or more, unless it can never be made
    ▲────────────────────────────────────┘
 
+A ready one is forgotten some days after it was made.
+
 A claim is a lease with a token, as a job's is (core.jobs.leases): whoever makes the export passes the token to every later
 change, and one whose lease ran out while another took over raises ExportLost.
 """
@@ -13,7 +15,7 @@ change, and one whose lease ran out while another took over raises ExportLost.
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import and_, case, func, or_, select, update
+from sqlalchemy import and_, case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.database import database_now, unix_now
@@ -165,6 +167,12 @@ def fail_export(session: Session, claim: ExportClaim, code: str, message: str) -
         _change_held(session, claim, status="failed", error=_error(code, message), **_RELEASED)
     else:
         _change_held(session, claim, status="pending", error=_error(code, message), **_RELEASED)
+
+
+def forget_old_exports(session: Session, older_than_seconds: float) -> list[str]:
+    """ready → gone, to be made anew when somebody asks. Returns the keys of their objects."""
+    old = delete(ModelExport).where(ModelExport.status == "ready", ModelExport.updated_at < database_now() - older_than_seconds)
+    return [key for key in session.scalars(old.returning(ModelExport.storage_key)) if key is not None]
 
 
 _RELEASED: dict[str, Any] = {"lease_token": None, "lease_until": None}

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from core.audit import SERVER, Actor, record
@@ -94,6 +94,13 @@ def find_key(session: Session, plain_key: str) -> ApiKey | None:
     if found.archived_at is not None or key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= unix_now()):
         return None
     return key
+
+
+def valid_keys(session: Session, key_ids: Iterable[str]) -> set[str]:
+    """Those of the keys that are neither expired nor revoked, nor of an archived project."""
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > unix_now())
+    alive = select(ApiKey.id).join(Project, Project.id == ApiKey.project_id).where(Project.archived_at.is_(None), ApiKey.revoked_at.is_(None), unexpired)
+    return set(session.scalars(alive.where(ApiKey.id.in_(list(key_ids)))))
 
 
 def ensure_first_key(database: Database, path: Path) -> str | None:

@@ -66,12 +66,17 @@ def remove_from_servers(model: Model, served_adapters_dir: Path, servers: Infere
 
     It only frees memory and disk, so a server that is away or refuses is no error.
     """
+    unload_and_remove(served_adapters_dir / model.serving_name, servers)
+
+
+def unload_and_remove(directory: Path, servers: InferenceServers) -> None:
+    """The same for an unpacked adapter, which is served under its directory's name."""
     for client in servers.clients:
         try:
-            client.unload_adapter(model.serving_name)
+            client.unload_adapter(directory.name)
         except (InferenceUnavailable, AdapterRefused) as error:
-            log.warning("adapter_not_unloaded", model=model.id, server=client.url, error=str(error))
-    shutil.rmtree(served_adapters_dir / model.serving_name, ignore_errors=True)
+            log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _unpacked(model: Model, storage: Storage, served_adapters_dir: Path) -> Path:

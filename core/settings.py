@@ -15,11 +15,18 @@ HOST_PATTERN = re.compile(r"\*|(\*\.)?[\w.-]+|\[[0-9a-fA-F:.]+\]")
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="SDFT_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SDFT_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("sdft-data"), description="Where this server keeps its database, files and runs.")
     cache_dir: Path = Field(Path("~/.cache/sdft"), description="Converted base models; shared by all data directories.")
     database_url: str | None = Field(None, description="SQLAlchemy URL. Default: SQLite in the data directory.")
+    storage_url: str | None = Field(
+        None, description="Where files, adapters and checkpoints are kept: s3://bucket or s3://bucket/prefix. Default: the data directory."
+    )
+    s3_endpoint_url: str | None = Field(None, description="URL of a store that speaks S3. Default: AWS.")
+    s3_region: str | None = Field(None, description="Region of the bucket. Default: AWS_REGION, else us-east-1.")
+    s3_access_key_id: str | None = Field(None, description="Key of the bucket. Default: the AWS_* variables or the machine's role.")
+    s3_secret_access_key: SecretStr | None = Field(None, description="Its secret.")
     redis_url: str | None = Field(None, description="Broker URL. Default: the embedded Valkey's socket in the data directory.")
     inference: Literal["embedded", "vllm"] = Field(
         "embedded", description="Inference server that `sdft up` starts where SDFT_INFERENCE_URLS names none, or that runs there."
@@ -60,6 +67,11 @@ class Settings(BaseSettings):
     devices_per_job: int = Field(1, ge=1, description="GPUs that a job trains on; with more than one its trainer runs under torchrun.")
     project_max_running_jobs: int | None = Field(None, ge=1, description="Jobs of one project that run at a time, unless the project has a limit of its own.")
 
+    collect_every_seconds: float = Field(3600, ge=0, description="How often a worker removes what is needed no more; 0: never.")
+    keep_checkpoints: int = Field(3, ge=1, description="Newest training states of an unfinished job, and checkpoint models of a finished one, that are kept.")
+    keep_exports_seconds: float = Field(7 * 86_400, gt=0, description="How long a model's merged or GGUF form is kept after it was made.")
+    keep_runs_seconds: float = Field(14 * 86_400, gt=0, description="How long after a job's end its logs, rollouts and surplus checkpoint models are kept.")
+
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of trainer and inference server.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the base model's weights in both; auto measures.")
     retention_probes: Literal["off", "end", "checkpoints"] = Field(
@@ -82,6 +94,10 @@ class Settings(BaseSettings):
     vllm_arguments: list[str] = Field(default_factory=list, description="More of vLLM's command line arguments, as a JSON list.")
     attestation_tolerance: float = Field(
         0.05, gt=0, description="Largest difference in log-probability (nats) between trainer and inference server for a model to become servable."
+    )
+
+    webhook_allow_insecure: bool = Field(
+        False, description="Webhooks may go to http:// URLs and to addresses that are not public: for tests and private networks."
     )
 
     worker_metrics_port: int | None = Field(
@@ -135,6 +151,20 @@ class Settings(BaseSettings):
             raise ValueError("a device stands there twice, or GPUs beside cpu")
         return value
 
+    @field_validator("storage_url")
+    @classmethod
+    def _bucket(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w-][\w.-]*)*/?", value):
+            raise ValueError(f"{value!r} is not s3://bucket or s3://bucket/prefix")
+        return value
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/?#@]+/?", value):
+            raise ValueError(f"{value!r} is not a URL like https://minio.example.com:9000")
+        return value
+
     @field_validator("allowed_hosts")
     @classmethod
     def _host_patterns(cls, value: list[str]) -> list[str]:
@@ -154,6 +184,14 @@ class Settings(BaseSettings):
     def _heartbeat_within_lease(self) -> "Settings":
         if self.heartbeat_seconds >= self.lease_seconds:
             raise ValueError("heartbeat_seconds must be less than lease_seconds, or every lease is lost")
+        return self
+
+    @model_validator(mode="after")
+    def _s3_settings_together(self) -> "Settings":
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("s3_access_key_id and s3_secret_access_key belong together")
+        if self.storage_url is None and (self.s3_endpoint_url or self.s3_access_key_id):
+            raise ValueError("storage_url is missing: s3_endpoint_url and s3_access_key_id are of no use without it")
         return self
 
     @property

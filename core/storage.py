@@ -1,20 +1,31 @@
-"""Objects by key: uploaded files, adapter archives, checkpoints. On local disk here; keys are made by us, never by users.
+"""Objects by key: uploaded files, adapter archives, checkpoints. On local disk here, in a bucket in core.s3_storage; keys are
+made by us, never by users.
 
 A write goes to a temporary file that gets its final name when it is complete: an object is whole or absent.
+
+A key is an id, written once and never again, and not the hash of its content: the rows hold the hashes, and every reader
+compares. With hashes as keys two rows could share an object, and deleting one row's while another row comes to share it would
+leave a row without its bytes: no store can tie the two together.
 """
 
 import hashlib
+import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from core.durable_files import is_disk_full, rename_durably
-from core.errors import StorageFull
+from core.errors import StorageFull, StorageUnavailable
 from core.ids import new_token
+from core.logging import get_logger
 
 CHUNK_BYTES = 1 << 20
+LISTED_AT_A_TIME = 1000
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,15 @@ class StoredObject:
     key: str
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class ListedObject:
+    """`modified_at` in unix seconds, by the clock of whoever stores it."""
+
+    key: str
+    size_bytes: int
+    modified_at: float
 
 
 class ObjectDamaged(Exception):
@@ -37,10 +57,14 @@ class ObjectWriter(Protocol):
 
     def commit(self) -> StoredObject: ...
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Idempotent; does nothing after a commit."""
+        ...
 
 
 class Storage(Protocol):
+    """Where it is not this machine's disk, every call may raise StorageUnavailable, also between the chunks of `read`."""
+
     def open_writer(self, key: str) -> ObjectWriter: ...
 
     def write_file(self, key: str, path: Path) -> StoredObject: ...
@@ -54,6 +78,53 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Idempotent."""
         ...
+
+    def list_objects(self, prefix: str) -> Iterator[list[ListedObject]]:
+        """All objects whose keys begin with `prefix` and a slash, in pages. Those that come or go meanwhile may be among them."""
+        ...
+
+    def discard_abandoned_uploads(self, older_than_seconds: float) -> int:
+        """Remove what writers left that were killed before their commit. Returns how many there were."""
+        ...
+
+
+def verified(chunks: Iterator[bytes], key: str, sha256: str) -> Iterator[bytes]:
+    """The chunks as they come, but the last one only when all of them together have the hash; ObjectDamaged is raised in its
+    place. So whoever counts bytes gets too few of a damaged object."""
+    digest = hashlib.sha256()
+    held = b""
+    for chunk in chunks:
+        digest.update(chunk)
+        if held:
+            yield held
+        held = chunk
+    if digest.hexdigest() != sha256:
+        raise ObjectDamaged(f"{key}: its SHA-256 is {digest.hexdigest()}, not {sha256}")
+    if held:
+        yield held
+
+
+def copy_into(writer: ObjectWriter, path: Path) -> StoredObject:
+    """Write a whole local file and commit it; nothing is left where that fails."""
+    try:
+        with path.open("rb") as source:
+            while chunk := source.read(CHUNK_BYTES):
+                writer.write(chunk)
+        return writer.commit()
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def discard(storage: Storage, key: str) -> bool:
+    """Delete an object that no row needs. Where storage can't be reached it is left to the worker's garbage collection, and this
+    returns False."""
+    try:
+        storage.delete(key)
+    except StorageUnavailable as error:
+        log.warning("object_not_deleted", key=key, error=error.message)
+        return False
+    return True
 
 
 def fetch(storage: Storage, key: str, path: Path, sha256: str, check: Callable[[], None] = lambda: None) -> None:
@@ -92,15 +163,7 @@ class LocalStorage:
         return LocalWriter(key, self.path_of(key), self.temporary_dir / new_token())
 
     def write_file(self, key: str, path: Path) -> StoredObject:
-        writer = self.open_writer(key)
-        try:
-            with path.open("rb") as source:
-                while chunk := source.read(CHUNK_BYTES):
-                    writer.write(chunk)
-            return writer.commit()
-        except BaseException:
-            writer.abort()
-            raise
+        return copy_into(self.open_writer(key), path)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         file = self.path_of(key).open("rb")
@@ -111,6 +174,31 @@ class LocalStorage:
 
     def delete(self, key: str) -> None:
         self.path_of(key).unlink(missing_ok=True)
+
+    def list_objects(self, prefix: str) -> Iterator[list[ListedObject]]:
+        page: list[ListedObject] = []
+        for directory, _, names in os.walk(self.path_of(prefix)):
+            for path in (Path(directory, name) for name in names):
+                try:
+                    status = path.stat()
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+                page.append(ListedObject(str(path.relative_to(self.root)), status.st_size, status.st_mtime))
+                if len(page) == LISTED_AT_A_TIME:
+                    yield page
+                    page = []
+        if page:
+            yield page
+
+    def discard_abandoned_uploads(self, older_than_seconds: float) -> int:
+        before = time.time() - older_than_seconds
+        discarded = 0
+        for path in self.temporary_dir.iterdir():
+            with suppress(FileNotFoundError):  # committed, or removed by another worker
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    discarded += 1
+        return discarded
 
 
 def _read_range(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:

@@ -100,7 +100,8 @@ class Stack:
         valkey.prepare_private_directory(valkey_dir)
         valkey.prepare_private_directory(self.valkey_socket.parent)
         command = valkey.server_command(program, valkey_dir, self.valkey_socket)
-        return self._process("valkey", command, lambda: broker_answers(self.broker_url, HEALTH_TIMEOUT_SECONDS), start_limit_seconds=60, stop_grace_seconds=5)
+        spec = self._process("valkey", command, lambda: broker_answers(self.broker_url, HEALTH_TIMEOUT_SECONDS), start_limit_seconds=60, stop_grace_seconds=5)
+        return replace(spec, environment=_without_storage_keys(spec.environment))
 
     def inference_process(self) -> ProcessSpec:
         settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_urls[0])
@@ -108,14 +109,15 @@ class Stack:
             command = vllm.server_command(settings, entry, url.host, url.port or 80)
             spec = self._process("inference", command, self.inference_answers, start_limit_seconds=900, stop_grace_seconds=20)
             inherited = {name: value for name, value in spec.environment.items() if not name.startswith("SDFT_")}  # passwords among them
-            return replace(spec, environment=inherited | vllm.server_environment(settings))
+            return replace(spec, environment=_without_storage_keys(inherited) | vllm.server_environment(settings))
         words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
         words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
         words += ["--max-adapters", str(settings.inference_max_adapters)]
         words += ["--device", settings.device, "--dtype", settings.dtype]
         words += ["--threads", str(settings.inference_threads)] if settings.inference_threads else []
         command = self.python("inference", *words)
-        return self._process("inference", command, self.inference_answers, start_limit_seconds=300, stop_grace_seconds=12)
+        spec = self._process("inference", command, self.inference_answers, start_limit_seconds=300, stop_grace_seconds=12)
+        return replace(spec, environment=_without_storage_keys(spec.environment))
 
     def api_process(self) -> ProcessSpec:
         settings = self.settings
@@ -155,6 +157,11 @@ class Stack:
     def _process(self, name: str, argv: list[str], is_ready: Callable[[], bool], *, start_limit_seconds: float, stop_grace_seconds: float) -> ProcessSpec:
         log_path = self.logs_dir / f"{name}.log"
         return ProcessSpec(name, argv, self.environment, self.settings.data_dir, log_path, is_ready, start_limit_seconds, stop_grace_seconds)
+
+
+def _without_storage_keys(environment: dict[str, str]) -> dict[str, str]:
+    """For those who store nothing there: an inference server reads adapters from a directory alone."""
+    return {name: value for name, value in environment.items() if not name.startswith(("SDFT_S3_", "AWS_"))}
 
 
 def _answers_ok(url: str) -> bool:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from core.base_models import BaseModelEntry
+from core.object_storage import open_storage
+from core.s3_storage import S3Storage
 from core.settings import Settings
 from local_stack import valkey, vllm
 from local_stack.directories import directory_problem, nearest_existing
@@ -35,7 +37,14 @@ def examine(data_dir: Path | None, host: str | None, port: int | None) -> list[F
         return [_python(), wrong, *_unknown_variables()]
     findings = [_python(), *_unknown_variables(), _training_packages(), *gpu_findings(settings)]
     findings += [_directory("data directory", settings.data_dir, "--data-dir"), _directory("cache directory", settings.cache_dir, "SDFT_CACHE_DIR")]
-    findings += [database_finding(settings), _redis(settings), *_vllm(settings), *inference_findings(settings), _port(settings, _up_command(data_dir, host))]
+    findings += [
+        database_finding(settings),
+        *_bucket(settings),
+        _redis(settings),
+        *_vllm(settings),
+        *inference_findings(settings),
+        _port(settings, _up_command(data_dir, host)),
+    ]
     return findings + [_base_model(entry, settings.cache_dir) for entry in settings.base_models]
 
 
@@ -72,6 +81,19 @@ def _directory(what: str, path: Path, setting: str) -> Finding:
     if free_bytes < LEAST_FREE_BYTES:
         return Finding(f"{what} {path}", f"only {free_bytes / 1024**3:.1f} GiB free", f"free some space, or choose another disk with {setting}")
     return Finding(f"{what} {path} ({free_bytes / 1024**3:.0f} GiB free)", None)
+
+
+def _bucket(settings: Settings) -> list[Finding]:
+    storage = open_storage(settings) if settings.storage_url else None
+    if not isinstance(storage, S3Storage):
+        return []
+    return [
+        Finding(
+            f"storage {settings.storage_url}",
+            storage.problem(),
+            "correct SDFT_STORAGE_URL and SDFT_S3_…; docs/deployment.md says what the key has to be allowed",
+        )
+    ]
 
 
 def _vllm(settings: Settings) -> list[Finding]:

@@ -24,6 +24,8 @@ from core.database import Database
 from core.ids import new_token
 from core.settings import Settings
 from migrations.upgrade import upgrade
+from tests.fixtures.faulty_proxy import FaultyProxy
+from tests.fixtures.s3_server import Bucket, new_bucket, s3_server
 from tests.tiny_model import build_tiny_model
 
 CACHE_DIR = Settings().cache_dir
@@ -44,9 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_settings_of_the_shell() -> Iterator[None]:
-    """A developer's SDFT_* variables must change no test, nor any process that a test starts."""
+    """A developer's variables must change no test, nor any process that a test starts."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("SDFT_")]:
+        for name in [name for name in os.environ if name.startswith(("SDFT_", "AWS_"))]:
             patch.delenv(name)
         yield
 
@@ -169,6 +171,25 @@ def valkey() -> Iterator[str]:
     finally:
         server.stop()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def _s3_url() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(_s3_url: str) -> Bucket:
+    """A fresh one, in a server that lives as long as the test session."""
+    return new_bucket(_s3_url)
+
+
+@pytest.fixture
+def proxy(_s3_url: str) -> Iterator[FaultyProxy]:
+    """In front of that server."""
+    with FaultyProxy(_s3_url) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.database import Database, unix_now
-from core.ids import new_id
+from core.ids import new_id, new_webhook_id
 from core.jobs.leases import Claim
 from core.jobs.transitions import succeed
 from core.projects import create_project
 from core.tables.jobs import TERMINAL_STATUSES, Job, JobEvent
+from core.tables.webhooks import WebhookDelivery, WebhookEndpoint
+from core.webhooks.events import EVENT_TYPES
+from core.webhooks.signing import new_secret
 
 TERMINAL_MESSAGES = ("The job has successfully completed", "The job was cancelled", "The job failed")
 
@@ -33,6 +36,27 @@ def add_job(database: Database, project_id: str, status: str = "queued", **colum
     with database.transaction() as session:
         session.add(Job(id=job_id, project_id=project_id, status=status, **(defaults | columns)))
     return job_id
+
+
+def add_endpoint(database: Database, project_id: str, url: str = "https://hooks.example.com/", **columns: Any) -> str:
+    """A webhook endpoint that wants every event."""
+    endpoint_id = new_webhook_id("whe")
+    now = unix_now()
+    defaults: dict[str, Any] = {"name": "hook", "event_types": list(EVENT_TYPES), "secret": new_secret(), "created_at": now, "updated_at": now}
+    with database.transaction() as session:
+        session.add(WebhookEndpoint(id=endpoint_id, project_id=project_id, url=url, **(defaults | columns)))
+    return endpoint_id
+
+
+def get_endpoint(database: Database, endpoint_id: str) -> WebhookEndpoint:
+    with database.reading() as session:
+        return session.get_one(WebhookEndpoint, endpoint_id)
+
+
+def deliveries_of(database: Database, endpoint_id: str) -> list[WebhookDelivery]:
+    """Oldest first."""
+    with database.reading() as session:
+        return list(session.scalars(select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id).order_by(WebhookDelivery.id)))
 
 
 def succeed_job(session: Session, claim: Claim) -> None:

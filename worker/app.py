@@ -12,11 +12,11 @@ from core.doorbell import LOOK_FOR_WORK, celery_application
 from core.logging import configure_logging
 from core.settings import get_settings
 from worker.polling import PollStep
-from worker.resources import resources_of
+from worker.resources import resources_of, threads_needed
 from worker.tasks import seek_work
 
 app = celery_application(get_settings())
-app.conf.update(worker_pool="threads", worker_concurrency=resources_of(app).threads_needed)
+app.conf.update(worker_pool="threads", worker_concurrency=threads_needed(get_settings()))
 app.steps["worker"].add(PollStep)
 
 

@@ -5,6 +5,7 @@ the new state; the checkpoint's model stays what it was: models are immutable.
 """
 
 import json
+import time
 from pathlib import Path
 
 from sqlalchemy import select
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from core.archives import store_directory
 from core.database import unix_now
+from core.errors import StorageUnavailable
 from core.ids import new_id
 from core.jobs.events import append_event
 from core.jobs.leases import assert_held
@@ -30,6 +32,8 @@ from worker.run_preparation import PreparedRun
 from worker.stored_objects import check_stored, delete_unreferenced
 from worker.trained_models import new_trained_model
 
+AFTER_OUTAGE_SECONDS = 15.0
+
 log = get_logger(__name__)
 
 
@@ -41,22 +45,34 @@ class CheckpointImport:
         self._prepared = prepared
         self._job = prepared.job
         self._seen: set[int] = set()
+        self._not_before = 0.0
+
+    def import_if_possible(self) -> None:
+        """`import_new` while the trainer runs, which goes on where the storage fails; what waits is imported later. Raises LeaseLost,
+        StorageFull."""
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            self.import_new()
+        except StorageUnavailable as error:
+            self._not_before = time.monotonic() + AFTER_OUTAGE_SECONDS
+            log.warning("checkpoint_not_stored", error=error.message, retry_seconds=AFTER_OUTAGE_SECONDS)
 
     def import_new(self) -> None:
         """Store every checkpoint that is complete and not stored yet; once the attempt is to stop, only the newest of them, so that a
-        backlog does not hold it up. Raises LeaseLost, StorageFull."""
+        backlog does not hold it up. Raises LeaseLost, StorageFull, StorageUnavailable."""
         waiting = [(step, directory) for step, directory in self._run.complete_checkpoints() if step not in self._seen]
         for step, directory in waiting:
             self._lease.check()
             if self._lease.stop is not None and step != waiting[-1][0]:
                 continue
-            self._seen.add(step)
             try:
                 sealed_directory.verify(directory)
                 self._store(step, directory)
             except (CheckpointDamaged, ObjectDamaged) as error:
                 log.error("checkpoint_damaged", step=step, error=str(error))
                 self._lease.write(lambda session, step=step: self._report_damage(session, step))  # type: ignore[misc]
+            self._seen.add(step)
 
     def _store(self, step: int, directory: Path) -> None:
         storage, key = self._resources.storage, f"checkpoints/{self._job.id}/{self._lease.claim.attempt}-{step}.tar"
@@ -84,7 +100,7 @@ class CheckpointImport:
         if existing is not None:
             old_key = existing.storage_key
             existing.storage_key, existing.sha256, existing.metrics = state.key, state.sha256, metrics
-            return [old_key]
+            return [] if old_key is None else [old_key]
         if session.get(Model, model.id) is None:
             session.merge(model)  # a copy, because this may run again after the database was away
         session.add(

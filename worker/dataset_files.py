@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from core.settings import Settings
-from core.storage import Storage
+from core.storage import Storage, verified
 from core.tables.files import File
 from core.tables.jobs import Job
 from sdft_engine.contract.dataset import DatasetLimits
@@ -20,11 +20,12 @@ def limits_of(settings: Settings) -> DatasetLimits:
 
 
 def read_lines(storage: Storage, file: File | None, param: str) -> Iterator[bytes]:
-    """The file's lines without their newlines. Raises JobRejected where row or bytes are gone."""
+    """The file's lines without their newlines. Raises JobRejected where row or bytes are gone, and ObjectDamaged before the last
+    chunk's lines where they are not those that were uploaded."""
     try:
         if file is None:
             raise FileNotFoundError
-        chunks = storage.read(file.storage_key)
+        chunks = verified(storage.read(file.storage_key), file.storage_key, file.sha256)
     except FileNotFoundError as error:
         raise JobRejected(f"the {param.rpartition('.')[2].replace('_', ' ')} does not exist any more", code="file_not_found", param=param) from error
     return _lines_of(chunks)

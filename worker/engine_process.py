@@ -15,8 +15,8 @@ SAMPLER_KEY = "SAMPLER_API_KEY"
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:
-    """The worker's own environment, without what only the service may know."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SDFT_")}
+    """The worker's own environment, without what only the service may know: its settings, and the keys of its object storage."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SDFT_", "AWS_"))}
     kept |= {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
     if settings.training_slots > 1:
         kept.setdefault("GOMP_SPINCOUNT", "0")  # trainers side by side: a thread that waits for work takes the other's core

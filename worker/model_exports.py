@@ -18,7 +18,7 @@ from structlog.contextvars import bound_contextvars
 from core.archives import fetch_directory, stream_directory
 from core.base_models import BaseModelEntry
 from core.durable_files import is_disk_full
-from core.errors import ServiceError, StorageFull, Unavailable
+from core.errors import ServiceError, StorageFull, StorageUnavailable, Unavailable
 from core.ids import model_file_name
 from core.jobs.leases import LeaseLost
 from core.logging import get_logger
@@ -44,6 +44,7 @@ from worker.stored_objects import check_stored, delete_unreferenced
 
 EXPORT_COMMAND = (sys.executable, "-m", "sdft_engine.weights_export")
 LOOK_SECONDS = 1.0
+AFTER_OUTAGE_SECONDS = 15.0
 
 log = get_logger(__name__)
 
@@ -106,6 +107,8 @@ class Exporter:
             raise
         except Exception as error:
             _give_up(lease, error)
+            if isinstance(error, StorageUnavailable):  # no other export can be made meanwhile
+                self._resources.stopping.wait(AFTER_OUTAGE_SECONDS)
             return
         lease.settle(lambda session: finish_export(session, lease.claim, stored))
         log.info("export_ready", size_bytes=stored.size_bytes)

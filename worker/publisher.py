@@ -44,7 +44,8 @@ class Publication:
 
 
 def publish(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, result: TrainingResult) -> None:
-    """Ends with the job succeeded. Raises LeaseLost, CheckpointDamaged, ObjectDamaged or StorageFull; then nothing is left behind."""
+    """Ends with the job succeeded. Raises LeaseLost, CheckpointDamaged, ObjectDamaged, StorageFull or StorageUnavailable; then nothing
+    is left behind, and it may be called again."""
     lease.write(lambda session: record_progress(session, lease.claim, Progress(phase="publishing")))
     sealed_directory.verify(run.final_dir)
     model = new_trained_model(prepared, step=None)

@@ -9,8 +9,9 @@ from celery import Celery
 
 from core.database import Database
 from core.inference_servers import InferenceServers
+from core.object_storage import open_storage
 from core.settings import Settings, get_settings
-from core.storage import LocalStorage, Storage
+from core.storage import Storage
 from worker.devices import DeviceGroup, Slots, training_groups
 
 TRAINER_COMMAND = (sys.executable, "-m", "sdft_engine.train")
@@ -43,10 +44,10 @@ class Resources:
     def may_claim(self) -> bool:
         return self.schema_fits and not self.stopping.is_set()
 
-    @property
-    def threads_needed(self) -> int:
-        """Threads of the Celery pool: one for every job that is trained and one for every job that is validated at a time."""
-        return len(self.training_slots.groups) + len(self.validation_slots.groups)
+
+def threads_needed(settings: Settings) -> int:
+    """Threads of the Celery pool: one for every job that is trained and one for every job that is validated at a time."""
+    return len(training_groups(settings)) + VALIDATION_SLOTS
 
 
 @lru_cache
@@ -56,7 +57,7 @@ def resources_of(app: Celery) -> Resources:
     return Resources(
         settings=settings,
         database=Database(settings.resolved_database_url),
-        storage=LocalStorage(settings.storage_dir),
+        storage=open_storage(settings),
         inference=InferenceServers(settings),
         doorbell=app,
         trainer_command=TRAINER_COMMAND,

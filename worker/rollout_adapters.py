@@ -1,11 +1,13 @@
 """The student's adapters of jobs whose rollouts an inference server samples: what a trainer that was killed left behind."""
 
+import re
 import shutil
 
-from core.errors import InferenceUnavailable
-from core.inference_client import AdapterRefused
 from core.logging import get_logger
+from core.served_adapters import unload_and_remove
 from worker.resources import Resources
+
+ROLLOUT_ADAPTER = re.compile(r"rollout-(ftjob-[0-9a-f]+)-")
 
 log = get_logger(__name__)
 
@@ -13,6 +15,12 @@ log = get_logger(__name__)
 def rollout_adapters_of(job_id: str) -> str:
     """How the names begin under which a job's student is loaded into the server that samples its rollouts."""
     return f"rollout-{job_id}-"
+
+
+def job_of_rollout_adapter(name: str) -> str | None:
+    """None where it is no such adapter's name."""
+    found = ROLLOUT_ADAPTER.match(name)
+    return found and found[1]
 
 
 def forget_rollout_adapters(resources: Resources, job_id: str, attempt: int) -> None:
@@ -26,12 +34,7 @@ def forget_rollout_adapters(resources: Resources, job_id: str, attempt: int) -> 
             shutil.rmtree(directory, ignore_errors=True)
             continue
         log.info("rollout_adapter_forgotten", name=directory.name)
-        for client in resources.inference.clients:
-            try:
-                client.unload_adapter(directory.name)
-            except (InferenceUnavailable, AdapterRefused) as error:
-                log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
-        shutil.rmtree(directory, ignore_errors=True)
+        unload_and_remove(directory, resources.inference)
 
 
 def _attempt_of(name: str, prefix: str) -> int:

@@ -170,22 +170,25 @@ def _fetch_parent(resources: Resources, parent: Model | None, run: RunDirectory)
 
 def _fetch_checkpoint(resources: Resources, lease: HeldLease, run: RunDirectory) -> int:
     """Unpack the newest checkpoint that is whole into `resume/`. Returns its step, 0 where the run starts afresh."""
+    states = select(Checkpoint.step, Checkpoint.storage_key, Checkpoint.sha256).where(
+        Checkpoint.job_id == lease.claim.job_id, Checkpoint.storage_key.is_not(None)
+    )
     with resources.database.reading() as session:
-        checkpoints = session.scalars(select(Checkpoint).where(Checkpoint.job_id == lease.claim.job_id).order_by(Checkpoint.step.desc())).all()
-    for checkpoint, earlier in zip(checkpoints, (*checkpoints[1:], None), strict=False):
+        newest_first = session.execute(states.order_by(Checkpoint.step.desc())).all()
+    for (step, key, sha256), earlier in zip(newest_first, (*newest_first[1:], None), strict=False):
         lease.check_wanted()
         try:
-            fetch_directory(resources.storage, checkpoint.storage_key, checkpoint.sha256, run.resume_dir)
+            fetch_directory(resources.storage, str(key), sha256, run.resume_dir)
         except (ObjectDamaged, FileNotFoundError) as error:
-            log.error("checkpoint_damaged", step=checkpoint.step, error=str(error))
-            _report_damage(lease, checkpoint.step, earlier)
+            log.error("checkpoint_damaged", step=step, error=str(error))
+            _report_damage(lease, step, None if earlier is None else earlier.step)
             continue
-        return checkpoint.step
+        return int(step)
     return 0
 
 
-def _report_damage(lease: HeldLease, step: int, earlier: Checkpoint | None) -> None:
-    instead = f"the one of step {earlier.step} is tried" if earlier else "there is none before it, so training starts from the beginning"
+def _report_damage(lease: HeldLease, step: int, earlier_step: int | None) -> None:
+    instead = f"the one of step {earlier_step} is tried" if earlier_step is not None else "there is none before it, so training starts from the beginning"
 
     def report(session: Session) -> None:
         assert_held(session, lease.claim)

@@ -3,16 +3,26 @@
 import hashlib
 from collections.abc import Callable
 
-from sqlalchemy import select
+from sqlalchemy import select, true
 
 from core.database import Database
 from core.errors import Unavailable
 from core.logging import get_logger
-from core.storage import ObjectDamaged, Storage, StoredObject
+from core.storage import ObjectDamaged, Storage, StoredObject, discard
 from core.tables.exports import ModelExport
 from core.tables.files import File
 from core.tables.jobs import Checkpoint
 from core.tables.models import Model
+
+REFERENCES = (
+    (File.storage_key, true()),
+    (Model.storage_key, Model.status != "deleted"),
+    (ModelExport.storage_key, true()),
+    (Checkpoint.storage_key, true()),
+)
+"""Every column that names an object, and of which rows."""
+OBJECT_PREFIXES = ("files", "models", "checkpoints")
+"""How the keys of these objects begin."""
 
 log = get_logger(__name__)
 
@@ -27,16 +37,21 @@ def check_stored(storage: Storage, stored: StoredObject, check: Callable[[], Non
         raise ObjectDamaged(f"{stored.key}: storage returned other bytes than were written")
 
 
+def referenced(database: Database, keys: list[str]) -> set[str]:
+    """Those of the keys that a row names. Raises Unavailable."""
+    with database.reading() as session:
+        return {key for column, lives in REFERENCES for key in session.scalars(select(column).where(column.in_(keys), lives)) if key is not None}
+
+
 def delete_unreferenced(database: Database, storage: Storage, keys: list[str]) -> set[str]:
-    """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the deleted keys."""
+    """Delete objects whose rows were not committed; one that has a row, or may have one, stays. Returns the keys that have none. Where
+    storage can't be reached their objects are left to the garbage collection."""
     try:
-        with database.reading() as session:
-            columns = (Model.storage_key, ModelExport.storage_key, Checkpoint.storage_key, File.storage_key)
-            used = {key for column in columns for key in session.scalars(select(column).where(column.in_(keys)))}
+        unused = set(keys) - referenced(database, keys)
     except Unavailable:
         log.warning("objects_left_without_rows", keys=keys)
         return set()
-    unused = set(keys) - used
     for key in unused:
-        storage.delete(key)
+        if not discard(storage, key):
+            break  # every try takes long
     return unused

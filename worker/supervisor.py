@@ -10,7 +10,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
-from core.errors import Unavailable
+from core.errors import StorageUnavailable, Unavailable
 from core.jobs.leases import Claim, LeaseLost
 from core.jobs.transitions import Progress, fail, finish_cancellation, record_progress, requeue, requeue_after_crash
 from core.logging import get_logger
@@ -27,6 +27,7 @@ from worker.publisher import publish
 from worker.resources import Resources
 from worker.rollout_adapters import forget_rollout_adapters
 from worker.run_preparation import PreparedRun, discard_bulk, prepare_run, sampler_key
+from worker.storage_outages import through_outages
 from worker.stored_objects import delete_unreferenced
 from worker.trainer_process import TrainerProcess, last_log_lines
 
@@ -36,6 +37,7 @@ GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "pause": 60, "requeue": 
 """How long a trainer may take to reach a step boundary before it is killed. A worker that ends has 30 seconds in all."""
 
 DEPLOY_MESSAGE = "The worker was stopped, as in a deploy; the job goes back to the queue and continues from its last checkpoint"
+STORAGE_MESSAGE = "The object storage could not be reached for long; the job goes back to the queue and continues from its last checkpoint"
 TAKEN_BACK_MESSAGE = "The pause was taken back; the job goes back to the queue and continues from its last checkpoint"
 UNREACHABLE_MESSAGE = "The database could not be reached; the job goes back to the queue and continues from its last checkpoint"
 
@@ -83,6 +85,8 @@ def _give_up(lease: HeldLease, error: Exception) -> None:
     """End the job for an exception: back to the queue where it is no fault of the job's, else failed. Raises LeaseLost."""
     if isinstance(error, StopRequested):
         lease.settle(lambda session: requeue(session, lease.claim, DEPLOY_MESSAGE))
+    elif isinstance(error, StorageUnavailable):
+        lease.settle(lambda session: requeue(session, lease.claim, STORAGE_MESSAGE, level="warn"))
     elif isinstance(error, Unavailable):
         lease.settle(lambda session: requeue(session, lease.claim, UNREACHABLE_MESSAGE, level="warn"))
     else:
@@ -92,7 +96,7 @@ def _give_up(lease: HeldLease, error: Exception) -> None:
 
 def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory, group: DeviceGroup) -> None:
     _empty_directory(run)
-    prepared = prepare_run(resources, lease, run)
+    prepared = through_outages(lease, lambda: prepare_run(resources, lease, run))
     lease.report_to(lambda lease: run.write_control(Control(lease_deadline=lease.deadline, supervisor_pid=os.getpid(), stop=lease.stop)))
     lease.write(lambda session: record_progress(session, lease.claim, Progress(phase="starting", step=prepared.resume_step)))
     progress = ProgressImport(run, lease, prepared)
@@ -104,7 +108,7 @@ def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory, group: D
     if trainer.exit_status == EXIT_LEASE_EXPIRED:
         raise LeaseLost("the trainer stopped itself: its lease ran out")
     progress.import_rest()
-    checkpoints.import_new()
+    through_outages(lease, checkpoints.import_new)
     _conclude(resources, lease, run, prepared, trainer)
 
 
@@ -130,7 +134,7 @@ def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, 
                 return
         if time.monotonic() >= next_import:
             if progress.import_new():
-                checkpoints.import_new()
+                checkpoints.import_if_possible()
             next_import = time.monotonic() + IMPORT_SECONDS
         time.sleep(WATCH_SECONDS)
 
@@ -151,7 +155,7 @@ def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepare
         reason = _crash_report(run, trainer, next_attempt=None if is_last else claim.attempt + 1)
         lease.settle(lambda session: requeue_after_crash(session, claim, reason, lost_leases))
     elif result.outcome == "succeeded":
-        publish(resources, lease, run, prepared, result)
+        through_outages(lease, lambda: publish(resources, lease, run, prepared, result))
     elif result.outcome == "stopped":
         lease.settle(lambda session: requeue(session, claim, handed_back))
     else:
@@ -168,8 +172,10 @@ def _conclude_failure(resources: Resources, lease: HeldLease, prepared: Prepared
     keys: list[str] = []
 
     def forget_checkpoint(session: Session) -> None:
-        keys[:] = session.scalars(delete(Checkpoint).where(Checkpoint.job_id == claim.job_id, Checkpoint.step == step).returning(Checkpoint.storage_key))
-        earlier = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == claim.job_id, Checkpoint.step < step))
+        refused = delete(Checkpoint).where(Checkpoint.job_id == claim.job_id, Checkpoint.step == step)
+        keys[:] = [key for key in session.scalars(refused.returning(Checkpoint.storage_key)) if key is not None]
+        with_state = select(func.max(Checkpoint.step)).where(Checkpoint.job_id == claim.job_id, Checkpoint.storage_key.is_not(None))
+        earlier = session.scalar(with_state.where(Checkpoint.step < step))
         instead = "starts from the beginning, as there is none before it" if earlier is None else f"tries the one of step {earlier}"
         message = f"The checkpoint of step {step} can't be used ({error['message']}); any further attempt {instead}"
         requeue_after_crash(session, claim, message, resources.settings.max_lost_leases)

@@ -41,6 +41,7 @@ from worker.failures import JobRejected, describe_failure, rows_rejected
 from worker.held_lease import HeldLease, StopRequested
 from worker.resources import Resources
 from worker.row_lengths import FittingRows, RowLength, name_lines
+from worker.storage_outages import through_outages
 
 log = get_logger(__name__)
 
@@ -50,7 +51,7 @@ def validate(resources: Resources, claim: Claim, claimed_at: float, group: Devic
     with bound_contextvars(job_id=claim.job_id), HeldLease(resources, claim, claimed_at) as lease:
         log.info("validation_started")
         try:
-            _validate(resources, lease)
+            through_outages(lease, lambda: _validate(resources, lease))
             log.info("validation_finished")
         except LeaseLost:
             log.warning("validation_abandoned")

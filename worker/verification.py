@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import select, true, update
 
-from core.errors import InferenceFailed, InferenceUnavailable, ServiceError
+from core.errors import InferenceFailed, InferenceUnavailable, ServiceError, StorageUnavailable
 from core.inference_client import AdapterRefused
 from core.jobs.events import append_event
 from core.logging import get_logger
@@ -64,7 +64,7 @@ class Verifier:
     def _verify(self, model: Model) -> bool:
         try:
             verdict = prove_on_servers(self.resources, model)
-        except (*NOT_VERIFIABLE_NOW, ObjectDamaged, FileNotFoundError) as error:
+        except (*NOT_VERIFIABLE_NOW, StorageUnavailable, ObjectDamaged, FileNotFoundError) as error:
             self.delays[model.id] = min(LONGEST_DELAY_SECONDS, 2 * self.delays.get(model.id, LOOK_SECONDS / 2))
             self.not_before[model.id] = time.monotonic() + self.delays[model.id]
             log.warning("model_not_verifiable", model=model.id, error=str(error), retry_seconds=self.delays[model.id])

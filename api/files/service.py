@@ -10,6 +10,7 @@ from api.state import ApiState
 from core.audit import SERVER, Actor, record
 from core.database import unix_now
 from core.errors import Conflict, NotFound
+from core.storage import discard
 from core.tables.files import File
 from core.tables.jobs import TERMINAL_STATUSES, Job
 
@@ -52,7 +53,7 @@ def delete_file(state: ApiState, file: File, actor: Actor) -> None:
         session.delete(locked)
         forget_object(session, file.id)
         record(session, actor, "file.deleted", project_id=file.project_id, object_id=file.id)
-    state.storage.delete(file.storage_key)
+    discard(state.storage, file.storage_key)
 
 
 def delete_expired_files(state: ApiState) -> int:

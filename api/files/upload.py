@@ -7,6 +7,7 @@ the object is complete; whatever fails before that leaves neither.
 import hashlib
 from functools import partial
 
+import anyio
 import anyio.to_thread
 from fastapi import Request
 
@@ -19,7 +20,7 @@ from api.state import ApiState
 from core.database import unix_now
 from core.errors import BadRequest
 from core.ids import new_id
-from core.storage import StoredObject
+from core.storage import StoredObject, discard, verified
 from core.tables.files import File
 
 MAX_FIELD_BYTES = 8192
@@ -42,7 +43,8 @@ async def receive_file(request: Request, state: ApiState, project_id: str, attem
     except AlreadyCreated as earlier:
         return await anyio.to_thread.run_sync(get_file, state, earlier.object_id)
     finally:
-        upload.abort()
+        with anyio.CancelScope(shield=True):  # in a thread, because a bucket has to be told
+            await anyio.to_thread.run_sync(upload.abort)
 
 
 class Upload:
@@ -107,7 +109,7 @@ class Upload:
                 session.add(file)
                 record_creation(session, creation, file.id, file_object(file))
         except BaseException:
-            self._state.storage.delete(stored.key)
+            discard(self._state.storage, stored.key)
             raise
         return file
 
@@ -131,13 +133,13 @@ class Upload:
         stored = contents.commit()
         checked = self._open_contents(for_training=True)
         try:
-            for chunk in self._state.storage.read(stored.key):
+            for chunk in verified(self._state.storage.read(stored.key), stored.key, stored.sha256):
                 checked.write(chunk)
         except BaseException:
             checked.abort()
             raise
         finally:
-            self._state.storage.delete(stored.key)
+            discard(self._state.storage, stored.key)
         return checked
 
     def _purpose(self) -> str:

@@ -13,7 +13,7 @@ from core.errors import BadRequest, Conflict, ModelNotFound
 from core.ids import model_file_name
 from core.served_adapters import remove_from_servers
 from core.settings import Settings
-from core.storage import StoredObject
+from core.storage import StoredObject, discard
 from core.tables.exports import ModelExport
 from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.models import Model
@@ -70,7 +70,7 @@ def delete_model(state: ApiState, model: Model, actor: Actor) -> None:
     remove_from_servers(model, state.settings.served_adapters_dir, state.inference)
     for key in (model.storage_key, *exports):
         if key is not None:  # an export that is not made yet
-            state.storage.delete(key)
+            discard(state.storage, key)
 
 
 def stored_adapter(model: Model) -> StoredObject:

@@ -23,11 +23,13 @@ from sqlalchemy.orm import Session
 
 from core.database import database_now, unix_now
 from core.ids import new_id
+from core.jobs.announcements import announce
 from core.jobs.events import Level, append_event
 from core.jobs.leases import EXPIRED, Claim, claimable, take_lease, update_held
 from core.jobs.queue import keep_claims_apart, next_queued
 from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.projects import Project
+from core.webhooks.events import CANCELLED, FAILED, SUCCEEDED
 
 RELEASED: dict[str, Any] = {"lease_token": None, "lease_until": None, "phase": None, "estimated_finish_at": None}
 """Columns of a job that nobody holds any more."""
@@ -157,12 +159,14 @@ def succeed(session: Session, claim: Claim, *, fine_tuned_model: str, result_fil
         **RELEASED,
     )
     append_event(session, claim.job_id, "The job has successfully completed")
+    announce(session, claim.job_id, SUCCEEDED)
 
 
 def fail(session: Session, claim: Claim, error: dict[str, Any]) -> None:
     """Any held status → failed. `error` is the job's {code, message, param}."""
     update_held(session, claim, status="failed", finished_at=unix_now(), error=error, **RELEASED)
     append_event(session, claim.job_id, f"The job failed: {error['message']}", level="error", data={"error": error})
+    announce(session, claim.job_id, FAILED)
 
 
 def finish_pause(session: Session, claim: Claim) -> None:
@@ -175,6 +179,7 @@ def finish_cancellation(session: Session, claim: Claim) -> None:
     """Any held status → cancelled, when the holder has stopped at a step boundary."""
     update_held(session, claim, status="cancelled", finished_at=unix_now(), **RELEASED)
     append_event(session, claim.job_id, "The job was cancelled")
+    announce(session, claim.job_id, CANCELLED)
 
 
 def request_cancellation(session: Session, job_id: str) -> bool:
@@ -186,6 +191,7 @@ def request_cancellation(session: Session, job_id: str) -> bool:
     if row.lease_token is None:
         changes |= {"status": "cancelled", "finished_at": unix_now(), **RELEASED}
         append_event(session, job_id, "The job was cancelled")
+        announce(session, job_id, CANCELLED)
     elif row.stop_requested != "cancel":
         append_event(session, job_id, "Cancellation requested; the job stops at its next step")
     _change(session, job_id, changes)

@@ -67,11 +67,12 @@ class Job(Table):
 
 class JobEvent(Table):
     __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_job_id_sequence", "job_id", "sequence"),)
 
     sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     """Order of events; what pages and streams go by."""
     id: Mapped[str] = mapped_column(unique=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"))
     created_at: Mapped[float]
     level: Mapped[str]
     type: Mapped[str]
@@ -92,7 +93,7 @@ class JobMetrics(Table):
 
 
 class Checkpoint(Table):
-    """A complete training state in storage (a tar), from which any machine can resume."""
+    """A complete training state in storage (a tar), from which any machine can resume; later only the record that there was one."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (UniqueConstraint("job_id", "step"),)
@@ -101,7 +102,8 @@ class Checkpoint(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
     step: Mapped[int]
     created_at: Mapped[float]
-    storage_key: Mapped[str]
+    storage_key: Mapped[str | None]
+    """Null once the state was superseded by newer ones, or its job has ended."""
     sha256: Mapped[str]
     metrics: Mapped[dict[str, Any]]
     model_id: Mapped[str | None]

@@ -23,7 +23,7 @@ from core.projects import archive_project, create_key
 from core.tables.projects import ApiKey, Project
 from tests.api.model_rows import add_model
 from tests.api.serving import Api, bearer, training_lines
-from tests.rows import add_job
+from tests.rows import add_endpoint, add_job
 
 OPEN = {"/healthz", "/readyz", "/metrics"}
 
@@ -146,8 +146,9 @@ def test_other_projects_objects_do_not_exist(api: Api) -> None:
     add_model(api, "ft:tiny:default:x:1")
     job = api.create_job()
     names = {"file_id": job["training_file"], "job_id": job["id"], "model_id": "ft:tiny:default:x:1"}
-    nobodys = {"file_id": new_id("file"), "job_id": new_id("ftjob"), "model_id": "ft:tiny:default:x:2"}
+    nobodys = {"file_id": new_id("file"), "job_id": new_id("ftjob"), "model_id": "ft:tiny:default:x:2", "webhook_endpoint_id": "whe_unknown"}
     routes = [(method, path) for method, path in every_route(api.app) if "{" in path and not path.startswith("/v1/organization/")]
+    names["webhook_endpoint_id"] = add_endpoint(api.database, api.project_id)
     assert len(routes) >= 11
     for method, path in routes:
         answer, without = (api.client.request(method, filled(path, ids), headers=api.other_headers) for ids in (names, nobodys))
@@ -183,7 +184,8 @@ def test_other_projects_ids_in_bodies_and_cursors_do_not_exist(api: Api) -> None
     prompt = {"model": "ft:tiny:default:x:1", "prompt": "hi"}
     assert api.client.post("/v1/completions", json=prompt, headers=api.other_headers).status_code == 404
     assert api.client.delete(f"/v1/files/{theirs}", headers=api.other_headers).status_code == 200
-    for path, after in (("/v1/files", job["training_file"]), ("/v1/fine_tuning/jobs", job["id"])):
+    endpoint = add_endpoint(api.database, api.project_id)
+    for path, after in (("/v1/files", job["training_file"]), ("/v1/fine_tuning/jobs", job["id"]), ("/v1/webhook_endpoints", endpoint)):
         answer = api.client.get(path, params={"after": after}, headers=api.other_headers)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
         assert api.client.get(path, headers=api.other_headers).json()["data"] == []

@@ -47,7 +47,7 @@ def test_degraded_without_inference_server_and_workers(api_on_both: Api) -> None
 
 
 def test_storage_that_is_full_is_named(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "storage_condition", lambda settings: "full")
+    monkeypatch.setattr(health, "storage_condition", lambda settings, storage: "full")
     answer = api.client.get("/readyz")
     assert (answer.status_code, answer.json()["checks"]["storage"]) == (200, "full")
     assert "storage" in answer.json()["degraded"]

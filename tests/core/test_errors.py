@@ -3,7 +3,7 @@ import re
 import pytest
 
 from core import errors
-from core.errors import BadRequest, Conflict, InferenceUnavailable, InvalidFile, RateLimited, ServiceError, Unavailable
+from core.errors import BadRequest, Conflict, InferenceUnavailable, InvalidFile, RateLimited, ServiceError, StorageUnavailable, Unavailable
 
 
 def descendants(parent: type[ServiceError]) -> list[type[ServiceError]]:
@@ -33,4 +33,5 @@ def test_body_is_as_the_client_expects() -> None:
 def test_headers_tell_clients_whether_to_retry() -> None:
     assert Conflict("no").headers == {"x-should-retry": "false"}
     assert Unavailable("busy").headers == {"retry-after": "2"}
+    assert StorageUnavailable("away").headers == {"retry-after": "5"}
     assert InferenceUnavailable("busy", headers={"retry-after": "9"}).headers == {"retry-after": "9"}

@@ -170,6 +170,18 @@ def test_a_server_need_not_say_its_precision(client: InferenceClient, server: Se
     assert client.served_dtype("base") is None
 
 
+def test_what_is_served_are_the_base_and_the_adapters_that_are_loaded(client: InferenceClient, server: Server) -> None:
+    server.answers(200, {"data": [{"id": "base"}, {"id": "adapter-1"}]})
+    assert client.served_names() == {"base", "adapter-1"}
+
+
+@pytest.mark.parametrize("body", [{"data": []}, {"data": ["base"]}, {"error": "no"}, b"<html>"])
+def test_an_answer_that_names_nothing_does_not_mean_that_nothing_is_served(client: InferenceClient, server: Server, body: Any) -> None:
+    server.answers(200, body)
+    with pytest.raises(InferenceUnavailable):
+        client.served_names()
+
+
 def test_complete_passes_the_answer_on_whatever_its_status(client: InferenceClient, server: Server) -> None:
     server.answers(400, {"error": {"message": "too long"}})
     answer = asyncio.run(client.complete("/v1/chat/completions", {"model": "a1"}))
@@ -194,6 +206,7 @@ def test_server_that_is_down_is_a_503(lonely: InferenceClient) -> None:
         lambda: lonely.unload_adapter("a"),
         lambda: lonely.prompt_logprobs("a", [1, 2]),
         lambda: lonely.served_dtype("a"),
+        lonely.served_names,
     ):
         with pytest.raises(InferenceUnavailable) as caught:
             call()

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from core.audit import SERVER
 from core.database import Database, unix_now
 from core.errors import BadRequest
-from core.projects import KEY, archive_project, create_key, create_project, ensure_first_key, find_key, key_id_of, replace_lost_key
+from core.projects import KEY, archive_project, create_key, create_project, ensure_first_key, find_key, key_id_of, replace_lost_key, valid_keys
 from core.tables.projects import SCOPES, ApiKey, Project
 from tests.rows import add_project
 
@@ -253,3 +253,14 @@ def test_bootstrap_on_an_empty_database_says_what_to_do(empty_database_url: str,
     assert result.returncode == 1
     assert "python -m migrations" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_valid_keys_among_given_ones(database: Database) -> None:
+    with database.transaction() as session:
+        project_id = create_project(session, "p").id
+        good, later, expired, revoked = (create_key(session, project_id, "k", expires) for expires in (None, unix_now() + 60, unix_now() - 1, None))
+        session.get_one(ApiKey, revoked.split("_")[1]).revoked_at = unix_now()
+    ids = [key.split("_")[1] for key in (good, later, expired, revoked)]
+    with database.reading() as session:
+        assert valid_keys(session, [*ids, "unknown0"]) == set(ids[:2])
+        assert valid_keys(session, []) == set()

@@ -35,6 +35,8 @@ def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDFT_PORT", "9001")
     monkeypatch.setenv("SDFT_BASE_MODELS", '[{"id": "mine", "source": "/models/mine"}]')
     monkeypatch.setenv("SDFT_INFERENCE_API_KEY", "canary")
+    for name, value in {"STORAGE_URL": "s3://bucket/prefix", "S3_ACCESS_KEY_ID": "key", "S3_SECRET_ACCESS_KEY": "canary"}.items():
+        monkeypatch.setenv(f"SDFT_{name}", value)
     settings = Settings()
     assert settings.port == 9001
     assert [entry.id for entry in settings.base_models] == ["mine"]
@@ -79,11 +81,26 @@ def test_urls_given_win(make_settings: Callable[..., Settings]) -> None:
         ({"max_file_bytes": 0}, "max_file_bytes"),
         ({"base_models": [{"id": "a", "source": "/a"}, {"id": "a", "source": "/b"}]}, "same id"),
         ({"base_models": [{"id": "a", "source": "relative/path"}]}, "absolute path"),
+        ({"storage_url": "/var/storage"}, "s3://bucket"),
+        ({"storage_url": "s3://"}, "s3://bucket"),
+        ({"storage_url": "s3://bucket/../other"}, "s3://bucket"),
+        ({"storage_url": "https://bucket.s3.amazonaws.com"}, "s3://bucket"),
+        ({"storage_url": "s3://bucket", "s3_endpoint_url": "minio:9000"}, "s3_endpoint_url"),
+        ({"storage_url": "s3://bucket", "s3_access_key_id": "key"}, "belong together"),
+        ({"storage_url": "s3://bucket", "s3_secret_access_key": "secret"}, "belong together"),
+        ({"s3_endpoint_url": "http://minio:9000"}, "storage_url is missing"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(make_settings: Callable[..., Settings], overrides: dict[str, object], names: str) -> None:
     with pytest.raises(ValidationError, match=names):
         make_settings(**overrides)
+
+
+def test_what_is_said_of_wrong_settings_holds_no_secret(make_settings: Callable[..., Settings]) -> None:
+    with pytest.raises(ValidationError, match="heartbeat_seconds") as caught:
+        make_settings(lease_seconds=10, heartbeat_seconds=10, inference_api_key="canary", database_url="postgresql://user:canary@db/sdft")
+    assert "canary" not in str(caught.value)
 
 
 def test_settings_do_not_change(settings: Settings) -> None:

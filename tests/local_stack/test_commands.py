@@ -166,6 +166,18 @@ def test_vllm_is_told_none_of_the_service_s_secrets_but_its_key(vllm_stack: Stac
     assert "sdft_vllm_key.RequireKey" in spec.argv
 
 
+@pytest.mark.parametrize("which", ["stack", "vllm_stack"])
+def test_the_keys_of_the_storage_are_for_api_and_worker_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    keys = {"SDFT_S3_SECRET_ACCESS_KEY": "canary", "AWS_SECRET_ACCESS_KEY": "canary"}
+    stack: Stack = request.getfixturevalue(which)
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    for process in (stack.api_process(), stack.worker_process()):
+        assert keys.items() <= process.environment.items()
+    for process in (stack.inference_process(), stack.valkey_process()):
+        assert "canary" not in process.environment.values()
+
+
 def test_vllm_adapts_the_layers_that_adapters_change_and_no_other(make_settings: MakeSettings, tiny_model_dir: Path, tmp_path: Path) -> None:
     settings = make_settings(
         inference="vllm", vllm_python=vllm_environment(tmp_path), device="cpu", base_models=[{"id": "tiny", "source": str(tiny_model_dir)}]

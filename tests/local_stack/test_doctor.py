@@ -12,6 +12,7 @@ from cli.main import app
 from local_stack import doctor, up, valkey
 from local_stack.lock import data_directory_lock
 from local_stack.ports import free_local_port
+from tests.fixtures.s3_server import Bucket
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,28 @@ def test_a_misspelled_setting_is_a_warning(tmp_path: Path, port: int, monkeypatc
     assert result.exit_code == 0
     assert "warning  SDFT_DEVIC: there is no such setting\n         mend it: write SDFT_DEVICE\n" in result.stdout
     assert "warning  SDFT_XYZZY: there is no such setting\n         mend it: unset it" in result.stdout
+
+
+def name_bucket(monkeypatch: pytest.MonkeyPatch, bucket: Bucket, **changes: str) -> None:
+    for name, value in (bucket.settings | changes).items():
+        monkeypatch.setenv(f"SDFT_{name.upper()}", value)
+
+
+def test_a_bucket_that_can_be_listed_is_well_and_stays_as_it_is(tmp_path: Path, port: int, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    name_bucket(monkeypatch, bucket)
+    assert problems(tmp_path / "data", port) == []
+    assert f"storage {bucket.url}" in [finding.what for finding in doctor.examine(tmp_path / "data", None, port)]
+    assert bucket.keys() == []
+
+
+def test_a_bucket_that_is_not_there_is_a_problem_in_the_store_s_words(tmp_path: Path, port: int, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    name_bucket(monkeypatch, bucket, storage_url="s3://no-such-bucket/prefix")
+    result = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path / "data"), "--port", str(port)])
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("problem")]
+    assert line.startswith("problem  storage s3://no-such-bucket/prefix: ")
+    assert "404 Not Found" in line
+    assert "secret" not in result.stdout
 
 
 def test_the_command_exits_1_and_says_how_to_mend_it(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:

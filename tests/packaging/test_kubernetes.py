@@ -23,7 +23,6 @@ DIRECTORY = ROOT / "deploy" / "kubernetes"
 KEDA = DIRECTORY / "components" / "keda"
 STAGES = read_dockerfile()
 SETTINGS = {f"SDFT_{name.upper()}" for name in Settings.model_fields}
-OF_OBJECT_STORAGE = {"SDFT_STORAGE_URL", "SDFT_S3_REGION", "SDFT_S3_ACCESS_KEY_ID", "SDFT_S3_SECRET_ACCESS_KEY"}
 KUBERNETES_VERSIONS = ("1.31", "1.36")
 
 
@@ -134,7 +133,7 @@ def test_a_worker_s_own_directories_are_those_of_the_settings(monkeypatch: pytes
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_variable_is_a_setting(name: str) -> None:
     ours = {variable for variable in environment_of(name) if variable.startswith("SDFT_")}
-    assert ours <= SETTINGS | OF_OBJECT_STORAGE
+    assert ours <= SETTINGS
 
 
 @pytest.mark.parametrize("name", [*LONG_RUNNING, "sdft-migrate"])
@@ -143,6 +142,7 @@ def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.Mon
         monkeypatch.setenv(variable, value)
     settings = Settings()
     assert settings.inference == "vllm"
+    assert settings.storage_url == "s3://sdft"
     assert settings.dtype != "auto", "a trainer would measure for itself, and differ from the inference servers"
     assert settings.inference_api_key is not None
     assert settings.inference_urls == ["http://vllm.inference.svc:8000"]

@@ -33,6 +33,10 @@ def test_the_trainers_threads_are_the_setting_s(monkeypatch: pytest.MonkeyPatch)
 def test_the_service_s_own_secrets_stay_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDFT_DATABASE_URL", "postgresql://user:password@db/sdft")
     monkeypatch.setenv("SDFT_INFERENCE_API_KEY", "secret")
+    for name, value in {"STORAGE_URL": "s3://bucket", "S3_ACCESS_KEY_ID": "secret", "S3_SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(f"SDFT_{name}", value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "secret")
     assert not [value for value in environment().values() if value == "secret" or "password" in value]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from openai import OpenAI
 from sqlalchemy import select
 
 from core.database import Database
@@ -21,7 +22,8 @@ from core.settings import Settings
 from core.tables.jobs import Checkpoint, Job, JobMetrics
 from tests.fixtures.scripted_inference import ScriptedInference
 from tests.fixtures.scripted_model import state_after
-from tests.rows import assert_sound, get_job, messages_of
+from tests.fixtures.webhook_receiver import Receiver, receiving
+from tests.rows import add_endpoint, assert_sound, deliveries_of, get_endpoint, get_job, messages_of
 from tests.worker.conftest import ROWS, Workshop, workshop_of
 from tests.worker.test_supervisor import final_state, wait_for, wait_for_step
 
@@ -253,3 +255,27 @@ def test_cancelling_stops_the_trainer_and_the_worker_goes_on(workshop: Workshop,
     workshop.script()
     wait_for_success(workshop, workshop.add_job())
     assert worker.poll() is None
+
+
+def test_ends_of_jobs_are_told_to_webhooks(workers: Workers) -> None:
+    workshop = workers.workshop
+    with receiving(Receiver([503, 200])) as receiver:
+        endpoint_id = add_endpoint(workshop.database, workshop.project_id, receiver.url)
+        job_id, cancelled = workshop.add_job(), workshop.add_job()
+        with workshop.database.transaction() as session:
+            request_cancellation(session, cancelled)
+        process = workers.start(SDFT_WEBHOOK_ALLOW_INSECURE="true")
+        wait_for(
+            lambda: all(delivery.delivered_at for delivery in deliveries_of(workshop.database, endpoint_id)) and status_of(workshop, job_id) == "succeeded", 60
+        )
+        process.terminate()
+        assert process.wait(30) == 0
+    secret = get_endpoint(workshop.database, endpoint_id).secret
+    client = OpenAI(api_key="unused", base_url="http://127.0.0.1:1")
+    events = [client.webhooks.unwrap(request.body, request.headers, secret=secret) for request in receiver.received]
+    assert sorted((event.type, event.data.id) for event in events) == sorted(  # type: ignore[union-attr]
+        [("fine_tuning.job.succeeded", job_id), *[("fine_tuning.job.cancelled", cancelled)] * 2]
+    )
+    assert_sound(workshop.database, job_id)
+    assert '"event": "webhook_delivered"' in workers.logs()
+    assert secret not in workers.logs()

@@ -1,10 +1,11 @@
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query, Response
 
 from api.fine_tuning.jobs import service
 from api.fine_tuning.jobs.creation import create_job
-from api.fine_tuning.jobs.dependencies import MetadataFilter, OwnedJob
+from api.fine_tuning.jobs.dependencies import KeyId, MetadataFilter, OwnedJob
+from api.fine_tuning.jobs.event_stream import stream_events
 from api.fine_tuning.jobs.schemas import CheckpointObject, CreateJob, EventObject, JobObject, MetricsList, checkpoint_object, event_object
 from api.idempotency import JsonCreation
 from api.pagination import After, Page, page_of
@@ -47,8 +48,22 @@ def resume_job(job: OwnedJob, state: State, actor: RequestActor) -> JobObject:
     return service.resume_job(state, job, actor)
 
 
-@router.get("/{job_id}/events")
-def list_events(job: OwnedJob, state: State, after: After = None, limit: Limit = 20) -> Page[EventObject]:
+@router.get(
+    "/{job_id}/events",
+    response_model=Page[EventObject],
+    responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "Nothing follows after Last-Event-ID."}},
+)
+def list_events(
+    job: OwnedJob,
+    state: State,
+    key_id: KeyId,
+    after: After = None,
+    limit: Limit = 20,
+    stream: bool = False,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Page[EventObject] | Response:
+    if stream:
+        return stream_events(state, job, after=after, last_event_id=last_event_id, key_id=key_id)
     return page_of([event_object(event) for event in service.list_events(state, job, after=after, limit=limit)], limit)
 
 

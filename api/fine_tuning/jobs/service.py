@@ -14,6 +14,7 @@ from core.doorbell import ring
 from core.errors import BadRequest
 from core.jobs.transitions import request_cancellation, request_pause, resume
 from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
+from core.tables.models import Model
 
 
 def describe(state: ApiState, job: Job) -> JobObject:
@@ -75,8 +76,9 @@ def list_events(state: ApiState, job: Job, *, after: str | None, limit: int) -> 
 
 
 def list_checkpoints(state: ApiState, job: Job, *, after: str | None, limit: int) -> list[Checkpoint]:
-    """Up to `limit` + 1 checkpoints, newest first."""
-    statement = select(Checkpoint).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step.desc()).limit(limit + 1)
+    """Up to `limit` + 1 checkpoints, newest first: those whose models were not deleted."""
+    deleted = select(Model.id).where(Model.id == Checkpoint.model_id, Model.status == "deleted").exists()
+    statement = select(Checkpoint).where(Checkpoint.job_id == job.id, ~deleted).order_by(Checkpoint.step.desc()).limit(limit + 1)
     with state.database.reading() as session:
         if after is not None:
             step = session.scalar(select(Checkpoint.step).where(Checkpoint.job_id == job.id, Checkpoint.id == after))

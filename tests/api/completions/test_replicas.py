@@ -118,7 +118,7 @@ def test_a_server_that_says_it_can_t_is_passed_over_and_asked_last(make_api: Mak
     stubs[0].misbehaviour = lambda request: JSONResponse({"error": {"message": "no engine"}}, status)
     stubs[0].healthy = False
     api = make_api(*stubs)
-    for number in range(4):
+    for number in range(12):  # all to the other server once in four thousand times
         add_model(api, f"ft:tiny:default:m:{number}")
         assert ask(api, f"ft:tiny:default:m:{number}", stream=stream).status_code == 200
     assert api.state.inference.clients[0].is_down
@@ -138,7 +138,7 @@ def test_a_request_that_breaks_a_server_is_not_handed_to_the_next(make_api: Make
 def test_a_server_that_can_t_load_at_the_moment_is_passed_over(make_api: MakeApi, stubs: list[InferenceStub]) -> None:
     stubs[0].refuses_loads, stubs[0].refusal_status = "starting", 503
     api = make_api(*stubs)
-    for number in range(4):
+    for number in range(12):
         add_model(api, f"ft:tiny:default:m:{number}")
         assert ask(api, f"ft:tiny:default:m:{number}").status_code == 200
     assert stubs[0].answered == {}

@@ -1,5 +1,7 @@
 import hashlib
 
+import httpx2
+import openai
 import pytest
 from sqlalchemy import select, update
 
@@ -85,6 +87,22 @@ def test_content_whose_bytes_are_gone(api: Api) -> None:
     file_id = api.upload()
     api.state.storage.delete(f"files/{file_id}")
     assert_error(api.client.get(f"/v1/files/{file_id}/content"), 404, "not_found")
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+@pytest.mark.parametrize("damage", ["one bit", "shorter", "longer"])
+def test_content_that_is_damaged_does_not_end_as_if_it_were_whole(live_api: Api, size: int, damage: str) -> None:
+    content = bytes(range(250)) * (size // 250)
+    file_id = live_api.upload(content, purpose="user_data")
+    path = live_api.settings.storage_dir / "files" / file_id
+    path.write_bytes({"one bit": content[:500] + b"?" + content[501:], "shorter": content[:-1], "longer": content + b"?"}[damage])
+    if damage == "longer":  # what was appended is no part of the file
+        assert live_api.openai.files.content(file_id).read() == content
+        return
+    with pytest.raises(openai.APIConnectionError):
+        live_api.openai.files.content(file_id)
+    with httpx2.stream("GET", f"{live_api.base_url}/v1/files/{file_id}/content", headers=live_api.headers) as answer, pytest.raises(httpx2.HTTPError):
+        answer.read()
 
 
 def test_deleted_file_is_gone_with_its_bytes(api_on_both: Api) -> None:

@@ -13,6 +13,7 @@ from core.jobs.events import append_event, upsert_metrics
 from core.jobs.transitions import Progress, claim_for_training, claim_for_validation, finish_pause, finish_validation, record_progress
 from core.tables.jobs import Checkpoint, Job
 from core.workers import tell_presence
+from tests.api.model_rows import add_model
 from tests.api.serving import Api
 from tests.api.test_errors import assert_error
 from tests.rows import assert_sound, messages_of, succeed_job
@@ -311,6 +312,20 @@ def test_checkpoints_are_paged_newest_first(api_on_both: Api) -> None:
     assert checkpoint["metrics"] == {"step": 30, "train_loss": 1 / 30}
     assert [item["id"] for item in api.client.get(path, params={"after": ids[20]}).json()["data"]] == [ids[10]]
     assert_error(api.client.get(path, params={"after": "ftckpt-unknown"}), 400, "invalid_cursor", "after")
+
+
+def test_checkpoints_whose_models_were_deleted_are_not_listed(api_on_both: Api) -> None:
+    """But they still are cursors, and those whose training state alone is gone are listed."""
+    api = api_on_both
+    job_id = api.create_job()["id"]
+    ids = {step: add_checkpoint(api, job_id, step) for step in (10, 20, 30, 40)}
+    kept, deleted = (add_model(api, f"ft:tiny:default::1:ckpt-step-{step}", step=step) for step in (10, 30))
+    assert api.client.delete(f"/v1/models/{deleted.id}").status_code == 200
+    with api.database.transaction() as session:
+        session.execute(update(Checkpoint).where(Checkpoint.id == ids[10]).values(storage_key=None))
+    path = f"{JOBS}/{job_id}/checkpoints"
+    assert [checkpoint["step_number"] for checkpoint in api.client.get(path).json()["data"]] == [40, 20, 10]
+    assert api.client.get(path, params={"after": ids[30]}).json()["data"][-1]["fine_tuned_model_checkpoint"] == kept.id
 
 
 def test_stock_client_lists_checkpoints(live_api: Api) -> None:

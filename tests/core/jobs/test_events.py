@@ -1,3 +1,6 @@
+import threading
+from pathlib import Path
+
 from sqlalchemy import select
 
 from core.database import Database
@@ -37,3 +40,34 @@ def test_events_keep_their_order_and_their_data(database: Database) -> None:
         second = session.scalars(select(JobEvent).where(JobEvent.message == "second")).one()
     assert second.id.startswith("ftevent-")
     assert (second.level, second.type, second.data) == ("warn", "metrics", {"step": 1, "text": "ü\u2028"})
+
+
+def test_events_of_one_job_become_visible_in_their_order(database: Database) -> None:
+    """Whoever has read an event has read all before it: a second writer waits until the first one has committed."""
+    project_id = add_project(database)
+    job_id, other = add_job(database, project_id), add_job(database, project_id)
+
+    def append_second() -> None:
+        with database.transaction() as session:
+            append_event(session, job_id, "second")
+
+    second = threading.Thread(target=append_second)
+    with database.transaction() as session:
+        append_event(session, job_id, "first")
+        session.flush()
+        second.start()
+        if database.engine.dialect.name == "postgresql":  # SQLite has one writer at a time anyway
+            with database.transaction() as others:
+                append_event(others, other, "of another job, which waits for nobody")
+        second.join(0.5)
+        assert second.is_alive()
+        assert messages_of(database, job_id) == []
+    second.join(10)
+    assert messages_of(database, job_id) == ["first", "second"]
+
+
+def test_only_append_event_writes_events() -> None:
+    """It is what keeps their order."""
+    root = Path(__file__).parents[3]
+    writers = [path for room in ("api", "core", "worker") for path in (root / room).rglob("*.py") if "JobEvent(" in path.read_text()]
+    assert [str(path.relative_to(root)) for path in writers] == ["core/jobs/events.py", "core/tables/jobs.py"]

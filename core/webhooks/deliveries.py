@@ -1,0 +1,137 @@
+"""Deliveries of webhook events: claimed by a worker, sent, and settled.
+
+pending ──claim──► being sent ──record_delivered──► delivered
+   ▲                  │ record_failure
+   └──────────────────┴─────────────► failed   (after a day, or because the endpoint was disabled)
+
+A claim is a lease with a token, as a job's is (core.jobs.leases): while it holds, nobody else sends this delivery nor another
+one to the same endpoint. A worker that dies leaves a lease that runs out, and the delivery is sent again: receivers tell
+by the `webhook-id` what they have had already.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import and_, case, exists, null, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from core.database import database_now, unix_now
+from core.ids import new_token
+from core.tables.webhooks import WebhookDelivery, WebhookEndpoint
+
+GIVE_UP_SECONDS = 24 * 3600.0
+RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 7200.0)
+"""After the first attempt, the second, …; the last one again and again."""
+
+DUE = and_(WebhookDelivery.next_attempt_at <= database_now(), or_(WebhookDelivery.lease_until.is_(None), WebhookDelivery.lease_until < database_now()))
+_OVER: dict[str, Any] = {"next_attempt_at": None, "lease_token": None, "lease_until": None}
+
+
+@dataclass(frozen=True)
+class DeliveryClaim:
+    """All that sending takes. `attempt` counts from 1."""
+
+    delivery_id: str
+    endpoint_id: str
+    lease_token: str
+    attempt: int
+    event_type: str
+    body: str
+    url: str
+    secrets: tuple[str, ...] = field(repr=False)
+
+
+def delivery_is_due(session: Session) -> bool:
+    """Whether `claim_delivery` might find any; only reads, so that looking often costs no write lock."""
+    return session.scalar(select(WebhookDelivery.id).where(DUE).limit(1)) is not None
+
+
+def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | None:
+    """Hold the delivery that is due for longest, of an endpoint to which nothing is being sent: a slow one delays its own alone."""
+    sending = aliased(WebhookDelivery)
+    busy = exists().where(sending.endpoint_id == WebhookDelivery.endpoint_id, sending.lease_until > database_now())
+    first = select(WebhookDelivery.id).where(DUE, ~busy).order_by(WebhookDelivery.next_attempt_at).limit(1).with_for_update(skip_locked=True)
+    found = session.scalar(first)
+    if found is None:
+        return None
+    token = new_token()
+    claimed = session.execute(
+        update(WebhookDelivery)
+        .where(WebhookDelivery.id == found, DUE)
+        .values(lease_token=token, lease_until=database_now() + lease_seconds, attempts=WebhookDelivery.attempts + 1)
+        .returning(WebhookDelivery.endpoint_id, WebhookDelivery.attempts, WebhookDelivery.event_type, WebhookDelivery.body)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()
+    if claimed is None:
+        return None
+    endpoint = session.get_one(WebhookEndpoint, claimed.endpoint_id)
+    secrets = signing_secrets(session, endpoint)
+    return DeliveryClaim(found, endpoint.id, token, claimed.attempts, claimed.event_type, claimed.body, endpoint.url, secrets)
+
+
+def signing_secrets(session: Session, endpoint: WebhookEndpoint) -> tuple[str, ...]:
+    """The endpoint's secret, and the one before it while that is still valid."""
+    now: float = session.execute(select(database_now())).scalar_one()
+    if endpoint.previous_secret is None or (endpoint.previous_secret_until or 0) <= now:
+        return (endpoint.secret,)
+    return (endpoint.secret, endpoint.previous_secret)
+
+
+def record_delivered(session: Session, claim: DeliveryClaim, status: int) -> bool:
+    """The endpoint answered 2xx. Returns False where the delivery is no longer held under this claim."""
+    return _change_held(session, claim, delivered_at=unix_now(), last_status=status, last_error=None, **_OVER) is not None
+
+
+def record_failure(session: Session, claim: DeliveryClaim, reason: str, status: int | None) -> float | None:
+    """Try again later, or give up. Returns in how many seconds (about), None where there is no further attempt."""
+    delay = RETRY_SECONDS[min(claim.attempt, len(RETRY_SECONDS)) - 1]
+    again = database_now() + delay <= WebhookDelivery.give_up_at
+    kept = _change_held(
+        session,
+        claim,
+        last_status=status,
+        last_error=reason,
+        lease_token=None,
+        lease_until=None,
+        next_attempt_at=case((again, database_now() + delay), else_=null()),
+        failed_at=case((again, null()), else_=unix_now()),
+    )
+    return delay if kept is not None and kept.next_attempt_at is not None else None
+
+
+def record_gone(session: Session, claim: DeliveryClaim, reason: str, status: int) -> None:
+    """The endpoint asked for no more: it is disabled, unless its owner gave it another URL meanwhile."""
+    same_url = select(WebhookEndpoint.id).where(WebhookEndpoint.id == claim.endpoint_id, WebhookEndpoint.url == claim.url)
+    if session.scalar(same_url.with_for_update(key_share=True)) is None:
+        record_failure(session, claim, reason, status)
+    else:
+        _change_held(session, claim, last_status=status)
+        disable_endpoint(session, claim.endpoint_id, reason)
+
+
+def disable_endpoint(session: Session, endpoint_id: str, reason: str) -> None:
+    """Nothing more is sent there until its owner enables it again; what waits for it has failed. The endpoint first: its row is the
+    lock against new deliveries."""
+    now = unix_now()
+    session.execute(
+        update(WebhookEndpoint)
+        .where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.disabled_at.is_(None))
+        .values(disabled_at=now, disabled_reason=reason, updated_at=now)
+        .execution_options(synchronize_session=False)
+    )
+    session.execute(
+        update(WebhookDelivery)
+        .where(WebhookDelivery.endpoint_id == endpoint_id, WebhookDelivery.next_attempt_at.is_not(None))
+        .values(failed_at=now, last_error=reason, **_OVER)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _change_held(session: Session, claim: DeliveryClaim, **columns: Any) -> Any:
+    return session.execute(
+        update(WebhookDelivery)
+        .where(WebhookDelivery.id == claim.delivery_id, WebhookDelivery.lease_token == claim.lease_token)
+        .values(**columns)
+        .returning(WebhookDelivery.id, WebhookDelivery.next_attempt_at)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()

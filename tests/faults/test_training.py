@@ -1,0 +1,136 @@
+"""Faults of a run itself: a full disk, damaged checkpoints, too little memory, numbers that are none."""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from sqlalchemy import select
+
+from core.tables.jobs import Checkpoint
+from tests.faults.deployment import Deployment, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def mount_small_disk() -> Iterator[Callable[[Path, int], None]]:
+    """Mounts a disk of so many KiB on a directory."""
+    mounted: list[Path] = []
+
+    def mount(directory: Path, kib: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(directory)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(directory)
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def fill(directory: Path, leave_bytes: int) -> Path:
+    """Take what is free but for so many bytes."""
+    path = directory / "filler"
+    path.write_bytes(b"x" * max(0, shutil.disk_usage(directory).free - leave_bytes))
+    return path
+
+
+def test_14_a_disk_that_is_full_at_a_checkpoint_fails_the_job_and_spares_what_was_stored(
+    database_url: str, mount_small_disk: Callable[[Path, int], None], make_deployment: Callable[..., Deployment]
+) -> None:
+    deployment = make_deployment(database_url)
+    mount_small_disk(deployment.settings.runs_dir, 20_000)
+    deployment.start("valkey", "inference", "api", "worker")
+    job_id = deployment.create_job()
+    deployment.wait_for_step(job_id, 27)
+    filler = fill(deployment.settings.runs_dir, 20_000)
+    job = deployment.wait_for_end(job_id, "failed")
+    assert job.error is not None
+    assert job.error["code"] == "disk_full"
+    with deployment.database.reading() as session:
+        stored = session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id)).all()
+    assert [checkpoint.step for checkpoint in stored][:1] == [25]
+    filler.unlink()
+    deployment.wait_for_end(deployment.create_job(n_epochs=2))
+
+
+def test_14_a_disk_that_is_full_at_an_upload_is_told_and_spares_what_was_stored(
+    database_url: str, mount_small_disk: Callable[[Path, int], None], make_deployment: Callable[..., Deployment]
+) -> None:
+    deployment = make_deployment(database_url)
+    mount_small_disk(deployment.settings.storage_dir, 4_000)
+    deployment.start("valkey", "api")
+    kept = deployment.upload()
+    line = b'{"prompt": "Which lamp?", "completion": "The red one."}\n'
+    with pytest.raises(Exception, match="storage is full") as refused:
+        deployment.client.files.create(file=("big.jsonl", line * 200_000), purpose="fine-tune")
+    assert getattr(refused.value, "status_code", None) == 507
+    assert [file.id for file in deployment.client.files.list()] == [kept]
+    assert len(deployment.client.files.content(kept).read()) > 0
+    deployment.upload()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one_bit"])
+def test_15_a_damaged_checkpoint_is_passed_over(deployment: Deployment, damage: str) -> None:
+    file_id = deployment.upload()
+    job_id = deployment.create_job(file_id)
+    deployment.wait_for_step(job_id, 60)
+    deployment.signal("worker", 15)
+    deployment.ended("worker")
+    with deployment.database.reading() as session:
+        checkpoints = session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step)).all()
+    path = deployment.settings.storage_dir / checkpoints[-1].storage_key
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    deployment.start("worker2")
+    deployment.wait_for_end(job_id)
+    told = f"The checkpoint of step {checkpoints[-1].step} is damaged or gone; the one of step {checkpoints[-2].step} is tried"
+    assert told in deployment.messages(job_id)
+    assert any(f"resumed at step {checkpoints[-2].step}" in message for message in deployment.messages(job_id))
+    undisturbed = deployment.create_job(file_id)
+    deployment.wait_for_end(undisturbed)
+    assert deployment.losses(job_id) == deployment.losses(undisturbed)
+
+
+def test_17_numbers_that_are_none_fail_the_job_once_and_say_what_to_change(deployment: Deployment, tmp_path: Path) -> None:
+    """A base model with one weight that is no number."""
+    prepared = deployment.settings.base_models[0].directory(deployment.settings.cache_dir)
+    broken = tmp_path / "broken"
+    shutil.copytree(prepared, broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.down_proj.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    prepared.unlink()
+    prepared.symlink_to(broken)
+    error = failed_once(deployment)
+    assert error["code"] == "numerical_error"
+    assert "learning_rate" in error["message"]
+
+
+def test_17_too_little_memory_fails_the_job_once_and_says_what_to_change(deployment: Deployment) -> None:
+    """The trainer may have as much memory as it holds with the model loaded, and a little more."""
+    deployment.signal("worker", 15)
+    deployment.ended("worker")
+    deployment.start("worker2", application="tests.fixtures.worker_with_little_memory", PYTHONPATH=str(Path(__file__).parents[2]))
+    error = failed_once(deployment, batch_size=256, max_completion_tokens=300)
+    assert error["code"] == "out_of_memory"
+    assert "lower batch_size" in error["message"]
+
+
+def failed_once(deployment: Deployment, **hyperparameters: Any) -> dict[str, Any]:
+    job_id = deployment.create_job(**hyperparameters)
+    wait_for(lambda: deployment.job(job_id).finished_at is not None, 120, lambda: deployment.story(job_id))
+    job = deployment.job(job_id)
+    assert (job.status, job.attempt) == ("failed", 1), deployment.story(job_id)
+    assert job.error is not None
+    return job.error

@@ -1,0 +1,53 @@
+"""Object storage that is away for a while costs a job time, and neither its run nor what it has trained."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy.orm import Session
+
+from core.errors import StorageUnavailable
+from core.jobs.events import append_event
+from core.jobs.leases import assert_held
+from core.logging import get_logger
+from worker.held_lease import HeldLease
+
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+PATIENCE_SECONDS = 3600.0
+"""Longer, and the job goes back to the queue: whoever takes it up next may reach the storage."""
+LOOK_SECONDS = 0.2
+
+Result = TypeVar("Result")
+
+log = get_logger(__name__)
+
+
+def through_outages(lease: HeldLease, work: Callable[[], Result]) -> Result:
+    """The result of `work`, which is done again from its beginning while the storage fails. The lease is held meanwhile, and the job
+    has an event that says why nothing happens.
+
+    Raises StorageUnavailable after an hour, LeaseLost, and StopRequested where it is asked to stop while it waits.
+    """
+    began: float | None = None
+    pause_seconds = FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return work()
+        except StorageUnavailable as error:
+            if began is None:
+                began = time.monotonic()
+                lease.write(lambda session: _say(session, lease))
+            if time.monotonic() - began > PATIENCE_SECONDS:
+                raise
+            log.warning("storage_awaited", error=error.message, pause_seconds=pause_seconds)
+        until = time.monotonic() + pause_seconds
+        while time.monotonic() < until:
+            lease.check_wanted()
+            time.sleep(LOOK_SECONDS)
+        pause_seconds = min(LONGEST_PAUSE_SECONDS, 2 * pause_seconds)
+
+
+def _say(session: Session, lease: HeldLease) -> None:
+    assert_held(session, lease.claim)
+    append_event(session, lease.claim.job_id, "The object storage can't be reached or fails; the job waits for it", level="warn")

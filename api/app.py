@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
-from api import error_handlers, health
+from api import error_handlers, health, measurements
 from api.authentication import Authentication
 from api.completions import routes as completions
 from api.files import routes as files
@@ -28,8 +29,11 @@ from api.shutdown import called_when_told_to_stop
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
 from api.webhooks import routes as webhooks
+from core.errors import Unavailable
 from core.logging import configure_logging, get_logger
+from core.schema_revision import SchemaDoesNotFit, require_fitting_schema
 from core.settings import Settings, get_settings
+from core.tracing import send_traces, start_tracing, tracing_wanted
 
 EXPIRY_INTERVAL_SECONDS = 60
 
@@ -43,7 +47,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings)
         _adopt_server_logs()
+        start_tracing("sdft-api")
         app.state.api = state = ApiState.open(settings)
+        await anyio.to_thread.run_sync(_refuse_another_schema, state)
         expiring = asyncio.create_task(_delete_what_expires(state))
         try:
             with called_when_told_to_stop(state.event_feed.close):
@@ -52,10 +58,11 @@ def create_app(settings: Settings) -> FastAPI:
             expiring.cancel()
             await asyncio.gather(expiring, return_exceptions=True)
             await state.aclose()
+            await anyio.to_thread.run_sync(send_traces)
 
-    app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan, telemetry=_telemetry())
     error_handlers.install(app)
-    for resource in (health, files, base_models, jobs, models, completions, webhooks, projects, api_keys, audit_logs):
+    for resource in (health, measurements, files, base_models, jobs, models, completions, webhooks, projects, api_keys, audit_logs):
         app.include_router(resource.router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(ScopeCheck)
@@ -65,6 +72,30 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(TrustedHosts, allowed_hosts=settings.allowed_hosts)
     app.add_middleware(RequestContext)  # the last one added is the outermost
     return app
+
+
+def _telemetry() -> TelemetryConfig:
+    """FastAPI's own spans, of requests alone: measurements are Prometheus' (api/measurements.py), and providers are core.tracing's."""
+    probes = ("/healthz", "/readyz", "/metrics")
+    return {
+        "tracing": tracing_wanted(),
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+        "exclude": lambda scope: scope["path"] in probes,
+    }
+
+
+def _refuse_another_schema(state: ApiState) -> None:
+    """Raises SchemaDoesNotFit. A database that can't be asked now is no reason not to start: `/readyz` goes on asking."""
+    try:
+        require_fitting_schema(state.database)
+    except SchemaDoesNotFit as error:
+        log.error("schema_does_not_fit", error=str(error))
+        raise
+    except Unavailable as error:
+        log.warning("schema_not_compared", error=error.message)
 
 
 def _adopt_server_logs() -> None:

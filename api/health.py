@@ -1,26 +1,31 @@
-"""Whether this server lives and can work, and its measurements: the only routes that need no key."""
+"""Whether this server lives and can work: routes that need no key."""
 
 import asyncio
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from pydantic import BaseModel
-from sqlalchemy import case, func, select
 
 from api.state import ApiState, State
 from core.doorbell import broker_answers
 from core.errors import Unavailable
-from core.logging import get_logger
-from core.tables.jobs import JOB_STATUSES, Job
-from core.tables.webhooks import WebhookDelivery
+from core.schema_revision import fit_of, schema_revision
+from core.storage_condition import StorageCondition, storage_condition
+from core.workers import workers_that_are_there
+
+PROBE_SECONDS = 4.0
+"""After which what has not answered counts as unreachable, so that a probe of an orchestrator gets its answer."""
+
+Check = Literal["ok", "unreachable", "older", "newer", "none", "not_writable", "full", "unknown"]
+Answer = TypeVar("Answer")
+
+NOTHING_KNOWN: dict[str, Check] = {}
+UNANSWERED: StorageCondition = "unreachable"
 
 router = APIRouter(tags=["operation"])
-log = get_logger(__name__)
-jobs_by_status = Gauge("sdft_jobs", "Fine-tuning jobs by status.", ["status"])
-deliveries_by_status = Gauge("sdft_webhook_deliveries", "Webhook deliveries: pending, delivered or failed.", ["status"])
 
 
 class Health(BaseModel):
@@ -28,11 +33,11 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """`degraded` names what does not answer. Without broker or inference server files and jobs are still accepted."""
+    """`degraded` names what doesn't work. Without broker, inference server, workers or room in storage, what can be done is done."""
 
     status: Literal["ok", "degraded", "unavailable"]
     degraded: list[str]
-    checks: dict[str, Literal["ok", "unreachable"]]
+    checks: dict[str, Check]
 
 
 @router.get("/healthz")
@@ -42,55 +47,47 @@ async def healthz() -> Health:
 
 @router.get("/readyz")
 async def readyz(state: State, response: Response) -> Readiness:
-    """503 only where the database is down."""
-    probes: dict[str, Callable[[], bool]] = {
-        "database": lambda: _database_answers(state),
-        "broker": lambda: broker_answers(state.settings.resolved_redis_url),
-        "inference": state.inference.healthy,
+    """503 only where no request can be answered: the database is down, or its schema is older than this program. A newer one is what
+    a deploy looks like to the processes that it is about to replace; they go on answering until then."""
+    settings = state.settings
+    database, broker, inference, storage = await asyncio.gather(
+        _ask(state, lambda: _database_checks(state), NOTHING_KNOWN),
+        _ask(state, lambda: broker_answers(settings.resolved_redis_url), False),
+        _ask(state, state.inference.healthy, False),
+        _ask(state, lambda: storage_condition(settings, state.storage), UNANSWERED),
+    )
+    checks: dict[str, Check] = {
+        "database": "ok" if database else "unreachable",
+        "schema": database.get("schema", "unknown"),
+        "broker": "ok" if broker else "unreachable",
+        "inference": "ok" if inference else "unreachable",
+        "workers": database.get("workers", "unknown"),
+        "storage": storage,
     }
-    answers = await asyncio.gather(*(anyio.to_thread.run_sync(probe) for probe in probes.values()))
-    degraded = [name for name, reached in zip(probes, answers, strict=True) if not reached]
-    if "database" in degraded:
+    degraded = [name for name, check in checks.items() if check not in ("ok", "unknown")]
+    unavailable = checks["database"] != "ok" or checks["schema"] == "older"
+    if unavailable:
         response.status_code = 503
         response.headers["retry-after"] = "2"
-    return Readiness(
-        status="unavailable" if "database" in degraded else "degraded" if degraded else "ok",
-        degraded=degraded,
-        checks={name: "unreachable" if name in degraded else "ok" for name in probes},
-    )
+    return Readiness(status="unavailable" if unavailable else "degraded" if degraded else "ok", degraded=degraded, checks=checks)
 
 
-@router.get("/metrics")
-def metrics(state: State) -> Response:
-    try:
-        _count_jobs(state)
-        _count_deliveries(state)
-    except Unavailable as error:  # the other measurements are wanted most while the database is down
-        jobs_by_status.clear()
-        deliveries_by_status.clear()
-        log.warning("rows_not_counted", error=error.message)
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+async def _ask(state: ApiState, probe: Callable[[], Answer], otherwise: Answer) -> Answer:
+    """The probe's answer, or `otherwise` where there is none in time. Its thread, which may hang on, is none that requests need."""
+    answer = otherwise
+    with anyio.move_on_after(PROBE_SECONDS):
+        answer = await anyio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=state.probe_threads)
+    return answer
 
 
-def _database_answers(state: ApiState) -> bool:
+def _database_checks(state: ApiState) -> dict[str, Check]:
+    """Of what only the database knows; empty where it can't be reached."""
     try:
         with state.database.reading() as session:
-            session.execute(select(1))
+            fit = fit_of(schema_revision(session))
+            if fit != "fits":
+                return {"schema": fit}
+            slots = sum(worker.slots for worker in workers_that_are_there(session))
+            return {"schema": "ok", "workers": "ok" if slots else "none"}
     except Unavailable:
-        return False
-    return True
-
-
-def _count_jobs(state: ApiState) -> None:
-    with state.database.reading() as session:
-        counts = {row.status: row.number for row in session.execute(select(Job.status, func.count().label("number")).group_by(Job.status))}
-    for status in JOB_STATUSES:
-        jobs_by_status.labels(status).set(counts.get(status, 0))
-
-
-def _count_deliveries(state: ApiState) -> None:
-    status = case((WebhookDelivery.delivered_at.is_not(None), "delivered"), (WebhookDelivery.failed_at.is_not(None), "failed"), else_="pending").label("status")
-    with state.database.reading() as session:
-        counts = {row.status: row.number for row in session.execute(select(status, func.count().label("number")).group_by(status))}
-    for name in ("pending", "delivered", "failed"):
-        deliveries_by_status.labels(name).set(counts.get(name, 0))
+        return {}

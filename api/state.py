@@ -21,6 +21,7 @@ from core.settings import Settings
 from core.storage import Storage
 
 WEBHOOK_TESTS_AT_A_TIME = 8
+PROBES_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ApiState:
     queue: QueueView
     event_feed: EventFeed
     webhook_tests: anyio.CapacityLimiter
+    probe_threads: anyio.CapacityLimiter
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
@@ -50,6 +52,7 @@ class ApiState:
             queue=QueueView(database, settings.project_max_running_jobs),
             event_feed=EventFeed(database),
             webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
+            probe_threads=anyio.CapacityLimiter(PROBES_AT_A_TIME),
         )
 
     async def aclose(self) -> None:

@@ -100,6 +100,10 @@ class Settings(BaseSettings):
         False, description="Webhooks may go to http:// URLs and to addresses that are not public: for tests and private networks."
     )
 
+    worker_metrics_port: int | None = Field(
+        None, ge=1, le=65_535, description="Port on which a worker gives its own measurements to Prometheus. Default: none."
+    )
+    worker_metrics_host: str = Field("127.0.0.1", description="Address of that port.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line that is written.")
     log_format: Literal["json", "console"] = Field("json", description="Shape of log lines.")
 

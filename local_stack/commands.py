@@ -21,6 +21,8 @@ from local_stack.ports import host_in_url, is_loopback, service_url
 from local_stack.processes import ProcessSpec
 
 HEALTH_TIMEOUT_SECONDS = 2
+READINESS_TIMEOUT_SECONDS = 6
+"""The API gives each of its probes 4."""
 PING_TIMEOUT_SECONDS = 1
 
 
@@ -121,8 +123,7 @@ class Stack:
         settings = self.settings
         words = ["api.app:app", "--host", settings.host, "--port", str(settings.port), "--env-file", str(self.service_env_path)]
         words += ["--log-level", settings.log_level, "--timeout-graceful-shutdown", "5"]
-        url = f"{service_url(settings.host, settings.port)}/healthz"
-        return self._process("api", self.python("uvicorn", *words), lambda: _answers_ok(url), start_limit_seconds=120, stop_grace_seconds=8)
+        return self._process("api", self.python("uvicorn", *words), lambda: self.readiness() is not None, start_limit_seconds=120, stop_grace_seconds=8)
 
     def worker_process(self) -> ProcessSpec:
         settings = self.settings
@@ -130,6 +131,15 @@ class Stack:
         words += ["--loglevel", settings.log_level, "--without-gossip", "--without-mingle"]
         command = self.python("celery", *words)
         return self._process("worker", command, self._worker_answers, start_limit_seconds=120, stop_grace_seconds=30)
+
+    def readiness(self) -> list[str] | None:
+        """What the API says doesn't work yet; None where it can't answer requests."""
+        try:
+            answer = httpx2.get(f"{service_url(self.settings.host, self.settings.port)}/readyz", timeout=READINESS_TIMEOUT_SECONDS, trust_env=False)
+            degraded: list[str] = answer.json()["degraded"]
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):  # nobody, or another program
+            return None
+        return degraded if answer.status_code == 200 else None
 
     def inference_answers(self) -> bool:
         return all(_answers_ok(f"{url}/health") for url in self.settings.inference_urls)

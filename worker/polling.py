@@ -11,8 +11,11 @@ from celery import bootsteps
 
 from core.errors import ServiceError
 from core.logging import get_logger
+from core.schema_revision import SchemaDoesNotFit, require_fitting_schema
+from core.tracing import TracingNotInstalled, send_traces, start_tracing
 from worker.expired_leases import free_expired_leases, work_is_waiting
 from worker.garbage_collection import Collector
+from worker.measurements import serve_measurements
 from worker.model_exports import Exporter
 from worker.presence import Presence
 from worker.resources import Resources, resources_of
@@ -47,6 +50,8 @@ class Poll:
 
     def look(self) -> None:
         self._presence.tell()
+        if not self._resources.may_claim:
+            return
         free_expired_leases(self._resources)
         self._searches = [thread for thread in self._searches if thread.is_alive()]
         if len(self._searches) < self._most_searches and work_is_waiting(self._resources):
@@ -73,11 +78,28 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._deliverer = threading.Thread(target=Deliverer(self._resources).run, name="deliverer")
 
     def start(self, worker: Any) -> None:
+        self._refuse_another_schema()
+        try:
+            start_tracing("sdft-worker")
+        except TracingNotInstalled as error:
+            log.error("tracing_not_installed", error=str(error))
+            raise SystemExit(1) from error
+        serve_measurements(self._resources.settings)
         self._thread.start()
         threading.Thread(target=Verifier(self._resources).run, name="verifier", daemon=True).start()
         threading.Thread(target=Collector(self._resources).run, name="collector", daemon=True).start()
         self._exporter.start()
         self._deliverer.start()
+
+    def _refuse_another_schema(self) -> None:
+        """Ends the process. A database that can't be asked now is asked again by the poll."""
+        try:
+            require_fitting_schema(self._resources.database)
+        except SchemaDoesNotFit as error:
+            log.error("schema_does_not_fit", error=str(error))
+            raise SystemExit(1) from error
+        except ServiceError as error:
+            log.warning("database_unreachable", error=error.message)
 
     def stop(self, worker: Any) -> None:
         """Wait for the searches: their supervisors were told already when the shutdown began."""
@@ -86,3 +108,4 @@ class PollStep(bootsteps.StartStopStep):  # type: ignore[misc]
             if thread.is_alive():
                 thread.join()
         self._poll.wait_for_searches()
+        send_traces()

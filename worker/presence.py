@@ -1,4 +1,8 @@
-"""Tells the database that this worker is there, so that the API can say when a queued job will start, and that nobody would train it."""
+"""Tells the database that this worker is there, so that the API can say when a queued job will start, and that nobody would train it.
+
+At the same time it looks at the schema's revision: after a migration for another version the worker claims nothing more, finishes
+what it runs, and is not counted as there.
+"""
 
 import socket
 import time
@@ -6,6 +10,7 @@ import time
 from core.errors import ServiceError
 from core.ids import new_token
 from core.logging import get_logger
+from core.schema_revision import describe_misfit, fit_of, schema_revision
 from core.workers import TELL_SECONDS, leave, tell_presence
 from worker.resources import Resources
 
@@ -25,12 +30,27 @@ class Presence:
         """Raises Unavailable."""
         if self._told_at is not None and time.monotonic() - self._told_at < TELL_SECONDS:
             return
-        with self._resources.database.transaction() as session:
-            tell_presence(session, self.worker_id, socket.gethostname(), self._devices)
+        self._compare_schema()
+        if self._resources.schema_fits:
+            with self._resources.database.transaction() as session:
+                tell_presence(session, self.worker_id, socket.gethostname(), self._devices)
         self._told_at = time.monotonic()
 
+    def _compare_schema(self) -> None:
+        with self._resources.database.reading() as session:
+            revision = schema_revision(session)
+        fits = fit_of(revision) == "fits"
+        if fits == self._resources.schema_fits:
+            return
+        self._resources.schema_fits = fits
+        if fits:
+            log.info("schema_fits_again", revision=revision)
+        else:
+            log.error("claiming_stopped", error=describe_misfit(revision))
+            self.leave()
+
     def leave(self) -> None:
-        """At the end, where the database can be reached; else the others notice a little later."""
+        """Where the database can be reached; else the others notice a little later."""
         try:
             with self._resources.database.transaction() as session:
                 leave(session, self.worker_id)

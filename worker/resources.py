@@ -31,12 +31,18 @@ class Resources:
     trainer_command: tuple[str, ...] = TRAINER_COMMAND
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the process was told to end: nothing new is claimed, what runs is handed back."""
+    schema_fits: bool = True
+    """False while the database's schema is not this program's: nothing new is claimed, what runs goes on (worker/presence.py)."""
     training_slots: Slots = field(init=False)
     validation_slots: Slots = field(init=False)
 
     def __post_init__(self) -> None:
         self.training_slots = Slots(training_groups(self.settings))
         self.validation_slots = Slots([DeviceGroup()] * VALIDATION_SLOTS)
+
+    @property
+    def may_claim(self) -> bool:
+        return self.schema_fits and not self.stopping.is_set()
 
 
 def threads_needed(settings: Settings) -> int:

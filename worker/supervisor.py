@@ -21,6 +21,7 @@ from worker.checkpoint_import import CheckpointImport
 from worker.devices import DeviceGroup
 from worker.failures import describe_failure
 from worker.held_lease import HeldLease, StopRequested
+from worker.measurements import attempts_started, count_end, trainer_crashes
 from worker.metrics_import import ProgressImport
 from worker.publisher import publish
 from worker.resources import Resources
@@ -47,39 +48,50 @@ def train(resources: Resources, claim: Claim, claimed_at: float, group: DeviceGr
     """Train a claimed job on these devices to its end, or hand it back. The boundary: nothing but a kill leaves the job held."""
     run = RunDirectory(resources.settings.runs_dir / claim.job_id / f"attempt-{claim.attempt}")
     with bound_contextvars(job_id=claim.job_id, attempt=claim.attempt):
+        attempts_started.inc()
         try:
             with HeldLease(resources, claim, claimed_at) as lease:
-                _attempt_or_give_up(resources, lease, run, group)
+                settled = _attempt_or_give_up(resources, lease, run, group)
+            count_end(resources, claim, settled=settled)
         finally:
             discard_bulk(run)
             forget_rollout_adapters(resources, claim.job_id, claim.attempt)
 
 
-def _attempt_or_give_up(resources: Resources, lease: HeldLease, run: RunDirectory, group: DeviceGroup) -> None:
+def _attempt_or_give_up(resources: Resources, lease: HeldLease, run: RunDirectory, group: DeviceGroup) -> bool:
+    """Returns False where the lease was lost before the job was let go of."""
     log.info("attempt_started", devices=group.devices)
+    settled = False
     try:
-        _attempt(resources, lease, run, group)
+        _settle_attempt(resources, lease, run, group)
+        settled = True
     except LeaseLost as lost:
         log.warning("attempt_abandoned", reason=str(lost))
+    log.info("attempt_ended")
+    return settled
+
+
+def _settle_attempt(resources: Resources, lease: HeldLease, run: RunDirectory, group: DeviceGroup) -> None:
+    """Raises LeaseLost."""
+    try:
+        _attempt(resources, lease, run, group)
+    except LeaseLost:
+        raise
     except Exception as error:
         _give_up(lease, error)
-    log.info("attempt_ended")
 
 
 def _give_up(lease: HeldLease, error: Exception) -> None:
-    """End the job for an exception: back to the queue where it is no fault of the job's, else failed."""
-    try:
-        if isinstance(error, StopRequested):
-            lease.settle(lambda session: requeue(session, lease.claim, DEPLOY_MESSAGE))
-        elif isinstance(error, StorageUnavailable):
-            lease.settle(lambda session: requeue(session, lease.claim, STORAGE_MESSAGE, level="warn"))
-        elif isinstance(error, Unavailable):
-            lease.settle(lambda session: requeue(session, lease.claim, UNREACHABLE_MESSAGE, level="warn"))
-        else:
-            described = describe_failure(error)
-            lease.settle(lambda session: fail(session, lease.claim, described))
-    except LeaseLost as lost:
-        log.warning("attempt_abandoned", reason=str(lost))
+    """End the job for an exception: back to the queue where it is no fault of the job's, else failed. Raises LeaseLost."""
+    if isinstance(error, StopRequested):
+        lease.settle(lambda session: requeue(session, lease.claim, DEPLOY_MESSAGE))
+    elif isinstance(error, StorageUnavailable):
+        lease.settle(lambda session: requeue(session, lease.claim, STORAGE_MESSAGE, level="warn"))
+    elif isinstance(error, Unavailable):
+        lease.settle(lambda session: requeue(session, lease.claim, UNREACHABLE_MESSAGE, level="warn"))
+    else:
+        described = describe_failure(error)
+        lease.settle(lambda session: fail(session, lease.claim, described))
 
 
 def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory, group: DeviceGroup) -> None:
@@ -138,6 +150,7 @@ def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepare
     elif result is None and lease.stop is not None:
         lease.settle(lambda session: requeue(session, claim, handed_back))
     elif result is None:
+        trainer_crashes.inc()
         is_last = prepared.job.lost_leases + 1 >= lost_leases
         reason = _crash_report(run, trainer, next_attempt=None if is_last else claim.attempt + 1)
         lease.settle(lambda session: requeue_after_crash(session, claim, reason, lost_leases))

@@ -3,12 +3,16 @@
 import time
 from collections.abc import Callable
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
+from structlog.contextvars import bound_contextvars
 
 from core.errors import ServiceError
 from core.jobs.leases import Claim
 from core.jobs.transitions import claim_for_training, claim_for_validation
 from core.logging import get_logger
+from core.tables.jobs import Job
+from core.tracing import continued_span
 from worker.devices import DeviceGroup, Slots
 from worker.resources import Resources
 from worker.supervisor import train
@@ -33,7 +37,7 @@ def seek_work(resources: Resources) -> None:
         return claim_for_validation(session, settings.lease_seconds)
 
     try:
-        while not resources.stopping.is_set():
+        while resources.may_claim:
             if not (
                 _work_on_next(resources, resources.validation_slots, next_to_validate, validate)
                 or _work_on_next(resources, resources.training_slots, next_to_train, train)
@@ -53,7 +57,12 @@ def _work_on_next(
         claimed_at = time.time()
         with resources.database.transaction() as session:
             claim = claim_next(session)
+            origin = (claim and session.scalar(select(Job.origin).where(Job.id == claim.job_id))) or {}
         if claim is None:
             return False
-        work(resources, claim, claimed_at, group)
+        with (
+            bound_contextvars(request_id=origin.get("request_id")),
+            continued_span(f"{work.__name__} job", origin.get("trace_parent"), **{"sdft.job_id": claim.job_id, "sdft.attempt": claim.attempt}),
+        ):
+            work(resources, claim, claimed_at, group)
         return True

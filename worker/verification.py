@@ -45,7 +45,8 @@ class Verifier:
         """The thread's loop, until the process ends."""
         while not self.resources.stopping.wait(LOOK_SECONDS):
             try:
-                self.verify_waiting()
+                if self.resources.may_claim:
+                    self.verify_waiting()
             except ServiceError as error:
                 log.warning("database_unreachable", error=error.message)
             except Exception:

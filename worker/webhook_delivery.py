@@ -39,7 +39,8 @@ class Deliverer:
         to its lease."""
         while not self._resources.stopping.wait(LOOK_SECONDS):
             try:
-                self.start_due()
+                if self._resources.may_claim:
+                    self.start_due()
             except ServiceError as error:
                 log.warning("database_unreachable", error=error.message)
             except Exception:

@@ -61,6 +61,7 @@ def create(
     suffix: str | None,
     seed: int,
     metadata: dict[str, Any] | None,
+    origin: dict[str, Any] | None = None,
 ) -> Job:
     """A new job, validating_files: the next worker that looks finds it. See the columns of Job for the arguments."""
     job = Job(
@@ -76,6 +77,7 @@ def create(
         suffix=suffix,
         seed=seed,
         job_metadata=metadata,
+        origin=origin,
         created_at=unix_now(),
         attempt=0,
         lost_leases=0,

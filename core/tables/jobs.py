@@ -41,6 +41,8 @@ class Job(Table):
     suffix: Mapped[str | None]
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    origin: Mapped[dict[str, Any] | None]
+    """The request that created it: `request_id`, and `trace_parent` (W3C Trace Context) where requests are traced."""
 
     created_at: Mapped[float]
     started_at: Mapped[float | None]

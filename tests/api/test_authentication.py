@@ -153,6 +153,8 @@ def test_other_projects_objects_do_not_exist(api: Api) -> None:
     for method, path in routes:
         answer, without = (api.client.request(method, filled(path, ids), headers=api.other_headers) for ids in (names, nobodys))
         assert answer.status_code == 404, (method, path)
+        if method == "HEAD":  # which has no body
+            continue
         assert answer.json()["error"]["code"] in ("not_found", "fine_tune_not_found", "model_not_found"), (method, path)
         assert "project" not in answer.text
         expected = without.text

@@ -1,10 +1,17 @@
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy import text
 from starlette.testclient import TestClient
 
+from api import health
 from api.app import create_app
+from core.database import Database
+from core.schema_revision import SchemaDoesNotFit
 from core.settings import Settings
+from core.workers import tell_presence
 from tests.api.serving import Api
 
 MakeSettings = Callable[..., Settings]
@@ -14,17 +21,66 @@ def test_alive(api: Api) -> None:
     assert api.client.get("/healthz").json() == {"status": "ok"}
 
 
+def presence(api: Api, devices: list[list[str]]) -> None:
+    with api.database.transaction() as session:
+        tell_presence(session, "worker", "host", devices)
+
+
 def test_ready_with_everything(live_api: Api) -> None:
+    presence(live_api, [[]])
     answer = live_api.client.get("/readyz")
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ok", "degraded": [], "checks": {"database": "ok", "broker": "ok", "inference": "ok"}}
+    checks = dict.fromkeys(("database", "schema", "broker", "inference", "workers", "storage"), "ok")
+    assert answer.json() == {"status": "ok", "degraded": [], "checks": checks}
 
 
-def test_degraded_without_inference_server(api: Api) -> None:
-    answer = api.client.get("/readyz")
+def test_degraded_without_inference_server_and_workers(api_on_both: Api) -> None:
+    answer = api_on_both.client.get("/readyz")
     assert answer.status_code == 200
     assert answer.json()["status"] == "degraded"
-    assert answer.json()["degraded"] == ["inference"]
+    assert answer.json()["degraded"] == ["inference", "workers"]
+    assert answer.json()["checks"]["workers"] == "none"
+    presence(api_on_both, [])
+    assert "workers" in api_on_both.client.get("/readyz").json()["degraded"], "one without slots trains nothing"
+    presence(api_on_both, [["GPU-0"]])
+    assert api_on_both.client.get("/readyz").json()["degraded"] == ["inference"]
+
+
+def test_storage_that_is_full_is_named(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "storage_condition", lambda settings, storage: "full")
+    answer = api.client.get("/readyz")
+    assert (answer.status_code, answer.json()["checks"]["storage"]) == (200, "full")
+    assert "storage" in answer.json()["degraded"]
+
+
+@pytest.mark.parametrize(("revision", "status", "check"), [("9999", 200, "newer"), ("0001", 503, "older")])
+def test_a_schema_that_is_not_this_program_s(api_on_both: Api, revision: str, status: int, check: str) -> None:
+    """During a deploy the processes that are about to be replaced go on answering."""
+    with api_on_both.database.transaction() as session:
+        session.execute(text(f"update alembic_version set version_num = '{revision}'"))
+    answer = api_on_both.client.get("/readyz")
+    assert (answer.status_code, answer.json()["checks"]["schema"]) == (status, check)
+    assert "schema" in answer.json()["degraded"]
+    assert answer.json()["checks"]["workers"] == "unknown"
+
+
+@pytest.mark.parametrize("revision", ["0001", "9999"])
+def test_the_api_does_not_start_on_another_schema(make_settings: MakeSettings, database: Database, database_url: str, revision: str) -> None:
+    with database.transaction() as session:
+        session.execute(text(f"update alembic_version set version_num = '{revision}'"))
+    with pytest.raises(SchemaDoesNotFit, match="python -m migrations"), TestClient(create_app(make_settings(database_url=database_url))):
+        pass
+
+
+def test_a_probe_that_hangs_is_not_waited_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(health, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(health, "broker_answers", lambda url: released.wait(20))
+    started = time.monotonic()
+    answer = api.client.get("/readyz")
+    released.set()
+    assert time.monotonic() - started < 5
+    assert answer.json()["checks"]["broker"] == "unreachable"
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/metrics"])
@@ -34,25 +90,12 @@ def test_database_that_is_down(make_settings: MakeSettings, path: str) -> None:
         answer = client.get(path)
         if path == "/metrics":
             assert answer.status_code == 200
-            assert 'sdft_jobs{status="queued"}' not in answer.text
+            assert "sdft_jobs{" not in answer.text
             assert "sdft_http_requests_total" in answer.text
         else:
             assert answer.status_code == 503
             assert answer.json()["status"] == "unavailable"
             assert answer.json()["degraded"] == ["database", "broker", "inference"]
+            assert answer.json()["checks"]["schema"] == "unknown"
             assert answer.headers["retry-after"] == "2"
         assert client.get("/healthz").status_code == 200
-
-
-def test_metrics_count_requests_and_jobs(api_on_both: Api) -> None:
-    api = api_on_both
-    api.create_job()
-    api.client.get("/v1/files/unknown")
-    api.client.get("/v1/nowhere")
-    lines = api.client.get("/metrics").text.splitlines()
-    assert 'sdft_jobs{status="validating_files"} 1.0' in lines
-    assert 'sdft_jobs{status="running"} 0.0' in lines
-    assert any(line.startswith('sdft_http_requests_total{method="GET",route="/v1/files/{file_id}",status="404"}') for line in lines)
-    assert any(line.startswith('sdft_http_requests_total{method="GET",route="unknown",status="404"}') for line in lines)
-    assert any(line.startswith('sdft_http_request_seconds_count{method="POST",route="/v1/fine_tuning/jobs"}') for line in lines)
-    assert not any("unknown_file" in line or "nowhere" in line for line in lines)

@@ -1,6 +1,9 @@
+import json
 import re
 import stat
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from core.settings import Settings
 from local_stack.commands import Stack
 from local_stack.errors import StackError
 from local_stack.leftovers import role_of
+from local_stack.ports import free_local_port
 
 MakeSettings = Callable[..., Settings]
 
@@ -185,3 +189,29 @@ def test_vllm_adapts_the_layers_that_adapters_change_and_no_other(make_settings:
     start = argv.index("--lora-target-modules") + 1
     assert argv[start : start + 7] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert not {"lm_head", "embed_tokens"} & set(argv)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (200, {"degraded": []}, []),
+        (200, {"degraded": ["workers"]}, ["workers"]),
+        (503, {"degraded": ["database"]}, None),
+        (200, {"another": "program"}, None),
+    ],
+)
+def test_the_api_is_ready_when_it_can_answer_requests(make_settings: MakeSettings, status: int, body: dict[str, object], expected: list[str] | None) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack = Stack(make_settings(port=server.server_address[1]))
+        assert stack.readiness() == expected
+        server.shutdown()
+    assert Stack(make_settings(port=free_local_port())).readiness() is None

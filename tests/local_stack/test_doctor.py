@@ -113,28 +113,6 @@ def test_a_file_in_place_of_the_directory_is_a_problem(tmp_path: Path, port: int
     assert problems(tmp_path / "data" / "deeper", port) == [f"data directory {tmp_path / 'data' / 'deeper'}: {tmp_path / 'data'} is not a directory"]
 
 
-def test_a_device_that_torch_does_not_find_is_a_problem(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDFT_DEVICE", "cuda")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert problems(tmp_path, port) == ["SDFT_DEVICE=cuda: torch finds no CUDA device"]
-
-
-@pytest.mark.parametrize(
-    ("program", "expected"),
-    [
-        ("class cuda:\n    is_available = lambda: True", []),
-        ("raise ImportError('wrong libc')", ["SDFT_DEVICE=cuda: torch doesn't run: ImportError: wrong libc"]),
-    ],
-)
-def test_torch_is_asked_for_the_device_in_another_process(
-    tmp_path: Path, port: int, program: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "torch.py").write_text(program)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("SDFT_DEVICE", "cuda")
-    assert problems(tmp_path, port) == expected
-
-
 def test_a_directory_that_cannot_be_written_is_a_problem(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     assert "is not writable" in problems(tmp_path / "data", port)[0]
@@ -150,7 +128,7 @@ def test_no_valkey_is_a_problem_unless_a_broker_is_set(tmp_path: Path, port: int
     monkeypatch.setattr(valkey, "find_program", lambda: None)
     assert problems(tmp_path, port) == ["valkey: no server program found"]
     monkeypatch.setenv("SDFT_REDIS_URL", "redis://127.0.0.1:1/0")
-    assert problems(tmp_path, port) == []
+    assert problems(tmp_path, port) == ["broker: SDFT_REDIS_URL: it doesn't answer a ping"]
 
 
 def test_a_valkey_that_does_not_run_is_a_problem(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +142,6 @@ def test_a_valkey_that_does_not_run_is_a_problem(tmp_path: Path, port: int, monk
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("/nowhere/model", "/nowhere/model does not exist"),
         ("package:no_such_package/model.gguf", "the package no_such_package is not installed"),
         ("package:json/model.gguf", "the package json has no model.gguf"),
         ("package:json.decoder/model.gguf", "the package json.decoder is not installed"),
@@ -175,11 +152,37 @@ def test_a_base_model_without_a_source_is_a_problem(tmp_path: Path, port: int, s
     assert problems(tmp_path, port) == [f"base model mine: {problem}"]
 
 
+def test_what_a_base_model_is_made_from_has_to_be_readable(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    monkeypatch.setenv("SDFT_BASE_MODELS", json.dumps([{"id": "mine", "source": str(source)}]))
+    assert problems(tmp_path, port) == [f"base model mine (will be prepared at the first start): {source} has no config.json"]
+    (source / "config.json").write_text("{}")
+    assert problems(tmp_path, port) == [f"base model mine (will be prepared at the first start): {source} has no *.safetensors"]
+    (source / "model.safetensors").write_text("")
+    assert problems(tmp_path, port) == []
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).suffix != ".safetensors")  # root may read anything
+    assert problems(tmp_path, port) == [f"base model mine (will be prepared at the first start): {source / 'model.safetensors'} can't be read"]
+
+
+def test_a_model_of_the_hub_needs_the_hub(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_BASE_MODELS", json.dumps([{"id": "mine", "source": "hub:org/mine", "revision": "abc"}]))
+    assert problems(tmp_path, port) == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (problem,) = problems(tmp_path, port)
+    assert "has to be downloaded first, and HF_HUB_OFFLINE forbids that" in problem
+
+
 @pytest.mark.parametrize(("name", "value"), [("SDFT_PORT", "many"), ("SDFT_BASE_MODELS", "not json"), ("SDFT_LEASE_SECONDS", "-1"), ("SDFT_BASE_MODELS", "[]")])
 def test_wrong_settings_are_named(tmp_path: Path, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     (finding,) = [finding for finding in doctor.examine(tmp_path, None, None) if finding.problem]
     assert name.removeprefix("SDFT_").lower() in str(finding.problem).lower()
+
+
+def test_a_base_model_that_does_not_exist(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDFT_BASE_MODELS", json.dumps([{"id": "mine", "source": "/nowhere/model"}]))
+    assert problems(tmp_path, port) == ["base model mine (will be prepared at the first start): /nowhere/model does not exist"]
 
 
 def test_vllm_that_is_not_installed_is_found_before_the_start(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,4 +195,4 @@ def test_vllm_that_is_not_installed_is_found_before_the_start(tmp_path: Path, po
     assert "vLLM is not installed" in result.stdout
     monkeypatch.setenv("SDFT_INFERENCE", "vllm")
     monkeypatch.setenv("SDFT_INFERENCE_URLS", "http://127.0.0.1:9")
-    assert problems(tmp_path / "data", port) == [], "servers that run already are started by somebody else"
+    assert not [f for f in doctor.examine(tmp_path / "data", None, port) if f.hinders], "servers that run already are started by somebody else"

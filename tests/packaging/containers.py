@@ -23,6 +23,7 @@ class Stage:
     command: list[str] = field(default_factory=list)
     health_command: list[str] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)
+    stop_signal: str = ""
 
 
 def read_dockerfile() -> dict[str, Stage]:
@@ -35,12 +36,14 @@ def read_dockerfile() -> dict[str, Stage]:
             parent, _, name = rest.partition(" AS ")
             known = stages.get(parent, Stage())
             stage = stages[name] = Stage(
-                known.user, dict(known.environment), list(known.ports), list(known.command), list(known.health_command), list(known.packages)
+                known.user, dict(known.environment), list(known.ports), list(known.command), list(known.health_command), list(known.packages), known.stop_signal
             )
         elif instruction == "ENV":
             stage.environment |= dict(word.split("=", 1) for word in shlex.split(rest))
         elif instruction == "USER":
             stage.user = rest
+        elif instruction == "STOPSIGNAL":
+            stage.stop_signal = rest
         elif instruction == "EXPOSE":
             stage.ports.append(int(rest))
         elif instruction == "CMD":
@@ -69,11 +72,11 @@ def command_of(service: dict[str, Any]) -> list[str]:
 
 
 def environment_of(service: dict[str, Any]) -> dict[str, str]:
-    """What a process of the service sees, the image's variables included, with no .env but POSTGRES_PASSWORD=secret."""
+    """What a process of the service sees, the image's variables included, with no .env but what it has to have, each `secret`."""
 
     def filled_in(value: object) -> str:
         with_defaults = re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", str(value))
-        return re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", "secret", with_defaults)
+        return re.sub(r"\$\{[A-Z_]+:\?[^}]*\}", "secret", with_defaults)
 
     own = {name: filled_in(value) for name, value in service.get("environment", {}).items()}
     return {**read_dockerfile()[service["build"]["target"]].environment, **own}

@@ -1,9 +1,11 @@
 """Dockerfile and docker-compose.yml agree with the code: modules, settings, arguments, ports, health URLs, users."""
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,6 +17,7 @@ from api.app import app
 from core.base_models import DEFAULT_BASE_MODELS
 from core.settings import Settings
 from inference.__main__ import parse_arguments
+from local_stack import vllm
 from tests.packaging.containers import (
     ROOT,
     command_of,
@@ -31,6 +34,9 @@ STAGES = read_dockerfile()
 COMPOSE = read_compose()
 SETTINGS = {f"SDFT_{name.upper()}" for name in Settings.model_fields}
 DEFAULT_MODEL = DEFAULT_BASE_MODELS[0]
+TARGETS = ("api", "worker", "inference", "vllm")
+USE_THE_DATABASE = ("migrate", "api", "worker", "worker-gpu")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 URL = re.compile(r"http://127\.0\.0\.1:(\d+)(/[a-z/]*)")
 
 
@@ -44,19 +50,50 @@ def option(words: list[str], name: str) -> str:
     raise AssertionError(f"{name} is missing in {words}")
 
 
+def option_values(words: list[str], name: str) -> list[str]:
+    """Of `--name value value`."""
+    after = words[words.index(name) + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), after))
+
+
 def test_compose_has_every_process() -> None:
-    assert set(COMPOSE["services"]) == {"postgres", "redis", "migrate", "prepare-base-model", "api", "worker", "inference"}
-    assert {service["build"]["target"] for service in SERVICES.values()} == {"api", "worker", "inference"} <= set(STAGES)
+    assert set(COMPOSE["services"]) == {"postgres", "redis", "migrate", "prepare-base-model", "api", "worker", "worker-gpu", "inference", "vllm"}
+    assert {service["build"]["target"] for service in SERVICES.values()} == set(TARGETS) <= set(STAGES)
+
+
+def test_the_api_starts_without_a_gpu_and_profiles_bring_the_rest() -> None:
+    of_profiles = {name: service.get("profiles", []) for name, service in COMPOSE["services"].items()}
+    assert {name for name, profiles in of_profiles.items() if not profiles} == {"postgres", "redis", "migrate", "api"}
+    assert {name for name, profiles in of_profiles.items() if profiles == ["cpu"]} == {"worker", "inference"}
+    assert (
+        {name for name, profiles in of_profiles.items() if profiles == ["gpu"]}
+        == {"worker-gpu", "vllm"}
+        == {name for name, service in COMPOSE["services"].items() if "deploy" in service}
+    )
+    assert all(not COMPOSE["services"][other].get("profiles") for other in COMPOSE["services"]["api"]["depends_on"])
+
+
+def test_either_profile_s_inference_server_has_the_same_address() -> None:
+    assert "inference" in COMPOSE["services"]["vllm"]["networks"]["backend"]["aliases"]
+    assert STAGES["vllm"].ports == STAGES["inference"].ports
+    key = COMPOSE["services"]["vllm"]["environment"]["VLLM_API_KEY"]
+    assert (
+        key == COMPOSE["services"]["inference"]["environment"]["SDFT_INFERENCE_API_KEY"] == COMPOSE["services"]["api"]["environment"]["SDFT_INFERENCE_API_KEY"]
+    )
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_variable_is_a_setting(name: str) -> None:
     ours = {variable for variable in environment_of(SERVICES[name]) if variable.startswith("SDFT_")}
     assert ours <= SETTINGS
-    assert {"SDFT_DATA_DIR", "SDFT_CACHE_DIR", "SDFT_DATABASE_URL", "SDFT_REDIS_URL", "SDFT_INFERENCE_URLS"} <= ours
+    secrets = {"SDFT_DATABASE_URL", "SDFT_REDIS_URL"}
+    if name in USE_THE_DATABASE:
+        assert {"SDFT_DATA_DIR", "SDFT_CACHE_DIR", "SDFT_INFERENCE_URLS", *secrets} <= ours
+    else:
+        assert not secrets & ours, "it needs no database and is not told of one"
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", USE_THE_DATABASE)
 def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in environment_of(SERVICES[name]).items():
         if variable.startswith("SDFT_"):
@@ -76,18 +113,58 @@ def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.Mon
     assert settings.cache_dir in {Path(volume.partition(":")[2]) for volume in SERVICES[name]["volumes"]}
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", [name for name in SERVICES if name != "vllm"])
 def test_every_module_that_is_started_exists(name: str) -> None:
     modules = python_modules_of(command_of(SERVICES[name]))
     assert modules
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
 
 
-@pytest.mark.parametrize("target", ["api", "worker", "inference"])
-def test_images_run_as_an_ordinary_user_and_check_their_health(target: str) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_images_run_as_an_ordinary_user_offline_and_check_their_health(target: str) -> None:
     stage = STAGES[target]
-    assert stage.user == "sdft"
-    assert stage.health_command[0] == "python"
+    assert (stage.user, stage.stop_signal, stage.environment["HF_HUB_OFFLINE"]) == ("sdft", "SIGTERM", "1")
+    found = URL.search(stage.health_command[-1])
+    assert found is not None
+    assert [int(found[1])] == stage.ports
+
+
+def test_only_the_preparation_of_base_models_may_ask_the_hub() -> None:
+    assert [name for name, service in SERVICES.items() if service.get("environment", {}).get("HF_HUB_OFFLINE") == "0"] == ["prepare-base-model"]
+    assert [name for name, service in SERVICES.items() if "frontend" in service["networks"]] == ["prepare-base-model", "api"]
+
+
+def test_the_health_of_a_worker_is_its_own() -> None:
+    """No other worker's, and not the broker's, without which it finds jobs by itself."""
+    stage = STAGES["worker"]
+    assert stage.ports == [int(stage.environment["SDFT_WORKER_METRICS_PORT"])]
+    assert "/metrics" in stage.health_command[-1]
+
+
+def test_vllm_is_started_as_sdft_up_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = STAGES["vllm"]
+    settings = Settings(device="cuda", cache_dir=Path("/cache"), data_dir=Path("/data"), inference="vllm", inference_api_key="secret")
+    monkeypatch.setattr(vllm, "python_of", lambda settings: Path("python"))
+    monkeypatch.setattr(vllm, "adapted_modules", lambda directory: option_values(stage.command, "--lora-target-modules"))
+    _, _, _, _, *words = vllm.server_command(settings, DEFAULT_MODEL, "0.0.0.0", stage.ports[0])
+    assert sorted(stage.command[1:]) == sorted(words)
+    assert option_values(stage.command, "--lora-target-modules") == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    wanted = vllm.server_environment(settings)
+    assert stage.environment | {"VLLM_API_KEY": "secret"} == stage.environment | {
+        name: value for name, value in wanted.items() if name != "VLLM_PROCESS_NAME_PREFIX"
+    }
+    worker = environment_of(SERVICES["worker-gpu"])
+    assert (worker["SDFT_DTYPE"], worker["SDFT_INFERENCE"]) == (option(stage.command, "--dtype"), "vllm")
+    makefile = (ROOT / "Makefile").read_text()
+    assert set(re.findall(r"vllm(?:-cpu)?==([\d.]+)", (ROOT / "Dockerfile").read_text())) == set(re.findall(r"VLLM_VERSION := (\S+)", makefile))
+
+
+def test_everything_that_is_copied_into_an_image_reaches_it() -> None:
+    """.dockerignore leaves out what it does not name."""
+    kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert {source for sources in copied for source in sources.split() if source != "."} <= kept
+    assert {package.partition(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} <= kept
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -132,6 +209,7 @@ def test_base_model_directories_are_those_of_the_catalogue() -> None:
     prepare = command_of(SERVICES["prepare-base-model"])
     assert option(STAGES["inference"].command, "--model-dir") == directory == option(prepare, "--directory")
     assert option(STAGES["inference"].command, "--base-model") == DEFAULT_MODEL.id == option(prepare, "--id")
+    assert option(STAGES["vllm"].command, "--model") == directory
     assert option(prepare, "--source") == DEFAULT_MODEL.source
 
 
@@ -170,7 +248,7 @@ def test_worker_takes_its_threads_from_the_settings_and_has_time_to_save_its_job
     assert option(command, "--pool") == "threads"
     assert "--concurrency" not in command
     assert option(command, "--workdir") == STAGES["worker"].environment["SDFT_DATA_DIR"]
-    assert SERVICES["worker"]["stop_grace_period"] == "35s"
+    assert SERVICES["worker"]["stop_grace_period"] == SERVICES["worker-gpu"]["stop_grace_period"] == "35s"
 
 
 def test_what_a_service_waits_for_can_become_true() -> None:

@@ -14,15 +14,19 @@ from core.audit import Actor, record
 from core.doorbell import ring
 from core.errors import BadRequest, ModelNotFound
 from core.jobs import transitions
+from core.logging import get_logger
 from core.settings import Settings
 from core.tables.files import File
 from core.tables.jobs import Job
 from core.tables.models import Model
+from core.tracing import current_trace_parent
 from sdft_engine.contract.probes import MAX_FILE_BYTES as MAX_RETENTION_BYTES
 from sdft_engine.contract.probes import PARAM as RETENTION_PARAM
 from sdft_engine.contract.quoting import quoted
 
 RETENTION_PURPOSES = ("evals", "user_data")
+
+log = get_logger(__name__)
 
 
 def create_job(state: ApiState, project_id: str, actor: Actor, creation: Creation, request: CreateJob) -> Job:
@@ -66,9 +70,11 @@ def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creati
             suffix=request.suffix,
             seed=secrets.randbelow(LARGEST_SEED + 1) if request.seed is None else request.seed,
             metadata=request.metadata,
+            origin={"request_id": actor.request_id, "trace_parent": current_trace_parent()},
         )
         record(session, actor, "fine_tuning.job.created", project_id=project_id, object_id=job.id)
         record_creation(session, creation, job.id, job_object(job, None))
+    log.info("job_created", job_id=job.id)
     ring(state.doorbell)
     return job
 

@@ -115,7 +115,8 @@ def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:
         supervisor.wait_until_ready()
     if own_inference:
         supervisor.launch(stack.inference_process())
-        say(f"starting; {stack.served_model.id} is being loaded into the inference server")
+        where = "vLLM, which takes about a minute" if settings.inference == "vllm" else "the inference server"
+        say(f"starting; {stack.served_model.id} is being loaded into {where}")
         for entry in settings.base_models[1:]:
             say(f"note: {entry.id} is prepared, but the inference server serves {stack.served_model.id} alone; set SDFT_INFERENCE_URLS for others")
     elif not stack.inference_answers():

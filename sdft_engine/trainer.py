@@ -57,6 +57,7 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
     session = open_session(run, ranks)
     if session.sampler is not None:
         session.sampler.stop_wanted = lambda: stop_requested() is not None
+        session.sampler.report = lambda message, level: session.report(message, level=level)
     try:
         return _train(session, lambda: ranks.agree(stop_requested()))
     finally:

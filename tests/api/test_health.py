@@ -5,6 +5,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from core.settings import Settings
+from tests.api.inference_stub import InferenceStub
 from tests.api.serving import Api
 
 MakeSettings = Callable[..., Settings]
@@ -18,6 +19,12 @@ def test_ready_with_everything(live_api: Api) -> None:
     answer = live_api.client.get("/readyz")
     assert answer.status_code == 200
     assert answer.json() == {"status": "ok", "degraded": [], "checks": {"database": "ok", "broker": "ok", "inference": "ok"}}
+
+
+def test_degraded_where_the_inference_server_refuses_the_key(live_api: Api, inference: InferenceStub) -> None:
+    inference.refuses_key = True
+    answer = live_api.client.get("/readyz")
+    assert (answer.status_code, answer.json()["degraded"]) == (200, ["inference"])
 
 
 def test_degraded_without_inference_server(api: Api) -> None:

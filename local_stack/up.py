@@ -120,7 +120,7 @@ def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:
         for entry in settings.base_models[1:]:
             say(f"note: {entry.id} is prepared, but the inference server serves {stack.served_model.id} alone; set SDFT_INFERENCE_URLS for others")
     elif not stack.inference_answers():
-        say(f"note: not all of SDFT_INFERENCE_URLS={','.join(settings.inference_urls)} answer, to SDFT_INFERENCE_API_KEY; chats wait for them")
+        say(f"note: of SDFT_INFERENCE_URLS={','.join(settings.inference_urls)} not all answer, or they refuse SDFT_INFERENCE_API_KEY; chats wait for them")
     supervisor.launch(stack.api_process())
     supervisor.launch(stack.worker_process())
     supervisor.wait_until_ready()

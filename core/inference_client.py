@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 
 from core.errors import InferenceFailed, InferenceTimeout, InferenceUnavailable
+from core.logging import get_logger
 from core.settings import Settings
 
 CONNECT_TIMEOUT_SECONDS = 5
@@ -20,13 +21,18 @@ READ_TIMEOUT_SECONDS = 600
 LOAD_TIMEOUT_SECONDS = 120
 UNLOAD_TIMEOUT_SECONDS = 20
 SCORE_TIMEOUT_SECONDS = 60
+KEY_REFUSED = "the inference server refused this service's key: the operator has to set SDFT_INFERENCE_API_KEY"
 UNREACHABLE = "the inference server can't be reached; try again in a moment"
 
 LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
 """Every request has a connection of its own: the server may close a kept one, after an error say, just as it is used again, and
 a new one costs nothing beside a generation. How many run at a time is the server's affair, which queues what is too much."""
+KEY_REFUSED_STATUSES = (401, 403)
 PASSING_STATUSES = (408, 429, 502, 503, 504)
 """Of a server that is busy or starting, or of a proxy before one that is away: nothing is wrong with the adapter."""
+
+
+log = get_logger(__name__)
 
 
 class AdapterRefused(Exception):
@@ -55,19 +61,24 @@ class InferenceClient:
         self.url = self._base_url = url.rstrip("/")
         self.in_flight = 0
         self.is_down = False
+        self._key_refused = False
         self._headers = headers
         self._timeout = timeout
         self._sync = httpx2.Client(base_url=self._base_url, headers=headers, timeout=timeout, limits=LIMITS, trust_env=False)
         self._async: httpx2.AsyncClient | None = None
 
     def healthy(self, timeout_seconds: float = 2) -> bool:
+        """Whether it says that it is well, and answers to this service's key: /health needs none."""
         try:
-            return self._sync.get("/health", timeout=timeout_seconds).status_code == 200
-        except httpx2.HTTPError:
+            health, models = (self._sync.get(path, timeout=timeout_seconds) for path in ("/health", "/v1/models"))
+            self._require_key_taken(models)
+        except (httpx2.HTTPError, InferenceFailed):
             return False
+        return health.status_code == models.status_code == 200
 
     def load_adapter(self, serving_name: str, adapter_dir: Path) -> None:
-        """Idempotent. Raises AdapterRefused with the server's reason, InferenceUnavailable where it can't be reached."""
+        """Idempotent. Raises AdapterRefused with the server's reason, InferenceUnavailable where it can't be reached, InferenceFailed
+        where it refuses the key."""
         answer = self._post("/v1/load_lora_adapter", {"lora_name": serving_name, "lora_path": str(adapter_dir)}, LOAD_TIMEOUT_SECONDS)
         if answer.status_code == 400 and "already" in answer.text:
             return
@@ -77,7 +88,7 @@ class InferenceClient:
             raise AdapterRefused(_message_of(answer))
 
     def unload_adapter(self, serving_name: str) -> None:
-        """Idempotent: an adapter that is not loaded is no error."""
+        """Idempotent: an adapter that is not loaded is no error. Raises as `load_adapter` does."""
         answer = self._post("/v1/unload_lora_adapter", {"lora_name": serving_name}, UNLOAD_TIMEOUT_SECONDS)
         if answer.status_code not in (200, 400, 404):
             raise AdapterRefused(_message_of(answer))
@@ -99,12 +110,14 @@ class InferenceClient:
             raise InferenceFailed("the inference server's answer holds no log-probabilities of the prompt") from error
 
     def served_dtype(self, base_model: str) -> str | None:
-        """The precision that the server computes in, where it says so: `inference/` does, vLLM does not. Raises InferenceUnavailable."""
+        """The precision that the server computes in, where it says so: `inference/` does, vLLM does not. Raises InferenceUnavailable,
+        or InferenceFailed where the key is refused."""
         dtypes = [card.get("dtype") for card in self._model_cards() if card.get("id") == base_model]
         return str(dtypes[0]) if dtypes and dtypes[0] else None
 
     def served_names(self) -> set[str]:
-        """The base model, and the adapters that are loaded at the moment. Raises InferenceUnavailable, also where the answer names none."""
+        """The base model, and the adapters that are loaded at the moment. Raises InferenceUnavailable, also where the answer names none,
+        or InferenceFailed where the key is refused."""
         names = {str(card["id"]) for card in self._model_cards() if card.get("id")}
         if not names:
             raise InferenceUnavailable("the inference server does not say what it serves")
@@ -115,14 +128,25 @@ class InferenceClient:
             answer = self._sync.get("/v1/models", timeout=httpx2.Timeout(SCORE_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS))
         except httpx2.HTTPError as error:
             raise InferenceUnavailable(UNREACHABLE) from error
+        self._require_key_taken(answer)
         cards = _json_of(answer).get("data")
         return [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
 
     def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> httpx2.Response:
         try:
-            return self._sync.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS))
+            answer = self._sync.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS))
         except httpx2.HTTPError as error:
             raise InferenceUnavailable(UNREACHABLE) from error
+        self._require_key_taken(answer)
+        return answer
+
+    def _require_key_taken(self, answer: httpx2.Response) -> None:
+        refused, before = answer.status_code in KEY_REFUSED_STATUSES, self._key_refused
+        self._key_refused = refused
+        if refused:
+            if not before:  # not again with every look at a server's health
+                log.error("inference_key_refused", url=self.url, status=answer.status_code)
+            raise InferenceFailed(KEY_REFUSED)
 
     async def complete(self, path: str, body: dict[str, Any]) -> InferenceAnswer:
         """POST a request that does not stream. `path` is /v1/chat/completions or /v1/completions.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from core.archives import fetch_directory
-from core.errors import InferenceUnavailable
+from core.errors import InferenceFailed, InferenceUnavailable
 from core.ids import new_token
 from core.inference_client import AdapterRefused, InferenceClient
 from core.inference_servers import InferenceServers
@@ -54,7 +54,7 @@ def load_proved(model: Model, storage: Storage, served_adapters_dir: Path, clien
         score = client.prompt_logprobs
         verdict = compare(directory, partial(score, trial), partial(score, model.base_model), client.served_dtype(model.base_model), tolerance)
     finally:
-        with suppress(AdapterRefused, InferenceUnavailable):  # it only takes memory: nobody knows the name
+        with suppress(AdapterRefused, InferenceUnavailable, InferenceFailed):  # it only takes memory: nobody knows the name
             client.unload_adapter(trial)
     if verdict.reason is None:
         client.load_adapter(model.serving_name, directory)
@@ -74,7 +74,7 @@ def unload_and_remove(directory: Path, servers: InferenceServers) -> None:
     for client in servers.clients:
         try:
             client.unload_adapter(directory.name)
-        except (InferenceUnavailable, AdapterRefused) as error:
+        except (InferenceUnavailable, InferenceFailed, AdapterRefused) as error:
             log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
     shutil.rmtree(directory, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from kombu.exceptions import OperationalError
 
 from core.base_models import BaseModelEntry
 from core.doorbell import broker_answers, celery_application
+from core.inference_servers import InferenceServers
 from core.settings import Settings
 from local_stack import valkey, vllm
 from local_stack.errors import StackError
@@ -70,6 +71,10 @@ class Stack:
     @cached_property
     def valkey_socket(self) -> Path:
         return valkey.usable_socket_path(self.settings.valkey_socket)
+
+    @cached_property
+    def inference_servers(self) -> InferenceServers:
+        return InferenceServers(self.settings)
 
     @property
     def broker_url(self) -> str:
@@ -142,7 +147,8 @@ class Stack:
         return degraded if answer.status_code == 200 else None
 
     def inference_answers(self) -> bool:
-        return all(_answers_ok(f"{url}/health") for url in self.settings.inference_urls)
+        """To the key too."""
+        return all(client.healthy() for client in self.inference_servers.clients)
 
     def _worker_answers(self) -> bool:
         """Whether the worker answers through the broker: it is connected and consumes."""

@@ -4,6 +4,7 @@ Every child leads its own session, so that a Ctrl-C in the terminal reaches `sdf
 in order. Its output goes to a log file of its own.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,9 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 KEPT_LOGS = 4
 TAIL_LINES = 20
 TAIL_BYTES = 64 * 1024
+GROUP_KILL_SECONDS = 5.0
+"""For processes that were killed to be gone; a GPU's driver may hold one a little longer."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,51 @@ class Child:
         return None if self.process is None else self.process.poll()
 
     def stop(self) -> bool:
-        """SIGTERM, and SIGKILL for its whole group after the grace. Returns False where it had to be killed."""
-        if self.process is None or self.process.poll() is not None:
+        """SIGTERM, and SIGKILL for its whole group after the grace; then whatever of its group outlived it is killed too. Returns
+        False where it had to be killed itself."""
+        if self.process is None:
             return True
-        self.process.terminate()
+        in_time = self._terminate(self.process)
+        deadline = time.monotonic() + GROUP_KILL_SECONDS
+        while self.kill_orphans() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return in_time
+
+    def kill_orphans(self) -> int:
+        """SIGKILL what is left of the group of a child that has ended, its own children say. Returns how many there still were, of
+        which none may be gone yet."""
+        if self.process is None or self.process.poll() is None:
+            return 0
+        orphans = _members_of_group(self.process.pid)
+        if orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return len(orphans)
+
+    def _terminate(self, process: "subprocess.Popen[bytes]") -> bool:
+        if process.poll() is not None:
+            return True
+        process.terminate()
         try:
-            self.process.wait(self.spec.stop_grace_seconds)
+            process.wait(self.spec.stop_grace_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # not reaped yet, so the group's id is still its own
-            self.process.wait()
+            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group's id is still its own
+            process.wait()
             return False
         return True
+
+
+def _members_of_group(group: int) -> list[int]:
+    """Living processes of a group whose leader was reaped. While the group has members its id is given to nobody else, so a process
+    with that id is another's, and the group is empty. Zombies that nobody reaps (no init in a container) have ended too."""
+    members: list[int] = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (psutil.Error, OSError):  # it ended meanwhile, or hides from us
+            continue
+    return [] if group in members else members
 
 
 def describe_exit(exit_code: int | None) -> str:

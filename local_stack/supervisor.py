@@ -11,6 +11,8 @@ from local_stack.processes import Child, ProcessSpec, describe_exit, tail
 POLL_SECONDS = 0.2
 LONGEST_DELAY_SECONDS = 30.0
 STABLE_AFTER_SECONDS = 60.0
+ASK_EVERY_SECONDS = 1.0
+"""How often a process that was started again is asked whether it answers; the others wait for its answer."""
 
 
 @dataclass
@@ -30,6 +32,9 @@ class _Supervised:
         self.back_off = BackOff()
         self.restart_at: float | None = None
         self.ready = False
+        self.away_since: float | None = None
+        """Since when it does not answer, because it ended."""
+        self.ask_at = 0.0
 
 
 class Supervisor:
@@ -60,7 +65,7 @@ class Supervisor:
         self._raise_if_any_died()
 
     def run(self) -> None:
-        """Restart what dies until a stop is requested."""
+        """Restart what dies, each only when nothing is left of the one before, until a stop is requested."""
         while not self._stop_requested.wait(POLL_SECONDS):
             for supervised in self._supervised:
                 self._look_after(supervised)
@@ -94,17 +99,32 @@ class Supervisor:
     def _look_after(self, supervised: _Supervised) -> None:
         child, now = supervised.child, time.monotonic()
         if child.alive:
-            return
-        if supervised.restart_at is None:
-            delay = supervised.back_off.next_delay(now - child.started_at)
-            supervised.restart_at = now + delay
-            self._say(f"{child.spec.name} ended ({describe_exit(child.exit_code)}); restarting in {delay:.0f} s; its log: {child.spec.log_path}")
-        elif now >= supervised.restart_at:
+            self._say_when_it_answers_again(supervised, now)
+        elif supervised.restart_at is None:
+            self._plan_restart(supervised, now)
+        elif now >= supervised.restart_at and not child.kill_orphans():
             supervised.restart_at = None
             try:
                 child.start()
             except OSError as error:
                 self._say(f"{child.spec.name} can't be started: {error}")
                 child.started_at = now
-            else:
-                self._say(f"{child.spec.name} was restarted")
+
+    def _plan_restart(self, supervised: _Supervised, now: float) -> None:
+        child, spec = supervised.child, supervised.child.spec
+        delay = supervised.back_off.next_delay(now - child.started_at)
+        supervised.restart_at = now + delay
+        if supervised.away_since is None:
+            supervised.away_since = now
+        self._say(f"{spec.name} ended ({describe_exit(child.exit_code)}); starting it again in {delay:.0f} s; its log: {spec.log_path}")
+        if orphans := child.kill_orphans():
+            self._say(f"{spec.name} left {orphans} of its own processes behind, which are killed")
+
+    def _say_when_it_answers_again(self, supervised: _Supervised, now: float) -> None:
+        if supervised.away_since is None or now < supervised.ask_at:
+            return
+        if supervised.child.spec.is_ready():
+            self._say(f"{supervised.child.spec.name} answers again after {time.monotonic() - supervised.away_since:.0f} s")
+            supervised.away_since = None
+        else:
+            supervised.ask_at = time.monotonic() + ASK_EVERY_SECONDS

@@ -115,11 +115,13 @@ def _launch(stack: Stack, supervisor: Supervisor, own_inference: bool) -> None:
         supervisor.wait_until_ready()
     if own_inference:
         supervisor.launch(stack.inference_process())
-        say(f"starting; {stack.served_model.id} is being loaded into the inference server")
+        where = "vLLM, which takes about a minute" if settings.inference == "vllm" else "the inference server"
+        say(f"starting; {stack.served_model.id} is being loaded into {where}")
         for entry in settings.base_models[1:]:
             say(f"note: {entry.id} is prepared, but the inference server serves {stack.served_model.id} alone; set SDFT_INFERENCE_URLS for others")
     elif not stack.inference_answers():
-        say(f"note: not all of SDFT_INFERENCE_URLS={','.join(settings.inference_urls)} answer; requests go to those that do, and get a 503 while none does")
+        named = f"note: of SDFT_INFERENCE_URLS={','.join(settings.inference_urls)} not all answer, or they refuse SDFT_INFERENCE_API_KEY"
+        say(f"{named}; requests go to those that do, and get a 503 while none does")
     supervisor.launch(stack.api_process())
     supervisor.launch(stack.worker_process())
     supervisor.wait_until_ready()

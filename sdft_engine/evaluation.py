@@ -91,9 +91,12 @@ def check_in_context(
     return InContextCheck(lift, teacher_kl, compared_kl)
 
 
-def greedy_answers(model: LanguageModel, prompts: Sequence[list[int]], adapter: str | None, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of one greedy answer a prompt, ending at any end-of-sequence id."""
-    return _answers(model, prompts, adapter, [SamplingParams(max_new_tokens, 0.0, stop_token_ids=model.chat_format.eos_token_ids)] * len(prompts))
+def greedy_answers(
+    model: LanguageModel, prompts: Sequence[list[int]], adapter: str | None, max_new_tokens: int, before_pass: Callable[[], None] = lambda: None
+) -> list[list[int]]:
+    """Token ids of one greedy answer a prompt, ending at any end-of-sequence id. `before_pass` may raise to end it."""
+    params = SamplingParams(max_new_tokens, 0.0, stop_token_ids=model.chat_format.eos_token_ids)
+    return _answers(model, prompts, adapter, [params] * len(prompts), before_pass)
 
 
 @torch.no_grad()
@@ -104,11 +107,13 @@ def mean_token_kl(
     second: Sequence[ScoredText],
     second_adapter: str | None,
     max_tokens: int = 4096,
+    before_pass: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean over all completion tokens of KL(first || second), in nats: the same completions, each side after its own prompt and
-    under its own adapter (None: the bare base). One pass holds at most `max_tokens` padded tokens."""
+    under its own adapter (None: the bare base). One pass holds at most `max_tokens` padded tokens. `before_pass` may raise to end it."""
     total = 0.0
     for rows in passes([_longer(a, b) for a, b in zip(first, second, strict=True)], max_tokens):
+        before_pass()
         with model.adapters.use(first_adapter):
             first_NH = completion_hidden_states(model, [first[row] for row in rows])
         with model.adapters.use(second_adapter):
@@ -140,11 +145,13 @@ def _kl_from_base(
     return mean_token_kl(model, first, adapter, second, None)
 
 
-def _answers(model: LanguageModel, prompts: Sequence[list[int]], adapter: str | None, params: Sequence[SamplingParams]) -> list[list[int]]:
+def _answers(
+    model: LanguageModel, prompts: Sequence[list[int]], adapter: str | None, params: Sequence[SamplingParams], before_pass: Callable[[], None] = lambda: None
+) -> list[list[int]]:
     sequences = [Decoding(prompt, each, adapter) for prompt, each in zip(prompts, params, strict=True)]
     if adapter is None:
-        decode_all(model, sequences)
+        decode_all(model, sequences, before_pass=before_pass)
     else:
         with model.use(adapter):
-            decode_all(model, sequences)
+            decode_all(model, sequences, before_pass=before_pass)
     return [sequence.token_ids for sequence in sequences]

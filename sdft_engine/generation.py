@@ -10,7 +10,7 @@ many of them are taken as the sequence would have chosen itself, noise included:
 none, only sooner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -172,13 +172,15 @@ def decode_all(
     max_batch: int = 64,
     max_prompt_tokens: int = MAX_PROMPT_TOKENS,
     max_cached_tokens: int = MAX_CACHED_TOKENS,
+    before_pass: Callable[[], None] = lambda: None,
 ) -> None:
     """Decode every sequence to its end, at most `max_batch` at a time, of which one pass reads at most `max_prompt_tokens`
     of padded prompts (or one prompt, however long), and whose keys and values take at most `max_cached_tokens` positions when all
-    of them get as long as they may (or one sequence's, however long)."""
+    of them get as long as they may (or one sequence's, however long). `before_pass` may raise to end it."""
     batch = DecodingBatch(model)
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt_ids))
     while waiting or batch.active:
+        before_pass()
         room = min(max_batch, max(1, max_cached_tokens // max(map(_longest, [*waiting, *batch.active]))))
         while waiting and len(batch.active) < room:
             newcomers = 1

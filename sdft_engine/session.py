@@ -74,6 +74,8 @@ class Session:
     retention_probe: RetentionProbe | None = None
     retention: Retention | None = None
     """The last measurement."""
+    stop_wanted: Callable[[], bool] = lambda: False
+    """Asked in the middle of what takes as long as several steps. Only the first process's answer counts."""
 
     @property
     def temperature(self) -> float:

@@ -33,6 +33,7 @@ from sdft_engine.export import write_final
 from sdft_engine.lora import STUDENT
 from sdft_engine.measurements import Measurements, rollout_measurements, speeds
 from sdft_engine.ranks import Ranks
+from sdft_engine.retention import MeasurementStopped
 from sdft_engine.rollouts import Rollout, write_rollouts
 from sdft_engine.schedule import learning_rate_at, rows_of_step
 from sdft_engine.session import ALONE, Session, open_session, remember_answers, rollouts_of_step, settle
@@ -55,8 +56,10 @@ def train(run: RunDirectory, stop_requested: Callable[[], StopReason | None] = l
     """
 
     session = open_session(run, ranks)
+    session.stop_wanted = lambda: stop_requested() is not None
     if session.sampler is not None:
-        session.sampler.stop_wanted = lambda: stop_requested() is not None
+        session.sampler.stop_wanted = session.stop_wanted
+        session.sampler.report = lambda message, level: session.report(message, level=level)
     try:
         return _train(session, lambda: ranks.agree(stop_requested()))
     finally:
@@ -73,9 +76,7 @@ def _train(session: Session, agreed_stop: Callable[[], StopReason | None]) -> Tr
     while session.state.step < session.total_steps:
         stop = agreed_stop()
         if stop is not None:
-            if stop != "cancel" and metrics is not None and checkpointed < session.state.step:
-                write_checkpoint(session, metrics)
-            return _result(session, "stopped", stop)
+            return _stopped(session, stop, metrics if checkpointed < session.state.step else None)
         try:
             metrics = training_step(session, session.state.step + 1)
         except StoppedWaiting:
@@ -88,11 +89,26 @@ def _train(session: Session, agreed_stop: Callable[[], StopReason | None]) -> Tr
             checkpointed = metrics.step
     if session.teacher and session.state.barren_steps == session.total_steps:
         raise NumericalError(f"no step taught anything: {BARREN_REMEDY}", param=BARREN_PARAM)
-    if session.retention is None:  # the last step was another attempt's, which died before it could say so
+    while ranks.agree(_lacks_retention(session)):  # a stop was asked for meanwhile, or the last step was another attempt's
+        if (stop := agreed_stop()) is not None:
+            return _stopped(session, stop, metrics if checkpointed < session.state.step else None)
         measure_retention(session)
     if ranks.is_first:
         write_final(run.final_dir, session.model, session.config.base_model, session.attestor.attest())
     return _result(session, "succeeded", None)
+
+
+def _stopped(session: Session, stop: StopReason, unsaved: StepMetrics | None) -> TrainingResult:
+    """`unsaved`: metrics of the last step, where no checkpoint holds it."""
+    if stop != "cancel" and unsaved is not None:
+        write_checkpoint(session, unsaved)
+    return _result(session, "stopped", stop)
+
+
+def _lacks_retention(session: Session) -> bool:
+    """Whether the last step's model still is to be asked the general questions."""
+    measured_step = session.retention.step if session.retention else None
+    return session.retention_probe is not None and session.ranks.is_first and measured_step != session.total_steps
 
 
 def _settled(session: Session, agreed_stop: Callable[[], StopReason | None]) -> StopReason | None:
@@ -262,13 +278,17 @@ def validate(session: Session) -> Measurements:
 
 
 def measure_retention(session: Session) -> dict[str, float]:
-    """Ask the general questions where that is due, and say what was kept."""
+    """Ask the general questions where that is due, and say what was kept. Nothing, where a stop is asked for meanwhile."""
     step, probe, when = session.state.step, session.retention_probe, session.config.retention
     at_checkpoint = when == "checkpoints" and step % session.config.hyperparameters.checkpoint_every_steps == 0
     if probe is None or not session.ranks.is_first or not (step == session.total_steps or at_checkpoint):
         return {}
     start = time.perf_counter()
-    session.retention = retention = probe.measure(step, max_padded_tokens=session.budget.teacher_tokens)
+    session.report(f"Asking {len(probe.questions)} general questions to measure what was kept")
+    try:
+        session.retention = retention = probe.measure(step, max_padded_tokens=session.budget.teacher_tokens, stop_wanted=session.stop_wanted)
+    except MeasurementStopped:
+        return {}
     by_probe = ", ".join(f"{name} {score.kept}/{score.base_right}" for name, score in retention.probes.items())
     session.report(
         f"Retention at step {step}: of the {retention.base_right} general questions (of {retention.n}) that the base model answers, "

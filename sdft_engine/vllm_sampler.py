@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import torch
@@ -40,6 +40,10 @@ PATIENCE_SECONDS = 300
 RETRY_SECONDS = 3
 PASSING = (404, 408, 429)
 """Statuses of a server that forgot its adapters when it was restarted, or is busy."""
+LOAD_PATH = "/v1/load_lora_adapter"
+FAILED_LOADS = 3
+"""In a row, for the same reason and by a server that says it is well: vLLM answers 500 to an adapter that it will never take."""
+HEALTH_SECONDS = 5
 LARGEST_SEED = 2**63
 PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Said in full: what a request leaves open, vLLM takes from the model's generation_config.json, and the reported log-probabilities,
@@ -61,6 +65,9 @@ class RemoteSampler:
         self._doubtful = False
         self.stop_wanted: Callable[[], bool] = lambda: False
         """Asked while a server that is away is waited for."""
+        self.report: Callable[[str, Literal["info", "warn"]], None] = lambda message, level: None
+        """Told when a server that is away begins to be waited for, and when it is there again."""
+        self._failed_load, self._failed_loads = "", 0
         self._http = httpx2.Client(
             base_url=config.url,
             headers={"authorization": f"Bearer {key}"} if key else {},
@@ -86,14 +93,20 @@ class RemoteSampler:
         Raises StaleSampler, SamplerUnavailable where it stays away or refuses, or StoppedWaiting.
         """
         wanted = {"max_tokens": max_completion_tokens, "temperature": temperature}
-        until = time.monotonic() + PATIENCE_SECONDS
+        began, waiting = time.monotonic(), False
         while True:
             try:
                 name = self.synchronise(model, step)
-                return self.ask(model, name, rows, student_prompts, teacher_prompts, wanted, seed_of(seed, step))
+                rollouts = self.ask(model, name, rows, student_prompts, teacher_prompts, wanted, seed_of(seed, step))
+                if waiting:
+                    self.report(f"The inference server that samples the rollouts answers again after {time.monotonic() - began:.0f} s", "info")
+                return rollouts
             except SamplerUnavailable as error:
-                if error.lasting or self._ranks.size > 1 or time.monotonic() > until:
+                if error.lasting or self._ranks.size > 1 or time.monotonic() > began + PATIENCE_SECONDS:
                     raise
+                if not waiting:
+                    self.report(f"Waiting for the inference server that samples the rollouts: {error.message}", "warn")
+                    waiting = True
                 if self.stop_wanted():
                     raise StoppedWaiting from error
                 self._doubtful = True  # it may have forgotten its adapters
@@ -169,7 +182,8 @@ class RemoteSampler:
         sync_directory(directory.parent)
         with suppress(SamplerUnavailable):  # of an attempt at this step that was interrupted; almost always there is none
             self._post("/v1/unload_lora_adapter", {"lora_name": name}, LOAD_SECONDS)
-        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(directory)}, LOAD_SECONDS)
+        self._post(LOAD_PATH, {"lora_name": name, "lora_path": str(directory)}, LOAD_SECONDS)
+        self._failed_load, self._failed_loads = "", 0
 
     def _require_same(self, model: LanguageModel, name: str, step: int) -> None:
         """Raise StaleSampler unless the server's log-probabilities of the probe are the trainer's."""
@@ -207,11 +221,24 @@ class RemoteSampler:
             raise SamplerUnavailable(f"the inference server that samples the rollouts can't be reached: {error or type(error).__name__}") from error
         if answer.status_code != 200:
             lasting = answer.status_code < 500 and answer.status_code not in PASSING
+            if path == LOAD_PATH and answer.status_code == 500:
+                lasting = self._fails_for_good(answer.text)
             raise SamplerUnavailable(f"the inference server refused {path} with {answer.status_code}: {answer.text[:300]}", lasting=lasting)
         try:
             return answer.json()
         except ValueError:
             return None
+
+    def _fails_for_good(self, reason: str) -> bool:
+        """Whether a load that failed now would fail again. Counts it."""
+        self._failed_loads = self._failed_loads + 1 if reason == self._failed_load else 1
+        self._failed_load = reason
+        if self._failed_loads < FAILED_LOADS:
+            return False
+        try:
+            return self._http.get("/health", timeout=HEALTH_SECONDS).status_code == 200
+        except httpx2.HTTPError:
+            return False
 
 
 def _logps_of(choice: dict[str, Any], part: slice = slice(None)) -> list[float]:

@@ -11,7 +11,7 @@ from sqlalchemy import Row, Select, and_, func, select, update
 from sqlalchemy.orm import Session
 
 from core.database import unix_now
-from core.errors import InferenceUnavailable
+from core.errors import InferenceFailed, InferenceUnavailable
 from core.jobs.events import append_event
 from core.logging import get_logger
 from core.served_adapters import remove_from_servers
@@ -67,7 +67,7 @@ def delete_surplus_models(resources: Resources) -> int:
         return 0
     try:
         served = {name for client in resources.inference.clients for name in client.served_names()}
-    except InferenceUnavailable as error:
+    except (InferenceUnavailable, InferenceFailed) as error:
         log.warning("surplus_models_kept", reason=error.message)
         return 0
     return sum(_delete_surplus(resources, job_id, served) for job_id in job_ids)

@@ -23,6 +23,8 @@ from worker.resources import Resources
 
 LOOK_SECONDS = 3.0
 LONGEST_DELAY_SECONDS = 60.0
+LONGEST_REFUSED_DELAY_SECONDS = 3600.0
+"""Of an adapter that the server itself refuses: until it is started with other options it will say the same."""
 DIFFERED_DELAY_SECONDS = 600.0
 """Also at every start of a worker, which may come with other settings."""
 MODELS_AT_A_TIME = 10
@@ -65,7 +67,8 @@ class Verifier:
         try:
             verdict = prove_on_servers(self.resources, model)
         except (*NOT_VERIFIABLE_NOW, StorageUnavailable, ObjectDamaged, FileNotFoundError) as error:
-            self.delays[model.id] = min(LONGEST_DELAY_SECONDS, 2 * self.delays.get(model.id, LOOK_SECONDS / 2))
+            longest = LONGEST_REFUSED_DELAY_SECONDS if isinstance(error, AdapterRefused) else LONGEST_DELAY_SECONDS
+            self.delays[model.id] = min(longest, 2 * self.delays.get(model.id, LOOK_SECONDS / 2))
             self.not_before[model.id] = time.monotonic() + self.delays[model.id]
             log.warning("model_not_verifiable", model=model.id, error=str(error), retry_seconds=self.delays[model.id])
             return False

@@ -20,11 +20,11 @@ from api.completions.streamed_answer import StreamedAnswer
 from api.completions.upstream_errors import translated
 from api.state import ApiState
 from core.errors import InferenceFailed, InferenceUnavailable
-from core.inference_client import InferenceAnswer, InferenceClient
+from core.inference_client import KEY_REFUSED_STATUSES, InferenceAnswer, InferenceClient
 from core.logging import get_logger
 
-NOT_HERE = (502, 503, 504)
-"""Statuses of a server that can't answer at the moment, or of a proxy before one that is away: another may."""
+NOT_HERE = (*KEY_REFUSED_STATUSES, 502, 503, 504)
+"""Statuses of a server that can't answer at the moment or has another key, or of a proxy before one that is away: another may."""
 Result = TypeVar("Result")
 log = get_logger(__name__)
 

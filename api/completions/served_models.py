@@ -35,7 +35,9 @@ def find_served_model(state: ApiState, project_id: str, public_id: str) -> Serve
         raise ModelNotFound(f"The model {public_id!r} does not exist", param="model")
     model, hyperparameters = found
     if model.status != "servable":
-        raise ModelNotFound(f"The model {public_id!r} is {model.status}: it is served once the inference server's answers match the trainer's", param="model")
+        reason = (model.attestation or {}).get("reason") or "the inference server's answers were not compared with the trainer's yet"
+        advice = f"It is served once they match: see the events of its job {model.job_id}, or `sdft models get`"
+        raise ModelNotFound(f"The model {public_id!r} is {model.status}: {reason}. {advice}", param="model")
     return ServedModel(public_id, model.serving_name, model, _trained_temperature(hyperparameters))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from api.completions.served_models import ServedModel
 from core.errors import BadRequest, InferenceFailed, InferenceUnavailable, RequestTooLarge, ServiceError
+from core.inference_client import KEY_REFUSED, KEY_REFUSED_STATUSES
 from core.logging import get_logger
 from sdft_engine.contract.quoting import shortened
 
@@ -15,6 +16,9 @@ def translated(status: int, body: Any, model: ServedModel) -> ServiceError:
     of a 400 is the number 400, which says nothing."""
     message, param, code = _details(body)
     message = message.replace(model.serving_name, model.public_id)
+    if status in KEY_REFUSED_STATUSES:
+        log.error("inference_key_refused", status=status, message=message)
+        return InferenceFailed(KEY_REFUSED)
     if status >= 500:
         log.warning("inference_failed", status=status, message=message, model=model.public_id)
     if status == 413:

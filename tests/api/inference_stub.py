@@ -39,6 +39,7 @@ class InferenceStub:
     refuses_loads: str | None = None
     refusal_status: int = 400
     healthy: bool = True
+    refuses_key: bool = False
     load_seconds: float = 0
     endless: bool = False
     cancelled: int = 0
@@ -52,9 +53,12 @@ class InferenceStub:
                 Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
-                Route("/v1/models", lambda request: JSONResponse({"data": [{"id": self.base_model}]})),
+                Route("/v1/models", self._models),
             ]
         )
+
+    async def _models(self, request: Request) -> Response:
+        return _error(401, "Unauthorized") if self.refuses_key else JSONResponse({"data": [{"id": self.base_model}]})
 
     async def _load(self, request: Request) -> Response:
         body = await request.json()

@@ -12,6 +12,7 @@ from core.database import Database
 from core.schema_revision import SchemaDoesNotFit
 from core.settings import Settings
 from core.workers import tell_presence
+from tests.api.inference_stub import InferenceStub
 from tests.api.serving import Api
 
 MakeSettings = Callable[..., Settings]
@@ -32,6 +33,13 @@ def test_ready_with_everything(live_api: Api) -> None:
     assert answer.status_code == 200
     checks = dict.fromkeys(("database", "schema", "broker", "inference", "workers", "storage"), "ok")
     assert answer.json() == {"status": "ok", "degraded": [], "checks": checks}
+
+
+def test_degraded_where_the_inference_server_refuses_the_key(live_api: Api, inference: InferenceStub) -> None:
+    presence(live_api, [[]])
+    inference.refuses_key = True
+    answer = live_api.client.get("/readyz")
+    assert (answer.status_code, answer.json()["degraded"]) == (200, ["inference"])
 
 
 def test_degraded_without_inference_server_and_workers(api_on_both: Api) -> None:

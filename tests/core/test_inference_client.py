@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from core import inference_client
 from core.errors import InferenceFailed, InferenceTimeout, InferenceUnavailable
@@ -22,7 +23,7 @@ MakeSettings = Callable[..., Settings]
 class Server(ThreadingHTTPServer):
     """Answers every request with `status` and `content`; breaks off after `content` where `announced_bytes` is more."""
 
-    status = 200
+    status = refusal = 200
     content = b"{}"
     announced_bytes: int | None = None
 
@@ -87,6 +88,34 @@ def test_health(client: InferenceClient, lonely: InferenceClient, server: Server
     server.answers(503, {})
     assert not client.healthy()
     assert not lonely.healthy()
+
+
+class OtherKey(Handler):
+    """Says that it is well, and refuses whoever asks for anything else."""
+
+    def _reply(self, body: dict[str, Any] | None) -> None:
+        self.server.status = 200 if self.path == "/health" else self.server.refusal
+        super()._reply(body)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_refuses_the_key_is_not_healthy_and_is_named(client: InferenceClient, server: Server, status: int) -> None:
+    server.RequestHandlerClass, server.refusal = OtherKey, status
+    with capture_logs() as logged:
+        assert not client.healthy()
+        assert not client.healthy()
+        for call in (
+            lambda: client.load_adapter("a", Path("/a")),
+            lambda: client.unload_adapter("a"),
+            lambda: client.prompt_logprobs("a", [1, 2]),
+            lambda: client.served_dtype("a"),
+            client.served_names,
+        ):
+            with pytest.raises(InferenceFailed, match="refused this service's key: the operator has to set SDFT_INFERENCE_API_KEY"):
+                call()
+    assert [(line["event"], line["log_level"], line["status"]) for line in logged] == [("inference_key_refused", "error", status)]
+    server.refusal = 200
+    assert client.healthy()
 
 
 def test_adapters_are_loaded_by_name_and_path(client: InferenceClient, server: Server) -> None:

@@ -58,6 +58,29 @@ def test_children_get_absolute_settings_and_threads_that_do_not_spin(stack: Stac
     assert environment["OMP_WAIT_POLICY"] == "passive"
 
 
+def test_an_inference_server_answers_where_it_takes_the_key(make_settings: MakeSettings) -> None:
+    class NeedsKey(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            open_to_all = self.path == "/health"
+            self.send_response(200 if open_to_all or self.headers.get("authorization") == "Bearer right" else 401)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Silent."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), NeedsKey) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        answers = {}
+        for key in ("right", "wrong", None):
+            settings = make_settings(inference_urls=[f"http://127.0.0.1:{server.server_port}"], inference_api_key=key)
+            answers[key] = Stack(settings).inference_answers()
+        server.shutdown()
+        thread.join()
+    assert answers == {"right": True, "wrong": False, None: False}
+
+
 def test_modules_of_the_current_directory_are_never_run(stack: Stack) -> None:
     """A user's folder named api/ or inference/ must not stand in for ours."""
     assert all("-P" in spec.argv for spec in (stack.inference_process(), stack.api_process(), stack.worker_process()))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 from local_stack import supervisor as supervising
@@ -102,9 +103,8 @@ def test_what_dies_is_restarted_with_growing_delays(running: Running, scripted: 
     assert times[1] - times[0] > 0.9
     assert times[2] - times[1] > 1.9
     assert notes().count("steady") == 1
-    assert running.said[0].startswith("crashing ended (exit code 1); restarting in 1 s; its log: ")
-    assert running.said[1] == "crashing was restarted"
-    assert "restarting in 2 s" in running.said[2]
+    assert running.said[0].startswith("crashing ended (exit code 1); starting it again in 1 s; its log: ")
+    assert any("starting it again in 2 s" in line for line in running.said)
 
 
 def test_a_killed_process_comes_back_as_another(running: Running, scripted: Callable[..., ProcessSpec], notes: Callable[[], list[str]]) -> None:
@@ -115,6 +115,54 @@ def test_a_killed_process_comes_back_as_another(running: Running, scripted: Call
     wait_for(lambda: len(notes()) == 2)
     assert notes()[0] != notes()[1]
     assert any("killed by SIGKILL" in line for line in running.said)
+
+
+def test_what_a_killed_process_leaves_in_its_group_is_gone_before_it_starts_again(
+    running: Running, scripted: Callable[..., ProcessSpec], notes: Callable[[], list[str]]
+) -> None:
+    """As vLLM's API server leaves its engine."""
+    program = """
+import subprocess
+others = [int(word) for word in open("notes").read().split()] if os.path.exists("notes") else []
+def lives(pid):
+    try: return open(f"/proc/{pid}/stat").read().rsplit(")")[-1].split()[0] != "Z"
+    except OSError: return False
+if any(lives(pid) for pid in others): open("overlap", "w").close()
+grandchild = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"])
+note(f"{os.getpid()} {grandchild.pid}"); ready(); time.sleep(60)
+"""
+    spec = scripted("server", program)
+    running.supervisor.launch(spec)
+    running.supervisor.wait_until_ready()
+    running.run_in_thread()
+    server, grandchild = (int(word) for word in notes())
+    orphan = psutil.Process(grandchild)
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: len(notes()) == 4)
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+    assert not (spec.working_dir / "overlap").exists()
+    assert "server left 1 of its own processes behind, which are killed" in running.said
+    running.end()
+    last = int(notes()[3])
+    wait_for(lambda: not psutil.pid_exists(last) or psutil.Process(last).status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_it_is_said_when_a_process_answers_again_and_after_how_long(
+    running: Running, scripted: Callable[..., ProcessSpec], notes: Callable[[], list[str]]
+) -> None:
+    """Not when it was merely started, and once."""
+    program = "note(str(os.getpid()))\nif len(open('notes').read().split()) > 1: time.sleep(1.5)\nready(); time.sleep(60)"
+    spec = scripted("loading", program)
+    running.supervisor.launch(spec)
+    running.supervisor.wait_until_ready()
+    running.run_in_thread()
+    (spec.working_dir / "loading.ready").unlink()
+    os.kill(int(notes()[0]), signal.SIGKILL)
+    wait_for(lambda: len(notes()) == 2)
+    assert not any("again after" in line for line in running.said)
+    wait_for(lambda: any("again after" in line for line in running.said))
+    time.sleep(1.2)
+    assert [line for line in running.said if "again after" in line] in (["loading answers again after 3 s"], ["loading answers again after 4 s"])
 
 
 def test_a_restart_that_fails_is_tried_again(

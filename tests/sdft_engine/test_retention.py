@@ -1,6 +1,7 @@
 """sdft_engine.retention against the plain model, and a run that measures what it kept."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 
 from sdft_engine.contract.errors import DatasetError
 from sdft_engine.contract.probes import DEFAULT_PROBES_PATH, ProbeQuestion, is_right, read_probes
-from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.contract.run_directory import RunDirectory, StopReason
 from sdft_engine.lora import STUDENT, LoraShape
 from sdft_engine.model import LanguageModel, load_base_model
 from sdft_engine.retention import MAX_ANSWER_TOKENS, RetentionProbe
 from sdft_engine.trainer import train
 from tests.sdft_engine.plain import PlainModel, add_adapter, in_float64
-from tests.sdft_engine.runs import make_run, records, stop_after
+from tests.sdft_engine.runs import make_run, messages_of, records, steps_done, stop_after
 
 SHAPE = LoraShape(rank=3, alpha=6)
 QUESTIONS = [("lamps", "Which lamp is red?"), ("lamps", "Which one?"), ("other", "What is the colour of lamp 7?")]
@@ -110,6 +111,42 @@ def test_measuring_changes_nothing_in_what_is_learned(tmp_path: Path, tiny_model
 def test_a_stopped_run_has_no_retention_of_another_step(tmp_path: Path, tiny_model_dir: Path) -> None:
     run = probed_run(tmp_path, tiny_model_dir, retention="checkpoints")
     assert train(run, stop_after(run, 5, "requeue")).retention is None
+
+
+def asked_in_the_questions(run: RunDirectory, reason: StopReason, calls: list[int]) -> Callable[[], StopReason | None]:
+    """A `stop_requested` that asks for the stop from the third pass of the general questions on, until `calls` is cleared."""
+
+    def stop_requested() -> StopReason | None:
+        if any(message.startswith("Asking 3 general questions") for message in messages_of(run)):
+            calls.append(steps_done(run))
+        return reason if len(calls) > 2 else None
+
+    return stop_requested
+
+
+def test_a_cancelled_run_ends_in_the_middle_of_the_questions(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run, calls = probed_run(tmp_path, tiny_model_dir, retention="end"), list[int]()
+    result = train(run, asked_in_the_questions(run, "cancel", calls))
+    assert (result.outcome, result.stop, result.final_step, result.retention) == ("stopped", "cancel", 8, None)
+    assert calls[:3] == [7, 7, 7], "asked while the last step's questions were"
+    assert len(calls) < 8
+    assert not any(message.startswith("Retention at step") for message in messages_of(run))
+    assert records(run.metrics_path)[-1]["retention_kl_from_base"] is None
+    assert not run.final_dir.exists()
+
+
+def test_a_run_that_is_paused_in_the_middle_of_the_questions_asks_them_when_it_goes_on(tmp_path: Path, tiny_model_dir: Path) -> None:
+    whole, run = probed_run(tmp_path / "whole", tiny_model_dir, retention="end"), probed_run(tmp_path, tiny_model_dir, retention="end")
+    expected = train(whole)
+    config = json.loads(run.config_path.read_text())
+    config["sdft"]["checkpoint_every_steps"] = 5
+    run.config_path.write_text(json.dumps(config))
+    stopped = train(run, asked_in_the_questions(run, "pause", []))
+    assert (stopped.outcome, stopped.stop) == ("stopped", "pause")
+    assert [step for step, _ in run.complete_checkpoints()] == [5, 8], "what the last steps learned is kept"
+    result = train(run)
+    assert (result.outcome, result.retention) == ("succeeded", expected.retention)
+    assert steps_done(run) == 8, "no step was done twice"
 
 
 def test_a_wrong_probe_file_is_refused_before_training(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -198,7 +198,7 @@ def test_retention_metrics_by_hand(tmp_path: Path, tiny_model_dir: Path) -> None
     session = open_session(make_run(tmp_path / "run", tiny_model_dir, config={"retention": "end"}))
     session.state.step = session.total_steps
     measured = Retention(step=8, kl_from_base=0.25, probes={"facts": ProbeScore(n=10, right=6, low=0.3, high=0.8, base_right=5, kept=4)})
-    session.retention_probe = SimpleNamespace(measure=lambda step, max_padded_tokens: measured)  # type: ignore[assignment]
+    session.retention_probe = SimpleNamespace(questions=[], measure=lambda step, **options: measured)  # type: ignore[assignment]
     found = trainer.measure_retention(session)
     assert (found["retention_accuracy"], found["retention_kept"], found["retention_kl_from_base"]) == (0.6, 0.8, 0.25)
 

@@ -13,7 +13,7 @@ from sdft_engine.contract.run_directory import RunDirectory, StopReason
 from sdft_engine.lora import read_adapter
 from sdft_engine.trainer import train
 from tests.fixtures.scripted_vllm import ScriptedVllm
-from tests.sdft_engine.runs import make_run, records
+from tests.sdft_engine.runs import make_run, messages_of, records
 
 
 @pytest.fixture
@@ -103,6 +103,50 @@ def test_a_server_that_is_away_or_refuses_is_named(tmp_path: Path, tiny_model_di
     assert [path for path, _, _ in server.requests].count("/v1/load_lora_adapter") == 1, "what is refused for good is not asked for again"
     with pytest.raises(SamplerUnavailable, match="can't be reached"):
         train(sampled_run(tmp_path / "away", tiny_model_dir, server, sampler={"url": "http://127.0.0.1:9"}))
+
+
+RANK_REFUSED = (500, "Call to add_lora method failed: LoRA rank 4 is greater than max_lora_rank 1.")
+
+
+def loads_asked_for(server: ScriptedVllm) -> int:
+    return [path for path, _, _ in server.requests].count("/v1/load_lora_adapter")
+
+
+def test_a_load_that_a_healthy_server_fails_three_times_is_refused_for_good(
+    tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_sampler, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(vllm_sampler, "PATIENCE_SECONDS", 5)
+    server.refuses = RANK_REFUSED
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server)
+    with pytest.raises(SamplerUnavailable, match="greater than max_lora_rank 1"):
+        train(run)
+    assert loads_asked_for(server) == 3
+    waiting = [message for message in messages_of(run, "warn") if message.startswith("Waiting for the inference server that samples the rollouts: ")]
+    assert len(waiting) == 1, "not one for every try"
+    assert "max_lora_rank 1" in waiting[0]
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_s_errors_and_those_of_a_server_that_is_not_well_pass(
+    tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(vllm_sampler, "RETRY_SECONDS", 0.01)
+    server.refuses, server.refusals_left = (status, "restarting"), 5
+    assert train(sampled_run(tmp_path / "proxy", tiny_model_dir, server, n_epochs=1)).outcome == "succeeded"
+    server.refuses, server.refusals_left, server.healthy = RANK_REFUSED, 5, False
+    assert train(sampled_run(tmp_path / "ill", tiny_model_dir, server, n_epochs=1)).outcome == "succeeded"
+
+
+def test_waiting_and_its_end_are_told_once_each(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_sampler, "RETRY_SECONDS", 0.01)
+    server.refuses, server.refusals_left = (503, "restarting"), 4
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server, n_epochs=1)
+    train(run)
+    told = [(event["level"], event["message"]) for event in records(run.events_path) if "the rollouts" in event["message"]]
+    assert [level for level, _ in told] == ["warn", "info"]
+    assert "503" in told[0][1]
+    assert told[1][1].startswith("The inference server that samples the rollouts answers again after ")
 
 
 def test_the_key_is_the_environment_s(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import select, update
 
 from core.database import Database
-from core.errors import InferenceUnavailable
+from core.errors import InferenceFailed, InferenceUnavailable
+from core.inference_client import AdapterRefused
 from core.settings import Settings
 from core.tables.files import File
 from core.tables.jobs import Checkpoint, Job
@@ -166,6 +167,25 @@ def test_a_refused_adapter_is_tried_again_with_patience(workshop: Workshop, infe
     verifier.not_before.clear()
     assert verifier.verify_waiting() == 3
     assert models_of(workshop, job_id)[4].status == "servable"
+
+
+@pytest.mark.parametrize(("error", "longest"), [(AdapterRefused("rank 64"), 3600), (InferenceUnavailable("away"), 60), (InferenceFailed("broken"), 60)])
+def test_what_a_server_refuses_is_tried_ever_more_rarely(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, error: Exception, longest: float) -> None:
+    """A server that is away is asked every minute, and one that refuses the adapter itself every hour."""
+    job_id = workshop.add_job()
+    train_next(workshop)
+
+    def refuse(*arguments: object) -> Verdict:
+        raise error
+
+    monkeypatch.setattr(verification, "prove_on_servers", refuse)
+    verifier = Verifier(workshop.resources)
+    delays = []
+    for _ in range(13):
+        verifier.not_before.clear()
+        assert verifier.verify_waiting() == 0
+        delays.append(verifier.delays[models_of(workshop, job_id)[4].id])
+    assert delays == [min(longest, 3.0 * 2**number) for number in range(13)]
 
 
 def test_a_model_deleted_meanwhile_stays_deleted_and_leaves_the_servers_memory(

@@ -1,6 +1,7 @@
 """POST /fine_tuning/jobs: everything about a job that can be checked without a tokenizer is checked here."""
 
 import secrets
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -50,6 +51,8 @@ def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creati
     with state.database.transaction() as session:
         refuse_repetition(session, creation)
         base_model, parent_model = _resolve_model(session, settings, project_id, request.model)
+        if settings.inference == "vllm":
+            _refuse_unservable_rank(session, settings.vllm_max_lora_rank, parent_model, method, request)
         _check_file(session, project_id, request.training_file, "training_file", settings.min_training_examples)
         if request.validation_file is not None:
             _check_file(session, project_id, request.validation_file, "validation_file", 1)
@@ -91,6 +94,19 @@ def _resolve_model(session: Session, settings: Settings, project_id: str, name: 
     if settings.base_model(parent.base_model) is None:
         raise ModelNotFound(f"The model {name!r} was trained from {parent.base_model!r}, which this server no longer has.", param="model")
     return parent.base_model, parent.id
+
+
+def _refuse_unservable_rank(session: Session, largest: int, parent_model: str | None, method: dict[str, Any], request: CreateJob) -> None:
+    """The adapter's rank is the parent's where the job continues a model, whatever was asked for; a vLLM takes none above `largest`."""
+    rank, where = method[method["type"]]["hyperparameters"]["lora_rank"], f"method.{method['type']}.hyperparameters.lora_rank"
+    param = "hyperparameters.lora_rank" if request.hyperparameters else where
+    message = f"{param}: at most {largest} on this server (SDFT_VLLM_MAX_LORA_RANK), not {rank}"
+    if parent_model is not None:
+        trained_by = select(Job.resolved_hyperparameters).join(Model, Model.job_id == Job.id).where(Model.id == parent_model)
+        rank, param = (session.scalar(trained_by) or {}).get("lora_rank", 0), "model"
+        message = f"model: the rank of its adapter is {rank}, and this server serves at most {largest} (SDFT_VLLM_MAX_LORA_RANK)"
+    if rank > largest:
+        raise BadRequest(message, code="invalid_value", param=param)
 
 
 def _check_file(session: Session, project_id: str, file_id: str, param: str, fewest_examples: int) -> None:

@@ -120,6 +120,17 @@ def test_models_that_are_not_served(live_api: Api, http: httpx2.Client, inferenc
     assert inference.chats == []
 
 
+def test_a_model_that_is_not_served_says_why(live_api: Api, http: httpx2.Client) -> None:
+    reason = "the served adapter differs from the trained one by 0.2 nats, more than 0.05"
+    differs = add_model(live_api, "ft:tiny:default:differs:1", status="unverified", attestation={"matched": False, "reason": reason})
+    add_model(live_api, "ft:tiny:default:waits:1", status="unverified")
+    said = assert_error(http.post(CHAT, json=body(differs.id)), 404, "model_not_found", "model")
+    assert reason in said
+    assert f"see the events of its job {differs.job_id}, or `sdft models get`" in said
+    said = assert_error(http.post(CHAT, json=body("ft:tiny:default:waits:1")), 404, "model_not_found", "model")
+    assert "were not compared with the trainer's yet" in said
+
+
 def test_refused_fields_are_named(http: httpx2.Client, inference: InferenceStub) -> None:
     for name in ("functions", "web_search_options", "moderation", "audio", "prediction"):
         assert name in assert_error(http.post(CHAT, json=body(**{name: [{"name": "f"}]})), 400, "unsupported_parameter", name)
@@ -147,7 +158,8 @@ UPSTREAM_ERRORS: list[tuple[int, Any, int, str | None, str | None, str]] = [
     (429, {"error": {"message": "busy"}}, 503, "inference_unavailable", None, "busy"),
     (503, {"error": {"message": "NAME is loading"}}, 503, "inference_unavailable", None, PUBLIC),
     (500, {"error": {"message": "out of memory"}}, 502, "inference_failed", None, "out of memory"),
-    (401, {"error": "Unauthorized"}, 502, "inference_failed", None, "Unauthorized"),
+    (401, {"error": "Unauthorized"}, 502, "inference_failed", None, "refused this service's key: the operator has to set SDFT_INFERENCE_API_KEY"),
+    (403, {"error": {"message": "Invalid API key"}}, 502, "inference_failed", None, "SDFT_INFERENCE_API_KEY"),
     (500, PlainTextResponse("Internal Server Error", 500), 502, "inference_failed", None, "Internal Server Error"),
     (418, [], 502, "inference_failed", None, "418"),
 ]

@@ -112,6 +112,16 @@ def test_a_server_that_comes_back_is_asked_again(make_api: MakeApi, stubs: list[
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_server_with_another_key_is_passed_over(make_api: MakeApi, stubs: list[InferenceStub], stream: bool) -> None:
+    stubs[0].misbehaviour = lambda request: JSONResponse({"error": "Unauthorized"}, 401)
+    api = make_api(*stubs)
+    for number in range(12):
+        add_model(api, f"ft:tiny:default:m:{number}")
+        assert ask(api, f"ft:tiny:default:m:{number}", stream=stream).status_code == 200
+    assert stubs[0].chats != []
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_a_server_that_says_it_can_t_is_passed_over_and_asked_last(make_api: MakeApi, stubs: list[InferenceStub], status: int, stream: bool) -> None:
     """A proxy before a dead vLLM, or a vLLM whose engine died: it fails at once, and would seem the least busy of all."""

@@ -1,5 +1,6 @@
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from sqlalchemy import func, select, update
 from api.fine_tuning.jobs.schemas import LARGEST_SEED
 from core.doorbell import LOOK_FOR_WORK
 from core.errors import Unavailable
+from core.settings import Settings
 from core.tables.jobs import Job
 from core.tables.models import Model
+from tests.api.conftest import SETTINGS
 from tests.api.model_rows import add_model
-from tests.api.serving import Api, training_lines
+from tests.api.serving import Api, serve, training_lines
 from tests.api.test_errors import assert_error
 from tests.rows import get_job, messages_of
 
@@ -202,6 +205,55 @@ def test_retention_file_that_cannot_be_used(api: Api) -> None:
 def test_bad_fields(api: Api) -> None:
     for fields, code, param in BAD_FIELDS:
         refuse(api, 400, code, param, **fields)
+
+
+@pytest.fixture
+def vllm_api(make_settings: Callable[..., Settings], sqlite_url: str, valkey: str) -> Iterator[Callable[..., Any]]:
+    """The API of a server whose adapters vLLM serves, with more settings."""
+    with ExitStack() as opened:
+        settings = {"redis_url": valkey, "inference_urls": ["http://127.0.0.1:1"], "inference": "vllm", **SETTINGS}
+        yield lambda **more: opened.enter_context(serve(make_settings(**settings, **more)))
+
+
+def of_rank(kind: str, rank: int) -> dict[str, Any]:
+    return {"method": {"type": kind, kind: {"hyperparameters": {"lora_rank": rank}}}}
+
+
+def test_a_rank_that_vllm_cannot_serve_is_refused(vllm_api: Callable[..., Api]) -> None:
+    api = vllm_api()
+    file_id = api.upload()
+    for kind in ("sdft", "supervised"):
+        param = f"method.{kind}.hyperparameters.lora_rank"
+        said = refuse(api, 400, "invalid_value", param, training_file=file_id, **of_rank(kind, 33))
+        assert said == f"{param}: at most 32 on this server (SDFT_VLLM_MAX_LORA_RANK), not 33"
+    refuse(api, 400, "invalid_value", "hyperparameters.lora_rank", training_file=file_id, hyperparameters={"lora_rank": 64})
+    for fields in (of_rank("sdft", 32), of_rank("supervised", 32), {}):
+        assert api.create_job(**fields)["status"] == "validating_files"
+
+
+def test_the_default_rank_is_refused_too_where_vllm_serves_less(vllm_api: Callable[..., Api]) -> None:
+    api = vllm_api(vllm_max_lora_rank=8)
+    said = refuse(api, 400, "invalid_value", "method.sdft.hyperparameters.lora_rank", training_file=api.upload())
+    assert "at most 8 on this server" in said
+    assert api.create_job(**of_rank("sdft", 8))["status"] == "validating_files"
+
+
+def test_a_tuned_model_is_continued_with_its_own_rank(vllm_api: Callable[..., Api]) -> None:
+    """Which is what counts, and not the one that is asked for."""
+    api = vllm_api(vllm_max_lora_rank=8)
+    for rank in (8, 64):
+        model = add_model(api, f"ft:tiny:default:x:{rank}")
+        with api.database.transaction() as session:
+            session.execute(update(Job).where(Job.id == model.job_id).values(resolved_hyperparameters={"lora_rank": rank}))
+    add_model(api, "ft:tiny:default:x:unknown")
+    said = refuse(api, 400, "invalid_value", "model", training_file=api.upload(), model="ft:tiny:default:x:64")
+    assert said == "model: the rank of its adapter is 64, and this server serves at most 8 (SDFT_VLLM_MAX_LORA_RANK)"
+    for name in ("8", "unknown"):
+        assert api.create_job(model=f"ft:tiny:default:x:{name}")["status"] == "validating_files"
+
+
+def test_the_embedded_server_takes_every_rank(api: Api) -> None:
+    assert api.create_job(**of_rank("sdft", 256))["status"] == "validating_files"
 
 
 def test_unknown_top_level_fields_are_ignored(api: Api) -> None:

@@ -34,6 +34,7 @@ from sdft_engine.contract.sealed_directory import is_disk_full
 WATCH_SECONDS = 0.5
 TORN_READS = 4
 EXIT_NOT_STARTED = 2
+EXIT_OF_ANOTHER = 1
 
 
 class Supervision:
@@ -105,8 +106,9 @@ def lock(run: RunDirectory) -> bool:
     return True
 
 
-def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:
-    """The boundary of the process: every error becomes a typed result."""
+def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult | None:
+    """The boundary of the process: every error becomes a typed result. None where another of several processes ended, which says why
+    by itself, or was killed."""
     try:
         from sdft_engine.ranks import join_ranks, leave_ranks
         from sdft_engine.trainer import train
@@ -118,7 +120,17 @@ def run_training(run: RunDirectory, supervision: Supervision) -> TrainingResult:
         return TrainingResult(outcome="failed", error=error.as_dict())
     except Exception as error:
         traceback.print_exc()
-        return TrainingResult(outcome="failed", error=typed(error).as_dict())
+        return None if is_another_s_end(error) else TrainingResult(outcome="failed", error=typed(error).as_dict())
+
+
+def is_another_s_end(error: Exception) -> bool:
+    """Whether one of several processes failed only because its connection to another one broke."""
+    from torch import distributed
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    network = (distributed.DistBackendError, distributed.DistNetworkError, distributed.DistStoreError)
+    return isinstance(error, network) or "gloo/transport" in str(error)
 
 
 def typed(error: Exception) -> EngineError:
@@ -181,6 +193,8 @@ def main() -> int:
         return EXIT_LEASE_EXPIRED
     supervision.start()
     result = run_training(run, supervision)
+    if result is None:
+        return EXIT_OF_ANOTHER
     is_first, is_alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     if is_first or result.outcome == "failed":
         run.write_result(result)

@@ -36,7 +36,7 @@ def api_process(settings: Settings, log: Path) -> Iterator[str]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        wait_for(lambda: process.poll() is not None or b"Application startup complete" in log.read_bytes(), 30)
+        wait_for(lambda: process.poll() is not None or b"Uvicorn running on" in log.read_bytes(), 60)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

@@ -284,3 +284,19 @@ def test_a_pause_can_be_taken_back_and_a_signal_can_not(tmp_path: Path, monkeypa
     with pytest.raises(Exited):
         supervision._watch()
     assert supervision.requested() == "requeue"
+
+
+@pytest.mark.parametrize(("size", "another"), [("1", False), ("2", True)])
+def test_a_connection_to_another_process_that_broke_is_no_failure_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, another: bool) -> None:
+    """That other process says why it ended or, where it was killed, nobody does: a crash, after which the job is tried again."""
+
+    def broken(*arguments: object) -> TrainingResult:
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:14001")
+
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr(trainer, "train", broken)
+    monkeypatch.setattr("sdft_engine.ranks.join_ranks", lambda: None)
+    monkeypatch.setattr(Supervision, "start", lambda self: None)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
+    assert train_module.main() == (1 if another else 0)
+    assert (RunDirectory(tmp_path).read_result() is None) == another

@@ -47,17 +47,27 @@ def delivery_is_due(session: Session) -> bool:
 
 
 def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | None:
-    """Hold the delivery that is due for longest, of an endpoint to which nothing is being sent: a slow one delays its own alone."""
+    """Hold the delivery that is due for longest, of an endpoint to which nothing is being sent: a slow one delays its own alone.
+
+    The endpoint is locked, and whether it is busy asked again once it is: another claim may have been committed since the first look.
+    """
     sending = aliased(WebhookDelivery)
     busy = exists().where(sending.endpoint_id == WebhookDelivery.endpoint_id, sending.lease_until > database_now())
-    first = select(WebhookDelivery.id).where(DUE, ~busy).order_by(WebhookDelivery.next_attempt_at).limit(1).with_for_update(skip_locked=True)
+    first = (
+        select(WebhookDelivery.id)
+        .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        .where(DUE, ~busy)
+        .order_by(WebhookDelivery.next_attempt_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
     found = session.scalar(first)
     if found is None:
         return None
     token = new_token()
     claimed = session.execute(
         update(WebhookDelivery)
-        .where(WebhookDelivery.id == found, DUE)
+        .where(WebhookDelivery.id == found, DUE, ~busy)
         .values(lease_token=token, lease_until=database_now() + lease_seconds, attempts=WebhookDelivery.attempts + 1)
         .returning(WebhookDelivery.endpoint_id, WebhookDelivery.attempts, WebhookDelivery.event_type, WebhookDelivery.body)
         .execution_options(synchronize_session=False)

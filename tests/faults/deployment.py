@@ -43,14 +43,14 @@ LINES = b"".join(
 )
 HYPERPARAMETERS = {
     "n_epochs": 50,
-    "batch_size": 4,
+    "batch_size": 2,
     "lora_rank": 4,
     "checkpoint_every_steps": 25,
     "max_completion_tokens": 8,
     "temperature": 1.0,
     "mask_clipped_completions": False,
 }
-"""150 steps of some hundredths of a second."""
+"""300 steps of some hundredths of a second."""
 
 
 @dataclass
@@ -140,6 +140,15 @@ class Deployment:
 
     def wait_for_step(self, job_id: str, step: int) -> None:
         wait_for(lambda: (self.job(job_id).step or 0) >= step, 120, lambda: self.story(job_id))
+
+    def wait_for_checkpoint(self, job_id: str) -> None:
+        """Until one is stored, which may be a little after its step was told of."""
+
+        def is_stored() -> bool:
+            with self.database.reading() as session:
+                return session.scalar(select(Checkpoint.step).where(Checkpoint.job_id == job_id, Checkpoint.storage_key.is_not(None)).limit(1)) is not None
+
+        wait_for(is_stored, 120, lambda: self.story(job_id))
 
     def wait_for_end(self, job_id: str, status: str = "succeeded", seconds: float = 180) -> Job:
         wait_for(lambda: self.job(job_id).status in TERMINAL_STATUSES, seconds, lambda: self.story(job_id))

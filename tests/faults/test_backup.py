@@ -63,7 +63,7 @@ def prepare(deployment: Deployment) -> Prepared:
     file_id = deployment.upload()
     model = str(deployment.wait_for_end(deployment.create_job(file_id, n_epochs=4)).fine_tuned_model)
     running = deployment.create_job(file_id)
-    deployment.wait_for_step(running, 60)
+    deployment.wait_for_checkpoint(running)
     return Prepared(model, answer_of(deployment, model), running)
 
 

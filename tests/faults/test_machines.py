@@ -34,7 +34,7 @@ def test_a_job_interrupted_on_one_machine_goes_on_on_another(machines: tuple[Dep
     file_id = first.upload()
     job_id = first.create_job(file_id)
     second.start("worker")
-    first.wait_for_step(job_id, 30)
+    first.wait_for_checkpoint(job_id)
     assert second.trainers(job_id)
     if how == "killed":
         second.kill("worker")

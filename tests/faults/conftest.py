@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ LEASE_SECONDS = 6.0
 
 
 @pytest.fixture
-def make_deployment(tiny_model_dir: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Deployment]]:
+def make_deployment(tiny_model_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Deployment]]:
     """Deployments whose processes are not started yet, with a migrated database and a first key."""
     made: list[Deployment] = []
 
@@ -58,9 +57,8 @@ def make_deployment(tiny_model_dir: Path, tmp_path: Path, request: pytest.Fixtur
 
     yield make
     try:
-        if not getattr(request.node, "failed", False):
-            for deployment in made:
-                deployment.assert_sound()
+        for deployment in made:
+            deployment.assert_sound()
     finally:
         for deployment in made:
             deployment.stop()
@@ -76,9 +74,3 @@ def deployment(database_url: str, make_deployment: Callable[..., Deployment]) ->
     found = make_deployment(database_url)
     found.start("valkey", "inference", "api", "worker")
     return found
-
-
-@pytest.fixture
-def short_tmp_path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="sdft-") as directory:
-        yield Path(directory)

@@ -4,6 +4,7 @@ Needs nothing but the run directory (docs/trainer.md). Exit status: 0 when resul
 worker relies on it; 2 when nothing was begun, because there is no such directory, its control.json can't be read, or another
 trainer is in it; 75 when the lease ran out or the parent died (nothing is written then, because another attempt may be running);
 anything else is a crash. How it ended is also said in one line.
+SIGUSR1 has it write what every thread is doing to standard error, for whoever wonders why it does not get on.
 Under torchrun every process trains a share of each batch (see ranks.py); one that fails writes the result and exits with 1, so
 that torchrun ends the others.
 """
@@ -15,6 +16,7 @@ from sdft_engine.contract.thread_pool import TRAINING_THREADS
 os.environ.update(TRAINING_THREADS | os.environ)  # before torch is imported
 
 import argparse
+import faulthandler
 import fcntl
 import signal
 import sys
@@ -173,6 +175,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    faulthandler.register(signal.SIGUSR1)
     run = RunDirectory(parse_arguments().run_dir.resolve())
     if not run.path.is_dir():
         sys.stderr.write(f"{run.path} is not a directory\n")

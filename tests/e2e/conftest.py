@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,27 @@ class Service:
                 return job
             events = self.client.fine_tuning.jobs.list_events(job_id, limit=5).data
             assert job.status not in TERMINAL, (job.status, job.error, [event.message for event in events])
-            assert time.monotonic() < deadline, (job.status, reached, [event.message for event in events])
+            assert time.monotonic() < deadline, (job.status, reached, [event.message for event in events], self.whereabouts(job_id))
             time.sleep(0.3)
+
+    def whereabouts(self, job_id: str) -> str:
+        """What the machine knows of a job that does not get on: its files, the ends of its logs, and what every process of the service does."""
+        for process in self.processes("sdft_engine.train") + self.processes("celery"):
+            process.send_signal(signal.SIGUSR1)  # both write what their threads are doing into their logs
+        time.sleep(1)
+        runs = self.data_dir / "runs" / job_id
+        lines = [f"{path.relative_to(runs)}: {path.stat().st_size} bytes" for path in sorted(runs.rglob("*")) if path.is_file()]
+        for log in (*runs.glob("*/trainer.log"), *runs.glob("*/control.json"), self.data_dir / "logs" / "worker.log"):
+            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-150:]]
+        before = {process.pid: sum(process.cpu_times()[:2]) for process in self.processes()}
+        time.sleep(2)
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                used = sum(process.cpu_times()[:2])
+                cores = (used - before.get(process.pid, used)) / 2
+                state = f"{process.status()}, {process.num_threads()} threads, {process.memory_info().rss >> 20} MiB"
+                lines.append(f"{process.pid} {state}, {used:.0f} s of CPU time, now {cores:.0%} of a core: {' '.join(process.cmdline())[-120:]}")
+        return "\n".join([*lines, f"load {os.getloadavg()}, {psutil.virtual_memory().available >> 20} MiB free"])
 
     def events(self, job_id: str) -> list[Any]:
         """All events, oldest first."""

@@ -1,6 +1,7 @@
 """`python -m sdft_engine.train RUN_DIR` as a process, as the worker starts it: how it ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_sigterm_lets_the_step_end_and_leaves_a_checkpoint(tmp_path: Path, tiny_
     result = result_of(run)
     assert (result.outcome, result.stop) == ("stopped", "requeue")
     assert [step for step, _ in run.complete_checkpoints()] == [result.final_step] == [len(records(run.metrics_path))]
+
+
+def test_asked_by_a_signal_it_writes_what_its_threads_do_and_goes_on(
+    tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    run = make_run(tmp_path / "run", tiny_model_dir, **ENDLESS)
+    process = start(run)
+    wait_for_steps(run, 1)
+    process.send_signal(signal.SIGUSR1)
+    wait_for_steps(run, len(records(run.metrics_path)) + 2)
+    assert re.search(r"Current thread .*File .*sdft_engine/trainer.py", run.log_path.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize(("reason", "checkpoints"), [("cancel", 0), ("pause", 1)])

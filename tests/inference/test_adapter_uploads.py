@@ -1,11 +1,8 @@
 """Adapters that are sent to a server: as the embedded one takes them, and as vLLM's does behind its key, without vLLM."""
 
-import base64
 import errno
-import hashlib
 import importlib
 import shutil
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,12 +18,12 @@ from starlette.responses import PlainTextResponse
 from core.inference_client import InferenceClient
 from core.settings import Settings
 from inference import adapter_uploads
+from tests.fixtures.raw_uploads import CONFIG, WEIGHTS, digest_of, head, send, status_of
 from tests.inference.serving import BASE, answering, serving, wait_until
 
 PLUGIN_DIR = Path(__file__).parents[2] / "vllm_plugin"
 sys.path.insert(0, str(PLUGIN_DIR))
 KEY = "geheim"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MIB = 1024**2
 
 
@@ -48,25 +45,6 @@ class Receiver:
     def files(self) -> list[str]:
         """Everything that the server keeps, what is not finished included."""
         return sorted(str(path.relative_to(self.directory)) for path in self.directory.rglob("*") if path.is_file() and path.name != ".lock")
-
-    def raw(self, request: bytes) -> socket.socket:
-        host, port = self.url.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)), timeout=30)
-        connection.sendall(request)
-        return connection
-
-
-def digest_of(content: bytes) -> str:
-    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
-
-
-def head(path: str, *lines: str, key: str = KEY) -> bytes:
-    return "\r\n".join([f"PUT {path} HTTP/1.1", "host: 127.0.0.1", f"authorization: Bearer {key}", *lines, "", ""]).encode()
-
-
-def status_of(connection: socket.socket) -> int:
-    with connection:
-        return int(connection.recv(65_536).split()[1])
 
 
 @pytest.fixture(params=["vllm", "embedded"])
@@ -131,8 +109,8 @@ def test_files_come_and_go(server: Receiver) -> None:
 )
 def test_names_that_lead_elsewhere_are_refused(server: Receiver, path: str, status: int) -> None:
     """As they are written, which a client's library would tidy."""
-    sent = head(f"/adapter_files/{path}", "content-length: 2", f"content-digest: {digest_of(b'{}')}", "connection: close") + b"{}"
-    assert status_of(server.raw(sent)) == status
+    sent = head(f"/adapter_files/{path}", KEY, "content-length: 2", f"content-digest: {digest_of(b'{}')}", "connection: close") + b"{}"
+    assert status_of(send(server.url, sent)) == status
     assert server.files() == []
     assert [found.name for found in server.directory.parent.iterdir()] == [server.directory.name]
 
@@ -145,8 +123,8 @@ def test_bytes_that_are_not_the_announced_ones_are_not_kept(server: Receiver, di
 
 
 def test_what_is_too_large_is_refused_before_it_is_read_or_in_the_middle(server: Receiver) -> None:
-    announced = head(f"/adapter_files/a/{WEIGHTS}", f"content-length: {9 * 1024 * MIB}", f"content-digest: {digest_of(b'')}")
-    assert status_of(server.raw(announced)) == 413
+    announced = head(f"/adapter_files/a/{WEIGHTS}", KEY, f"content-length: {9 * 1024 * MIB}", f"content-digest: {digest_of(b'')}")
+    assert status_of(send(server.url, announced)) == 413
     content = b"x" * (MIB + 1)
     answer = server.client.put(f"/adapter_files/a/{CONFIG}", content=iter([content]), headers={"content-digest": digest_of(content)})
     assert (answer.status_code, answer.json()["error"]["message"]) == (413, "adapter_config.json may have 1,048,576 bytes")
@@ -154,8 +132,8 @@ def test_what_is_too_large_is_refused_before_it_is_read_or_in_the_middle(server:
 
 
 def test_without_the_key_nothing_is_read(server: Receiver) -> None:
-    sent = head(f"/adapter_files/a/{CONFIG}", "content-length: 2", f"content-digest: {digest_of(b'{}')}", key="wrong")
-    assert status_of(server.raw(sent)) == 401, "the body was never sent"
+    sent = head(f"/adapter_files/a/{CONFIG}", "wrong", "content-length: 2", f"content-digest: {digest_of(b'{}')}")
+    assert status_of(send(server.url, sent)) == 401, "the body was never sent"
     with httpx2.Client(base_url=server.url, trust_env=False) as anybody:
         assert [anybody.request(method, "/adapter_files/a").status_code for method in ("GET", "PUT", "DELETE", "POST")] == [401] * 4
     assert server.files() == []
@@ -163,7 +141,7 @@ def test_without_the_key_nothing_is_read(server: Receiver) -> None:
 
 def test_of_half_an_upload_nothing_is_left(server: Receiver) -> None:
     content = b"w" * (6 * MIB)
-    connection = server.raw(head(f"/adapter_files/a/{WEIGHTS}", f"content-length: {len(content)}", f"content-digest: {digest_of(content)}"))
+    connection = send(server.url, head(f"/adapter_files/a/{WEIGHTS}", KEY, f"content-length: {len(content)}", f"content-digest: {digest_of(content)}"))
     connection.sendall(content[: 5 * MIB])
     wait_until(lambda: any(path.stat().st_size for path in (server.directory / ".unfinished").iterdir()))
     connection.close()

@@ -1,5 +1,5 @@
 """`python -m core.bootstrap`: the first project and its key on a migrated but empty database, and a new key where the key's file
-is missing. Does nothing otherwise."""
+is missing. Does nothing otherwise. `--first-only` where that file is not kept: a missing one says nothing then."""
 
 import argparse
 import sys
@@ -13,7 +13,9 @@ from core.settings import get_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m core.bootstrap", description=__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m core.bootstrap", description=__doc__)
+    parser.add_argument("--first-only", action="store_true", help="make no new key where the key's file is missing")
+    first_only = parser.parse_args(arguments).first_only
     settings = get_settings()
     path = settings.admin_key_path
     database = Database(settings.resolved_database_url)
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         if plain_key := ensure_first_key(database, path):
             sys.stderr.write(f"This server's first API key, shown once; it also stands in {path}:\n")
-        elif plain_key := replace_lost_key(database, path):
+        elif not first_only and (plain_key := replace_lost_key(database, path)):
             sys.stderr.write(f"{path} was missing, so a new API key was made and written there; it is shown once, and older keys stay valid:\n")
     finally:
         database.close()

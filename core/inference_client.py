@@ -4,6 +4,8 @@ Calls that stream are asynchronous (they run inside the API's event loop); loadi
 in worker threads).
 """
 
+import base64
+import hashlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -20,16 +22,20 @@ CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 600
 LOAD_TIMEOUT_SECONDS = 120
 UNLOAD_TIMEOUT_SECONDS = 20
+FILES_PATH = "/adapter_files"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""PEFT's names; all that a server needs."""
 SCORE_TIMEOUT_SECONDS = 60
 KEY_REFUSED = "the inference server refused this service's key: the operator has to set SDFT_INFERENCE_API_KEY"
+TAKES_NO_FILES = "the inference server takes no adapters over HTTP: the operator has to give it a directory for them, or set SDFT_INFERENCE_ADAPTERS=shared"
 UNREACHABLE = "the inference server can't be reached; try again in a moment"
 
 LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
 """Every request has a connection of its own: the server may close a kept one, after an error say, just as it is used again, and
 a new one costs nothing beside a generation. How many run at a time is the server's affair, which queues what is too much."""
 KEY_REFUSED_STATUSES = (401, 403)
-PASSING_STATUSES = (408, 429, 502, 503, 504)
-"""Of a server that is busy or starting, or of a proxy before one that is away: nothing is wrong with the adapter."""
+PASSING_STATUSES = (408, 429, 502, 503, 504, 507)
+"""Of a server that is busy, starting or without room, or of a proxy before one that is away: nothing is wrong with the adapter."""
 
 
 log = get_logger(__name__)
@@ -51,7 +57,7 @@ class InferenceClient:
     """Speaks to the server at `url`, with the settings' key. Safe for several threads; one event loop.
 
     `in_flight` counts the answers that are awaited; `is_down`: when it was last asked for an answer, it could not be reached or said
-    that it can't work.
+    that it can't work; `sends_files`: the server reads no directory of this machine.
     """
 
     def __init__(self, url: str, settings: Settings) -> None:
@@ -61,6 +67,7 @@ class InferenceClient:
         self.url = self._base_url = url.rstrip("/")
         self.in_flight = 0
         self.is_down = False
+        self.sends_files = settings.inference_adapters == "upload"
         self._key_refused = False
         self._headers = headers
         self._timeout = timeout
@@ -76,22 +83,59 @@ class InferenceClient:
             return False
         return health.status_code == models.status_code == 200
 
-    def load_adapter(self, serving_name: str, adapter_dir: Path) -> None:
-        """Idempotent. Raises AdapterRefused with the server's reason, InferenceUnavailable where it can't be reached, InferenceFailed
-        where it refuses the key."""
-        answer = self._post("/v1/load_lora_adapter", {"lora_name": serving_name, "lora_path": str(adapter_dir)}, LOAD_TIMEOUT_SECONDS)
-        if answer.status_code == 400 and "already" in answer.text:
-            return
-        if answer.status_code in PASSING_STATUSES:
-            raise InferenceUnavailable(f"the inference server can't load adapters at the moment ({answer.status_code}): {_message_of(answer)}")
-        if answer.status_code != 200:
-            raise AdapterRefused(_message_of(answer))
+    def place_adapter(self, adapter_dir: Path) -> str:
+        """Where the server finds this adapter: in the same directory, or in one of its own, which the files are sent to now, under the
+        directory's name. Raises as `load_adapter` does, and InferenceFailed where it takes no files."""
+        path = str(adapter_dir)
+        if self.sends_files:
+            for name in ADAPTER_FILES:
+                path = self._send(adapter_dir / name)
+        return path
+
+    def _send(self, file: Path) -> str:
+        with file.open("rb") as content:
+            digest = base64.b64encode(hashlib.file_digest(content, "sha256").digest()).decode()
+            content.seek(0)
+            headers = {"content-digest": f"sha-256=:{digest}:"}
+            answer = self._ask("PUT", f"{FILES_PATH}/{file.parent.name}/{file.name}", LOAD_TIMEOUT_SECONDS, content=content, headers=headers)
+        if answer.status_code in (404, 405):
+            raise InferenceFailed(TAKES_NO_FILES)
+        self._require_taken(answer, "take adapters")
+        path = _json_of(answer).get("lora_path")
+        if not isinstance(path, str):
+            raise InferenceFailed(TAKES_NO_FILES)
+        return path
+
+    def load_adapter(self, serving_name: str, adapter_path: Path | str) -> None:
+        """From where `place_adapter` says. Idempotent. Raises AdapterRefused with the server's reason, InferenceUnavailable where it can't
+        be reached, InferenceFailed where it refuses the key."""
+        answer = self._post("/v1/load_lora_adapter", {"lora_name": serving_name, "lora_path": str(adapter_path)}, LOAD_TIMEOUT_SECONDS)
+        if answer.status_code != 400 or "already" not in answer.text:
+            self._require_taken(answer, "load adapters")
 
     def unload_adapter(self, serving_name: str) -> None:
         """Idempotent: an adapter that is not loaded is no error. Raises as `load_adapter` does."""
         answer = self._post("/v1/unload_lora_adapter", {"lora_name": serving_name}, UNLOAD_TIMEOUT_SECONDS)
         if answer.status_code not in (200, 400, 404):
             raise AdapterRefused(_message_of(answer))
+
+    def remove_adapter(self, serving_name: str) -> None:
+        """Unload it, and have the files removed that were sent under this name. Idempotent. Raises as `load_adapter` does."""
+        self.unload_adapter(serving_name)
+        if self.sends_files:
+            answer = self._ask("DELETE", f"{FILES_PATH}/{serving_name}", UNLOAD_TIMEOUT_SECONDS)
+            if answer.status_code not in (200, 404, 405):
+                raise AdapterRefused(_message_of(answer))
+
+    def sent_names(self) -> set[str]:
+        """Under which the server has files that it was sent. Raises InferenceUnavailable, or InferenceFailed where the key is refused or
+        it takes no files."""
+        if not self.sends_files:
+            return set()
+        names = _json_of(self._ask("GET", FILES_PATH, UNLOAD_TIMEOUT_SECONDS)).get("names")
+        if not isinstance(names, list):
+            raise InferenceFailed(TAKES_NO_FILES)
+        return {str(name) for name in names}
 
     def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
         """Natural log-probabilities of `token_ids[1:]`, each given what stands before it.
@@ -133,12 +177,21 @@ class InferenceClient:
         return [card for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
 
     def _post(self, path: str, body: dict[str, Any], timeout_seconds: float) -> httpx2.Response:
+        return self._ask("POST", path, timeout_seconds, json=body)
+
+    def _ask(self, method: str, path: str, timeout_seconds: float, **content: Any) -> httpx2.Response:
         try:
-            answer = self._sync.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS))
+            answer = self._sync.request(method, path, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS), **content)
         except httpx2.HTTPError as error:
             raise InferenceUnavailable(UNREACHABLE) from error
         self._require_key_taken(answer)
         return answer
+
+    def _require_taken(self, answer: httpx2.Response, what: str) -> None:
+        if answer.status_code in PASSING_STATUSES:
+            raise InferenceUnavailable(f"the inference server can't {what} at the moment ({answer.status_code}): {_message_of(answer)}")
+        if answer.status_code != 200:
+            raise AdapterRefused(_message_of(answer))
 
     def _require_key_taken(self, answer: httpx2.Response) -> None:
         refused, before = answer.status_code in KEY_REFUSED_STATUSES, self._key_refused

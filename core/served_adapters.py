@@ -7,10 +7,11 @@ adapter that was loaded and never proved.
 
 import hashlib
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol, TypeVar
 
 from core.archives import fetch_directory
@@ -47,22 +48,23 @@ def load_proved(model: Model, storage: Storage, served_adapters_dir: Path, clien
     Raises ObjectDamaged, FileNotFoundError (not in storage any more), InferenceUnavailable, InferenceFailed, or AdapterRefused with
     the server's reason.
     """
-    directory = _unpacked(model, storage, served_adapters_dir)
     trial = f"{model.serving_name}-{new_token()[:12]}"
-    try:
-        client.load_adapter(trial, directory)
-        score = client.prompt_logprobs
-        verdict = compare(directory, partial(score, trial), partial(score, model.base_model), client.served_dtype(model.base_model), tolerance)
-    finally:
-        with suppress(AdapterRefused, InferenceUnavailable, InferenceFailed):  # it only takes memory: nobody knows the name
-            client.unload_adapter(trial)
+    with _at_hand(model, storage, served_adapters_dir, stays=not client.sends_files) as directory:
+        path = client.place_adapter(directory)
+        try:
+            client.load_adapter(trial, path)
+            score = client.prompt_logprobs
+            verdict = compare(directory, partial(score, trial), partial(score, model.base_model), client.served_dtype(model.base_model), tolerance)
+        finally:
+            with suppress(AdapterRefused, InferenceUnavailable, InferenceFailed):  # it only takes memory: nobody knows the name
+                client.unload_adapter(trial)
     if verdict.reason is None:
-        client.load_adapter(model.serving_name, directory)
+        client.load_adapter(model.serving_name, path)
     return verdict
 
 
 def remove_from_servers(model: Model, served_adapters_dir: Path, servers: InferenceServers) -> None:
-    """Have the model's adapter unloaded everywhere, and remove its unpacked files. Idempotent; whoever needs it loads it again.
+    """Have the model's adapter unloaded everywhere, and remove its files here and there. Idempotent; whoever needs it loads it again.
 
     It only frees memory and disk, so a server that is away or refuses is no error.
     """
@@ -73,10 +75,34 @@ def unload_and_remove(directory: Path, servers: InferenceServers) -> None:
     """The same for an unpacked adapter, which is served under its directory's name."""
     for client in servers.clients:
         try:
-            client.unload_adapter(directory.name)
+            client.remove_adapter(directory.name)
         except (InferenceUnavailable, InferenceFailed, AdapterRefused) as error:
             log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def sent_to_servers(servers: InferenceServers) -> set[str]:
+    """The names of the adapters that servers were sent and have not been told to remove: what no directory of this machine tells. Those
+    of a server that can't be asked are left out."""
+    names: set[str] = set()
+    for client in servers.clients:
+        try:
+            names |= client.sent_names()
+        except (InferenceUnavailable, InferenceFailed) as error:
+            log.warning("sent_adapters_unknown", server=client.url, error=str(error))
+    return names
+
+
+@contextmanager
+def _at_hand(model: Model, storage: Storage, served_adapters_dir: Path, *, stays: bool) -> Iterator[Path]:
+    """The model's adapter, unpacked. It stays where inference servers read it; what is sent to them is not needed here any more, and
+    other machines would not know of it when the model is deleted."""
+    if stays:
+        yield _unpacked(model, storage, served_adapters_dir)
+        return
+    served_adapters_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{model.serving_name}.", dir=served_adapters_dir) as temporary:
+        yield fetch_directory(storage, model.storage_key, model.archive_sha256, Path(temporary) / model.serving_name)
 
 
 def _unpacked(model: Model, storage: Storage, served_adapters_dir: Path) -> Path:

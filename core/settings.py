@@ -36,6 +36,10 @@ class Settings(BaseSettings):
         min_length=1,
         description="Inference servers (inference/ or vLLM) of one base model, on private addresses, separated by commas; each answers for every adapter.",
     )
+    inference_adapters: Literal["shared", "upload"] = Field(
+        "shared",
+        description="How adapters reach the inference servers: in a directory that they share with API and workers, under the same path, or over HTTP.",
+    )
     inference_api_key: SecretStr | None = Field(None, description="Bearer key that the inference server expects, if any.")
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=1, le=65_535, description="Port that the API listens on.")
@@ -216,8 +220,13 @@ class Settings(BaseSettings):
 
     @property
     def served_adapters_dir(self) -> Path:
-        """Unpacked adapters that the inference server loads; a cache of what storage holds."""
+        """Unpacked adapters that the inference server loads, or is sent; a cache of what storage holds."""
         return self.data_dir / "served_adapters"
+
+    @property
+    def uploaded_adapters_dir(self) -> Path:
+        """Where an inference server of this machine keeps what it is sent."""
+        return self.data_dir / "uploaded_adapters"
 
     @property
     def exports_dir(self) -> Path:

@@ -13,7 +13,7 @@ StorageCondition = Literal["ok", "unreachable", "not_writable", "full"]
 
 def storage_condition(settings: Settings, storage: Storage) -> StorageCondition:
     """`unreachable`: the bucket. `full`: the local disk has less free space than the largest file that may be uploaded; a bucket's service
-    needs one too, for what inference servers read. Asks the directory, or the one in which it will be made."""
+    needs one too, for adapters on their way to inference servers. Asks the directory, or the one in which it will be made."""
     wanted = settings.served_adapters_dir if isinstance(storage, S3Storage) else settings.storage_dir
     directory = next(parent for parent in (wanted, *wanted.parents) if os.path.exists(parent))
     if not os.access(directory, os.W_OK | os.X_OK):

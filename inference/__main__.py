@@ -16,7 +16,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m inference", description="Serve one base model and its adapters over HTTP.")
     parser.add_argument("--base-model", required=True, metavar="ID", help="the name that the base answers to")
     parser.add_argument("--model-dir", required=True, type=Path, help="the prepared base model")
-    parser.add_argument("--adapters-dir", required=True, type=Path, help="adapters are loaded from inside this directory only")
+    adapters = parser.add_mutually_exclusive_group(required=True)
+    adapters.add_argument("--adapters-dir", type=Path, metavar="DIR", help="adapters are loaded from inside this directory only")
+    adapters.add_argument("--uploads-dir", type=Path, metavar="DIR", help="the same, for this server alone: adapters are sent to it, with the key")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8809)
     parser.add_argument("--threads", type=_at_least_one, help="CPU threads (default: torch's own choice)")
@@ -44,6 +46,10 @@ def _at_least_one(text: str) -> int:
 
 def main() -> int:
     arguments = parse_arguments()
+    api_key = os.environ.get(arguments.api_key_env) or None
+    if arguments.uploads_dir and not api_key:
+        sys.stderr.write(f"--uploads-dir needs a key in {arguments.api_key_env}: whoever reaches this server could send it adapters\n")
+        return 1
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -65,8 +71,14 @@ def main() -> int:
         sys.stderr.write(f"{error.message}\n")
         return 1
     engine = Engine(model, max_batch=arguments.max_batch)
-    api_key = os.environ.get(arguments.api_key_env) or None
-    app = create_app(engine, base_model_id=arguments.base_model, adapters_dir=arguments.adapters_dir, api_key=api_key, max_adapters=arguments.max_adapters)
+    takes_uploads = arguments.uploads_dir is not None
+    adapters_dir = arguments.uploads_dir if takes_uploads else arguments.adapters_dir
+    options = {"base_model_id": arguments.base_model, "api_key": api_key, "max_adapters": arguments.max_adapters}
+    try:
+        app = create_app(engine, adapters_dir=adapters_dir, takes_uploads=takes_uploads, **options)
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     uvicorn.run(
         app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS, server_header=False
     )

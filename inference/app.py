@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inference.adapter_uploads import AdapterUploads, UploadedFiles, is_upload
 from inference.adapters import MAX_ADAPTERS, AdapterRegistry
 from inference.connections import ClientLeft
 from inference.detokenizer import TokenTable
@@ -28,8 +29,11 @@ CLIENT_CLOSED_REQUEST = 499
 logger = logging.getLogger(__name__)
 
 
-def create_app(engine: Engine, *, base_model_id: str, adapters_dir: Path, api_key: str | None = None, max_adapters: int = MAX_ADAPTERS) -> FastAPI:
-    """The server around an engine that is not started yet; its thread lives as long as the application."""
+def create_app(
+    engine: Engine, *, base_model_id: str, adapters_dir: Path, takes_uploads: bool = False, api_key: str | None = None, max_adapters: int = MAX_ADAPTERS
+) -> FastAPI:
+    """The server around an engine that is not started yet; its thread lives as long as the application. With `takes_uploads`,
+    `adapters_dir` is this server's own, and adapters are sent to it. Raises RuntimeError where it is not."""
     adapters_dir.mkdir(parents=True, exist_ok=True)
     chat_format = engine.model.chat_format
     vocabulary_size = int(engine.model.network.get_input_embeddings().num_embeddings)
@@ -49,12 +53,15 @@ def create_app(engine: Engine, *, base_model_id: str, adapters_dir: Path, api_ke
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(ClientLeft, _client_left)
     app.add_exception_handler(Exception, _unexpected)
-    app.add_middleware(Gate, api_key=api_key)
+    if takes_uploads:
+        app.add_middleware(AdapterUploads, files=UploadedFiles(adapters_dir))
+    app.add_middleware(Gate, api_key=api_key)  # the last one added is asked first
     return app
 
 
 class Gate:
-    """Asks every route but /health for the key, before the body is read, and cuts bodies off that are too large."""
+    """Asks every route but /health for the key, before the body is read, and cuts bodies off that are too large; an adapter's files have
+    limits of their own."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
@@ -66,7 +73,7 @@ class Gate:
         elif scope["path"] != "/health" and not self._allows(dict(scope["headers"]).get(b"authorization", b"")):
             await _respond(Unauthorised("a valid bearer key is needed"))(scope, receive, send)
         else:
-            await self._app(scope, _limited(receive), send)
+            await self._app(scope, receive if is_upload(scope["path"]) else _limited(receive), send)
 
     def _allows(self, given: bytes) -> bool:
         return self._expected is None or hmac.compare_digest(given, self._expected)

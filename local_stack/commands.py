@@ -116,8 +116,9 @@ class Stack:
             inherited = {name: value for name, value in spec.environment.items() if not name.startswith("SDFT_")}  # passwords among them
             return replace(spec, environment=_without_storage_keys(inherited) | vllm.server_environment(settings))
         words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
-        words += ["--adapters-dir", str(settings.served_adapters_dir), "--max-batch", str(settings.inference_max_batch)]
-        words += ["--max-adapters", str(settings.inference_max_adapters)]
+        sent = settings.inference_adapters == "upload"
+        words += ["--uploads-dir", str(settings.uploaded_adapters_dir)] if sent else ["--adapters-dir", str(settings.served_adapters_dir)]
+        words += ["--max-batch", str(settings.inference_max_batch), "--max-adapters", str(settings.inference_max_adapters)]
         words += ["--device", settings.device, "--dtype", settings.dtype]
         words += ["--threads", str(settings.inference_threads)] if settings.inference_threads else []
         command = self.python("inference", *words)

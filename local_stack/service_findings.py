@@ -9,6 +9,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from core.doorbell import broker_answers
+from core.inference_client import FILES_PATH
 from core.schema_revision import HEAD, describe_misfit, fit_of
 from core.settings import Settings
 from local_stack.directories import filesystem_of
@@ -105,4 +106,14 @@ def _inference(url: str, settings: Settings) -> Finding:
     if not set(known) & set(served):
         problem = f"it serves {', '.join(served[:5]) or 'nothing'}, and no base model of the catalogue ({', '.join(known)})"
         return Finding(what, problem, f"start it with the base model {known[0]} (vLLM: --served-model-name {known[0]})")
+    if settings.inference_adapters == "upload" and not _takes_adapters(url, headers):
+        mend = "start it with a directory of its own for them (vLLM: ADAPTER_UPLOADS_DIR; inference/: --uploads-dir), or unset the variable"
+        return Finding(what, "it takes no adapters over HTTP, which SDFT_INFERENCE_ADAPTERS=upload wants", mend)
     return Finding(what, None)
+
+
+def _takes_adapters(url: str, headers: dict[str, str]) -> bool:
+    try:
+        return httpx2.get(f"{url}{FILES_PATH}", headers=headers, timeout=LIMIT_SECONDS, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False

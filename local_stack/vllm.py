@@ -97,6 +97,8 @@ def server_environment(settings: Settings) -> dict[str, str]:
         "VLLM_PLUGINS": PLUGIN,
         "HF_HUB_OFFLINE": "1",
     }
+    if settings.inference_adapters == "upload":
+        environment["ADAPTER_UPLOADS_DIR"] = str(settings.uploaded_adapters_dir)
     if not on_cuda(settings):
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(settings.vllm_kv_cache_gib)
     if settings.inference_threads:

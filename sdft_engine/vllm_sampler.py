@@ -1,6 +1,6 @@
 """Rollouts by a vLLM server, which decodes many sequences at a time, from the student's weights of this very step.
 
-Every step the student's adapter is written where the server reads adapters, and loaded under a name that no adapter had before:
+Every step the student's adapter is written where the server reads adapters, or sent to it, and loaded under a name that no adapter had before:
 a name whose weights change in place would keep prefix-cache blocks of the old ones (vLLM issues 42125 and 48352). Before anything
 is sampled, the server's log-probabilities of a fixed text must agree with the trainer's; a server that samples from other weights
 than these, which would silently make the run off-policy, fails the run.
@@ -9,12 +9,15 @@ Prompts are sent as token ids, so that the trainer's chat template is the only o
 (seed, step, row).
 """
 
+import base64
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
@@ -23,6 +26,7 @@ import torch
 from sdft_engine.contract.config import VllmSampler
 from sdft_engine.contract.errors import SamplerUnavailable, StaleSampler
 from sdft_engine.contract.run_directory import sync_directory
+from sdft_engine.contract.sealed_directory import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from sdft_engine.generation import score
 from sdft_engine.lora import STUDENT
 from sdft_engine.model import LanguageModel
@@ -41,6 +45,8 @@ RETRY_SECONDS = 3
 PASSING = (404, 408, 429)
 """Statuses of a server that forgot its adapters when it was restarted, or is busy."""
 LOAD_PATH = "/v1/load_lora_adapter"
+FILES_PATH = "/adapter_files"
+"""Of servers that are sent adapters. A 404 of theirs means that they take none."""
 FAILED_LOADS = 3
 """In a row, for the same reason and by a server that says it is well: vLLM answers 500 to an adapter that it will never take."""
 HEALTH_SECONDS = 5
@@ -174,16 +180,28 @@ class RemoteSampler:
     def _load(self, model: LanguageModel, name: str) -> None:
         directory = self._config.adapters_dir / name
         temporary = directory.with_name(f".{name}.tmp")
-        for leftover in (directory, temporary):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._forget(name)  # of an attempt at this step that was interrupted; almost always there is none
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         model.adapters.save(STUDENT, temporary, self._base_model)
         temporary.rename(directory)
         sync_directory(directory.parent)
-        with suppress(SamplerUnavailable):  # of an attempt at this step that was interrupted; almost always there is none
-            self._post("/v1/unload_lora_adapter", {"lora_name": name}, LOAD_SECONDS)
-        self._post(LOAD_PATH, {"lora_name": name, "lora_path": str(directory)}, LOAD_SECONDS)
+        path = self._send(directory) if self._config.upload else str(directory)
+        self._post(LOAD_PATH, {"lora_name": name, "lora_path": path}, LOAD_SECONDS)
         self._failed_load, self._failed_loads = "", 0
+
+    def _send(self, directory: Path) -> str:
+        """Give the server the adapter's files. Returns where it keeps them. Raises SamplerUnavailable."""
+        path = None
+        for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
+            content = (directory / name).read_bytes()
+            digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+            headers = {"content-digest": f"sha-256=:{digest}:"}
+            answer = self._ask("PUT", f"{FILES_PATH}/{directory.name}/{name}", LOAD_SECONDS, content=content, headers=headers)
+            path = answer.get("lora_path") if isinstance(answer, dict) else None
+        if not isinstance(path, str):
+            raise SamplerUnavailable("the inference server does not say where it keeps the adapter that it was sent", lasting=True)
+        return path
 
     def _require_same(self, model: LanguageModel, name: str, step: int) -> None:
         """Raise StaleSampler unless the server's log-probabilities of the probe are the trainer's."""
@@ -202,6 +220,8 @@ class RemoteSampler:
     def _forget(self, name: str) -> None:
         with suppress(httpx2.HTTPError):  # it frees memory only, and a server that is away has forgotten it anyway
             self._http.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=LOAD_SECONDS)
+            if self._config.upload:
+                self._http.delete(f"{FILES_PATH}/{name}", timeout=LOAD_SECONDS)
         shutil.rmtree(self._config.adapters_dir / name, ignore_errors=True)
 
     def _choice(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -215,12 +235,15 @@ class RemoteSampler:
 
     def _post(self, path: str, body: dict[str, Any], timeout_seconds: float = ANSWER_SECONDS) -> Any:
         """The answer's JSON, or None where it is none. Raises SamplerUnavailable."""
+        return self._ask("POST", path, timeout_seconds, json=body)
+
+    def _ask(self, method: str, path: str, timeout_seconds: float, **content: Any) -> Any:
         try:
-            answer = self._http.post(path, json=body, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_SECONDS))
+            answer = self._http.request(method, path, timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_SECONDS), **content)
         except httpx2.HTTPError as error:
             raise SamplerUnavailable(f"the inference server that samples the rollouts can't be reached: {error or type(error).__name__}") from error
         if answer.status_code != 200:
-            lasting = answer.status_code < 500 and answer.status_code not in PASSING
+            lasting = answer.status_code < 500 and (answer.status_code not in PASSING or (method == "PUT" and answer.status_code == 404))
             if path == LOAD_PATH and answer.status_code == 500:
                 lasting = self._fails_for_good(answer.text)
             raise SamplerUnavailable(f"the inference server refused {path} with {answer.status_code}: {answer.text[:300]}", lasting=lasting)

@@ -1,7 +1,7 @@
 """The kernels that vllm_plugin/ gives to vLLM on a CPU, without vLLM: row by row they are what each row's own adapter says."""
 
 import asyncio
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,22 +11,14 @@ import pytest
 import torch
 
 PLUGIN_DIR = Path(__file__).parents[1] / "vllm_plugin"
+sys.path.insert(0, str(PLUGIN_DIR))  # as they are installed: beside one another
 INDICES = [0, -1, 2, 2, -1, 1, 0]
 SLOTS, RANK, IN, OUT = 3, 4, 6, 5
 
 
-def module_of(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, PLUGIN_DIR / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def plugin() -> Any:
-    return module_of("sdft_vllm_lora")
+    return importlib.import_module("sdft_vllm_lora")
 
 
 @pytest.fixture
@@ -97,7 +89,7 @@ def test_every_path_but_health_asks_for_the_key(monkeypatch: pytest.MonkeyPatch,
         raise AssertionError("the body is not read before the key is known")
 
     scope = {"type": "http", "path": path, "headers": [(b"authorization", given)]}
-    asyncio.run(module_of("sdft_vllm_key").RequireKey(app)(scope, receive, send))
+    asyncio.run(importlib.import_module("sdft_vllm_key").RequireKey(app)(scope, receive, send))
     assert answered == [status]
 
 
@@ -107,7 +99,7 @@ def test_no_server_starts_without_a_key(monkeypatch: pytest.MonkeyPatch, value: 
     if value is not None:
         monkeypatch.setenv("VLLM_API_KEY", value)
     with pytest.raises(RuntimeError, match="VLLM_API_KEY is not set"):
-        module_of("sdft_vllm_key").RequireKey(lambda *_: None)
+        importlib.import_module("sdft_vllm_key").RequireKey(lambda *_: None)
 
 
 def test_a_vllm_whose_kernels_have_other_names_is_refused(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:

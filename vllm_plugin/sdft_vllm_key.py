@@ -3,7 +3,10 @@
 import hmac
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
+
+from sdft_adapter_uploads import AdapterUploads, UploadedFiles
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -14,11 +17,14 @@ class RequireKey:
     """ASGI middleware (`--middleware sdft_vllm_key.RequireKey`): asks every path but /health for the key in VLLM_API_KEY, before
     the body is read. vLLM itself (0.32) asks under some prefixes only; /adapters, which loads and unloads adapters, is not among them.
 
-    Raises RuntimeError at the server's start where that variable is not set.
+    Where ADAPTER_UPLOADS_DIR names a directory, adapters are sent there over HTTP (sdft_adapter_uploads), behind the same door.
+
+    Raises RuntimeError at the server's start where VLLM_API_KEY is not set, or the directory is not for this server alone.
     """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self._app = app
+        uploads_dir = os.environ.get("ADAPTER_UPLOADS_DIR")
+        self._app = AdapterUploads(app, UploadedFiles(Path(uploads_dir))) if uploads_dir else app
         key = os.environ.get("VLLM_API_KEY")
         if not key:
             raise RuntimeError("VLLM_API_KEY is not set: whoever reaches this server could load adapters into it")

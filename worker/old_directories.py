@@ -1,4 +1,4 @@
-"""Directories of this machine that nobody needs any more: of runs, of exports, and of unpacked adapters.
+"""Directories that nobody needs any more: of runs, of exports, and of unpacked adapters, on this machine or sent to an inference server.
 
 Workers may share them. What is there is listed before the database is asked whose it is, because a row is older than its directory;
 where it is not, only a directory that has not been touched for a day goes.
@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from core.database import unix_now
 from core.model_exports import tokens_of_running_exports
-from core.served_adapters import unload_and_remove
+from core.served_adapters import sent_to_servers, unload_and_remove
 from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.models import Model
 from worker.resources import Resources
@@ -50,7 +50,7 @@ def remove_export_directories(resources: Resources) -> int:
 
 def remove_unserved_adapters(resources: Resources) -> int:
     """Unpacked adapters of models that were deleted or never came to be, and what was never unpacked whole."""
-    there = [path for path in _directories_in(resources.settings.served_adapters_dir) if job_of_rollout_adapter(path.name) is None]
+    there = [path for path in _adapters_there(resources) if job_of_rollout_adapter(path.name) is None]
     with resources.database.reading() as session:
         rows = session.execute(select(Model.serving_name, Model.status).where(Model.serving_name.in_([path.name for path in there])))
         status_of = {row.serving_name: row.status for row in rows}
@@ -63,16 +63,26 @@ def remove_unserved_adapters(resources: Resources) -> int:
 
 def remove_idle_rollout_adapters(resources: Resources) -> int:
     """The student's adapters of jobs that don't run, where the worker that would have removed them was killed."""
-    there = {path: job_id for path in _directories_in(resources.settings.served_adapters_dir) if (job_id := job_of_rollout_adapter(path.name))}
+    there = {path: job_id for path in _adapters_there(resources) if (job_id := job_of_rollout_adapter(path.name))}
     with resources.database.reading() as session:
         jobs = {row.id: row for row in session.execute(select(Job.id, Job.status, Job.attempt).where(Job.id.in_(there.values())))}
+    forgotten = set()
     for job_id in set(there.values()):
         job = jobs.get(job_id)
         if job is not None and job.status != "running":
             forget_rollout_adapters(resources, job_id, job.attempt)
+            forgotten.add(job_id)
         elif job is None and all(_is_abandoned(path) for path, of_job in there.items() if of_job == job_id):
             forget_rollout_adapters(resources, job_id, sys.maxsize)
-    return sum(not path.exists() for path in there)
+            forgotten.add(job_id)
+    return sum(job_id in forgotten and not path.exists() for path, job_id in there.items())
+
+
+def _adapters_there(resources: Resources) -> set[Path]:
+    """Also those that lie on an inference server alone, as they would be called here. Of another service that has adapters there we
+    know no rows, and they are left alone: no such directory here was abandoned."""
+    root = resources.settings.served_adapters_dir
+    return {*_directories_in(root), *(root / name for name in sent_to_servers(resources.inference))}
 
 
 def _directories_in(root: Path) -> list[Path]:

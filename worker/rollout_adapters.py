@@ -4,7 +4,7 @@ import re
 import shutil
 
 from core.logging import get_logger
-from core.served_adapters import unload_and_remove
+from core.served_adapters import sent_to_servers, unload_and_remove
 from worker.resources import Resources
 
 ROLLOUT_ADAPTER = re.compile(r"rollout-(ftjob-[0-9a-f]+)-")
@@ -28,8 +28,8 @@ def forget_rollout_adapters(resources: Resources, job_id: str, attempt: int) -> 
     work by now. Idempotent; almost always there are none."""
     root = resources.settings.served_adapters_dir
     prefix = rollout_adapters_of(job_id)
-    found = [path for path in root.glob(f"*{prefix}*") if _attempt_of(path.name, prefix) <= attempt]
-    for directory in found:
+    names = {path.name for path in root.glob(f"*{prefix}*")} | {name for name in sent_to_servers(resources.inference) if name.startswith(prefix)}
+    for directory in (root / name for name in names if _attempt_of(name, prefix) <= attempt):
         if directory.name.startswith("."):  # never given to a server
             shutil.rmtree(directory, ignore_errors=True)
             continue

@@ -119,6 +119,7 @@ def _sampler(resources: Resources, job: Job, attempt: int) -> VllmSampler | None
     return VllmSampler(
         url=client.url,
         adapters_dir=resources.settings.served_adapters_dir,
+        upload=resources.settings.inference_adapters == "upload",
         name_prefix=f"{rollout_adapters_of(job.id)}{attempt}",
         api_key_env=SAMPLER_KEY if resources.settings.inference_api_key else None,
         tolerance=resources.settings.attestation_tolerance,

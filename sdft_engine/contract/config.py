@@ -25,7 +25,9 @@ class VllmSampler(BaseModel):
 
     url: str
     adapters_dir: Path
-    """Which server and trainer both see under this path."""
+    """Which server and trainer both see under this path; with `upload` the trainer's own."""
+    upload: bool = False
+    """Send the server the student's files over HTTP."""
     name_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")]
     """Of the names that the student is loaded under: no other run's."""
     api_key_env: str | None = None

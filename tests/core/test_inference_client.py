@@ -1,6 +1,8 @@
 """The client against a server that answers what a test tells it to: every status and every way of breaking off."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import socket
 import threading
@@ -42,6 +44,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._reply(None)
+
+    def do_DELETE(self) -> None:
+        self._reply(None)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["content-length"])).decode()
+        self._reply({"content": content, "digest": self.headers["content-digest"]})
 
     def do_POST(self) -> None:
         self._reply(json.loads(self.rfile.read(int(self.headers["content-length"]))))
@@ -154,6 +163,79 @@ def test_a_server_that_is_busy_or_starting_has_not_refused_the_adapter(client: I
 def test_unloading_is_idempotent(client: InferenceClient, server: Server, status: int) -> None:
     server.answers(status, {"error": {"message": "not loaded"}})
     client.unload_adapter("a1")
+
+
+@pytest.fixture
+def sender(server: Server, make_settings: MakeSettings) -> InferenceClient:
+    """A client whose server sees no disk of ours."""
+    return InferenceClient(f"http://127.0.0.1:{server.server_port}", make_settings(inference_api_key="secret", inference_adapters="upload"))
+
+
+@pytest.fixture
+def adapter_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "a1"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_text("weights")
+    (directory / "attestation.json").write_text("of no use to a server")
+    return directory
+
+
+def test_where_disks_are_shared_nothing_is_sent(client: InferenceClient, server: Server, adapter_dir: Path) -> None:
+    assert (client.place_adapter(adapter_dir), client.sent_names()) == (str(adapter_dir), set())
+    client.remove_adapter("a1")
+    assert [path for path, _, _ in server.requests] == ["/v1/unload_lora_adapter"]
+
+
+def test_an_adapter_is_sent_as_two_files_with_their_hashes(sender: InferenceClient, server: Server, adapter_dir: Path) -> None:
+    server.answers(200, {"lora_path": "/there/a1"})
+    assert sender.place_adapter(adapter_dir) == "/there/a1"
+    digests = [base64.b64encode(hashlib.sha256(content).digest()).decode() for content in (b"{}", b"weights")]
+    assert server.requests == [
+        ("/adapter_files/a1/adapter_config.json", {"content": "{}", "digest": f"sha-256=:{digests[0]}:"}, "Bearer secret"),
+        ("/adapter_files/a1/adapter_model.safetensors", {"content": "weights", "digest": f"sha-256=:{digests[1]}:"}, "Bearer secret"),
+    ]
+    server.answers(200, {"names": ["a1", "a2"]})
+    assert sender.sent_names() == {"a1", "a2"}
+    server.requests.clear()
+    sender.remove_adapter("a1")
+    assert [path for path, _, _ in server.requests] == ["/v1/unload_lora_adapter", "/adapter_files/a1"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (404, {"detail": "Not Found"}, InferenceFailed),
+        (405, {}, InferenceFailed),
+        (401, {}, InferenceFailed),
+        (200, {}, InferenceFailed),
+        (400, {"error": {"message": "its Content-Digest"}}, AdapterRefused),
+        (409, {"error": {"message": "another"}}, AdapterRefused),
+        (413, {"error": {"message": "bytes"}}, AdapterRefused),
+        (503, {}, InferenceUnavailable),
+        (507, {"error": {"message": "the server's disk is full"}}, InferenceUnavailable),
+    ],
+)
+def test_a_server_that_does_not_take_an_adapter(
+    sender: InferenceClient, server: Server, adapter_dir: Path, status: int, body: Any, error: type[Exception]
+) -> None:
+    server.answers(status, body)
+    with pytest.raises(error):
+        sender.place_adapter(adapter_dir)
+    assert len(server.requests) == 1, "what comes after is not sent"
+
+
+@pytest.mark.parametrize("body", [{}, {"names": None}, {"detail": "Not Found"}])
+def test_a_server_that_does_not_say_what_it_was_sent(sender: InferenceClient, server: Server, body: Any) -> None:
+    server.answers(404, body)
+    with pytest.raises(InferenceFailed, match="takes no adapters over HTTP"):
+        sender.sent_names()
+
+
+def test_removing_that_fails_is_told(sender: InferenceClient, server: Server) -> None:
+    server.answers(500, {"error": {"message": "no such luck"}})
+    with pytest.raises(AdapterRefused, match="no such luck"):
+        sender.remove_adapter("a1")
 
 
 def test_unloading_that_fails_is_told(client: InferenceClient, server: Server) -> None:

@@ -241,6 +241,15 @@ def test_bootstrap_replaces_a_lost_key_and_says_so(database_url: str, database: 
     assert line.startswith(f"{tmp_path / 'admin.key'} was missing, so a new API key was made")
 
 
+def test_bootstrap_makes_the_first_key_only_where_it_is_told_so(database_url: str, database: Database, tmp_path: Path) -> None:
+    """A container that keeps no file would else make one more at every start."""
+    first = bootstrap(tmp_path, database_url, "--first-only")
+    assert project_of(database, first.stdout.strip()) is not None
+    (tmp_path / "admin.key").unlink()
+    second = bootstrap(tmp_path, database_url, "--first-only")
+    assert (second.returncode, second.stdout, second.stderr, (tmp_path / "admin.key").exists()) == (0, "", "", False)
+
+
 @pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--no-such-option", 2)])
 def test_bootstrap_with_words_makes_nothing(tmp_path: Path, word: str, status: int) -> None:
     result = bootstrap(tmp_path / "..", f"sqlite:///{tmp_path}/data/database.sqlite3", word)

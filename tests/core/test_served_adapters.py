@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from core.archives import store_directory
 from core.errors import InferenceFailed
 from core.inference_client import InferenceClient
 from core.inference_servers import InferenceServers
-from core.served_adapters import load_proved, remove_from_servers
+from core.served_adapters import load_proved, remove_from_servers, sent_to_servers
 from core.settings import Settings
 from core.storage import LocalStorage, ObjectDamaged
 from core.tables.models import Model
@@ -130,4 +131,32 @@ def test_a_server_that_did_not_prove_itself_never_has_the_serving_name(settings:
     assert load(model, storage, settings, client).reason is None
     assert server.adapters == {"serving-1": 7}
     assert len(set(server.ever_loaded)) == 3, "every trial has a name of its own"
+    server.stop()
+
+
+def test_a_server_that_sees_no_disk_of_ours_is_sent_the_adapter(make_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    """Once for both names, and nothing stays here, where nobody would hear of the model's end."""
+    settings = make_settings(inference_adapters="upload")
+    storage = LocalStorage(settings.storage_dir)
+    adapter_dir = tmp_path / "adapter"
+    adapter_dir.mkdir()
+    write_adapter(adapter_dir, 7)
+    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
+    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    server = ScriptedInference("tiny")
+    server.start()
+    server.sent.taken = True
+    servers = InferenceServers(settings.model_copy(update={"inference_urls": [server.url]}))
+    for _ in range(2):
+        assert load(model, storage, settings, servers.clients[0]).reason is None
+        assert (server.adapters, server.sent.names(), sent_to_servers(servers)) == ({"serving-1": 7}, ["serving-1"], {"serving-1"})
+        assert list(settings.served_adapters_dir.iterdir()) == []
+    server.sent.taken = False
+    with pytest.raises(InferenceFailed, match="SDFT_INFERENCE_ADAPTERS=shared"):
+        load(model, storage, settings, servers.clients[0])
+    assert sent_to_servers(servers) == set(), "it does not say"
+    server.sent.taken = True
+    for _ in range(2):
+        remove_from_servers(model, settings.served_adapters_dir, servers)
+        assert (server.adapters, server.sent.names()) == ({}, [])
     server.stop()

@@ -4,8 +4,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from openai import OpenAI
+from sqlalchemy import select
 
-from tests.faults.deployment import Deployment, wait_for
+from core.inference_servers import InferenceServers
+from core.tables.models import Model
+from tests.faults.deployment import BASE, Deployment, wait_for
 from tests.fixtures.faulty_proxy import Fault, FaultyProxy
 from tests.fixtures.s3_server import Bucket
 
@@ -65,6 +69,40 @@ def test_two_machines_share_a_queue(machines: tuple[Deployment, Deployment]) -> 
     assert worked[0] | worked[1] == set(job_ids)
     assert worked[0].isdisjoint(worked[1])
     assert all(worked), "each had its share"
+
+
+def test_machines_without_a_common_disk_train_and_answer(postgres_url: str, bucket: Bucket, make_deployment: Callable[..., Deployment]) -> None:
+    """API, worker and inference server on a machine each. The server's copy goes with the server, and is sent again."""
+    variables = storage_variables(bucket) | {"SDFT_INFERENCE_ADAPTERS": "upload", "SDFT_INFERENCE_API_KEY": "secret"}
+    serving = make_deployment(postgres_url, **variables)
+    variables["SDFT_INFERENCE_URLS"] = serving.settings.inference_urls[0]
+    asked = make_deployment(postgres_url, **variables)
+    training = make_deployment(postgres_url, **variables, SDFT_REDIS_URL=asked.stack.broker_url)
+    serving.start("inference")
+    asked.start("valkey", "api")
+    training.start("worker")
+    job_id = asked.create_job(n_epochs=2)
+    model = str(asked.wait_for_end(job_id).fine_tuned_model)
+    question: Any = [{"role": "user", "content": "Which lamp is lamp 3?"}]
+
+    def answer(client: OpenAI) -> str | None:
+        return client.chat.completions.create(model=model, messages=question, max_tokens=8, temperature=0).choices[0].message.content
+
+    first = answer(asked.client)
+    serving.kill("inference")
+    serving.start("inference")
+    assert not any(path.is_dir() and path.name[0] != "." for path in serving.settings.uploaded_adapters_dir.iterdir())
+    assert answer(asked.client.with_options(max_retries=5)) == first
+    with asked.database.reading() as session:
+        (name,) = session.scalars(select(Model.serving_name))
+    (server,) = InferenceServers(asked.settings).clients
+    assert server.prompt_logprobs(name, [5, 6, 7, 8]) != server.prompt_logprobs(BASE, [5, 6, 7, 8])
+    sent = serving.settings.uploaded_adapters_dir / name
+    assert {path.name for path in sent.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    for machine in (asked, training):
+        assert list(machine.settings.served_adapters_dir.iterdir()) == []
+    asked.client.models.delete(model)
+    assert not sent.exists()
 
 
 @pytest.fixture

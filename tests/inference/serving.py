@@ -112,19 +112,26 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @contextmanager
-def serving(model_dir: Path, adapters_dir: Path, *, api_key: str | None = None, max_adapters: int = 64, **options: Any) -> Iterator[RunningServer]:
+def serving(
+    model_dir: Path, adapters_dir: Path, *, api_key: str | None = None, max_adapters: int = 64, takes_uploads: bool = False, **options: Any
+) -> Iterator[RunningServer]:
     engine = Engine(load_base_model(model_dir, device="cpu", dtype="float32"), **options)
-    app = create_app(engine, base_model_id=BASE, adapters_dir=adapters_dir, api_key=api_key, max_adapters=max_adapters)
+    app = create_app(engine, base_model_id=BASE, adapters_dir=adapters_dir, takes_uploads=takes_uploads, api_key=api_key, max_adapters=max_adapters)
+    with answering(app) as url, httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+        yield RunningServer(url, engine, adapters_dir, client)
+
+
+@contextmanager
+def answering(app: Any) -> Iterator[str]:
+    """An ASGI application's URL while it is served."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         wait_until(lambda: server.started)
-        with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
-            yield RunningServer(url, engine, adapters_dir, client)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from inference.__main__ import parse_arguments
+from inference.__main__ import main, parse_arguments
 from tests.inference.serving import wait_until
 
 
@@ -90,3 +90,17 @@ def test_senseless_arguments_are_refused(words: list[str], capsys: pytest.Captur
     with pytest.raises(SystemExit):
         parse_arguments(["--base-model", "a", "--model-dir", "b", "--adapters-dir", "c", *words])
     assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--adapters-dir", "c", "--uploads-dir", "d"]])
+def test_adapters_are_in_a_shared_directory_or_sent(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--base-model", "a", "--model-dir", "b", *words])
+    assert "--uploads-dir" in capsys.readouterr().err
+
+
+def test_no_server_is_sent_adapters_without_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("SDFT_INFERENCE_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["inference", "--base-model", "a", "--model-dir", "b", "--uploads-dir", "c"])
+    assert main() == 1
+    assert "needs a key in SDFT_INFERENCE_API_KEY" in capsys.readouterr().err

@@ -48,6 +48,12 @@ def test_the_processes_are_told_the_settings(stack: Stack) -> None:
     assert "--concurrency" not in stack.worker_process().argv, "the worker takes its threads from the settings itself"
 
 
+def test_the_embedded_server_has_a_directory_for_what_it_is_sent(stack: Stack) -> None:
+    argv = Stack(stack.settings.model_copy(update={"inference_adapters": "upload"})).inference_process().argv
+    assert argv[argv.index("--uploads-dir") + 1] == str(stack.settings.data_dir / "uploaded_adapters")
+    assert "--adapters-dir" not in argv
+
+
 def test_children_get_absolute_settings_and_threads_that_do_not_spin(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     environment = stack.environment
@@ -151,6 +157,12 @@ def test_vllm_serves_the_prepared_model_with_adapters(vllm_stack: Stack) -> None
     assert (spec.environment["VLLM_API_KEY"], "secret" in words) == ("secret", False)
     assert vllm_stack.api_process().environment["SDFT_INFERENCE"] == "vllm", "jobs may ask for its rollouts"
     assert spec.environment["VLLM_PLUGINS"] == "sdft_cpu_lora", "and no resolver answers with adapters that nobody proved"
+
+
+def test_vllm_has_a_directory_for_what_it_is_sent(vllm_stack: Stack) -> None:
+    assert "ADAPTER_UPLOADS_DIR" not in vllm_stack.inference_process().environment
+    sent = Stack(vllm_stack.settings.model_copy(update={"inference_adapters": "upload"}))
+    assert sent.inference_process().environment["ADAPTER_UPLOADS_DIR"] == str(vllm_stack.settings.data_dir / "uploaded_adapters")
 
 
 def test_vllm_and_its_children_are_found_again(vllm_stack: Stack) -> None:

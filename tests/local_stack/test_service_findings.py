@@ -112,12 +112,12 @@ def test_brokers(valkey: str) -> None:
 
 
 class Server:
-    """Answers GET /v1/models with the key `right`."""
+    """Answers GET /v1/models, and `others` with the same, with the key `right`."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, *others: str) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                right = self.path == "/v1/models" and self.headers["authorization"] == "Bearer right"
+                right = self.path in ("/v1/models", *others) and self.headers["authorization"] == "Bearer right"
                 self.send_response(200 if right else 401)
                 self.end_headers()
                 self.wfile.write(body if right else b"{}")
@@ -133,8 +133,8 @@ class Server:
 def start_server() -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
-    def start(body: bytes) -> Server:
-        started.append(Server(body))
+    def start(body: bytes, *others: str) -> Server:
+        started.append(Server(body, *others))
         return started[-1]
 
     yield start
@@ -162,6 +162,14 @@ def test_inference_servers(make_settings: MakeSettings, start_server: Callable[.
     (finding,) = inference_findings(make_settings(inference_urls=[server.url], inference_api_key=key))
     assert finding.problem == problem
     assert not finding.is_warning
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_an_inference_server_that_is_to_be_sent_adapters(make_settings: MakeSettings, start_server: Callable[..., Server], taken: bool) -> None:
+    server = start_server(models("smollm2-135m-instruct"), *(["/adapter_files"] if taken else []))
+    (finding,) = inference_findings(make_settings(inference_urls=[server.url], inference_api_key="right", inference_adapters="upload"))
+    assert (finding.problem is None) == taken
+    assert taken or "ADAPTER_UPLOADS_DIR" in finding.mend
 
 
 def test_an_inference_server_that_is_away_is_a_warning(make_settings: MakeSettings) -> None:

@@ -113,21 +113,13 @@ def test_what_is_mounted_is_there_and_where_the_process_looks(name: str) -> None
     volumes = {volume["name"]: volume for volume in pod_of(name)["volumes"]}
     mounts = {mount["name"]: mount["mountPath"] for mount in container_of(name)["volumeMounts"]}
     assert set(mounts) == set(volumes)
-    for volume in volumes.values():
-        if claim := volume.get("persistentVolumeClaim"):
-            assert named("PersistentVolumeClaim", claim["claimName"])["spec"]["accessModes"] == ["ReadWriteMany"]
+    claims = {volume_name: volume["persistentVolumeClaim"]["claimName"] for volume_name, volume in volumes.items() if "persistentVolumeClaim" in volume}
+    assert set(claims) <= {"cache"}, "pods share prepared base models and no other disk"
+    assert all(named("PersistentVolumeClaim", claim)["spec"]["accessModes"] == ["ReadWriteMany"] for claim in claims.values())
     environment = environment_of(name)
     assert mounts.get("data", "/data") == environment["SDFT_DATA_DIR"]
     assert mounts.get("cache", "/cache") == environment["SDFT_CACHE_DIR"]
     assert mounts["tmp"] == "/tmp"
-
-
-def test_a_worker_s_own_directories_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDFT_DATA_DIR", STAGES["worker"].environment["SDFT_DATA_DIR"])
-    own = {volume["name"] for volume in pod_of("sdft-worker")["volumes"] if "emptyDir" in volume}
-    paths = {mount["mountPath"] for mount in container_of("sdft-worker")["volumeMounts"] if mount["name"] in own}
-    assert {str(Settings().runs_dir), str(Settings().exports_dir)} <= paths
-    assert str(Settings().served_adapters_dir) not in paths, "which inference servers read"
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -143,6 +135,7 @@ def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.Mon
     settings = Settings()
     assert settings.inference == "vllm"
     assert settings.storage_url == "s3://sdft"
+    assert settings.inference_adapters == "upload", "inference servers see no pod's data directory"
     assert settings.dtype != "auto", "a trainer would measure for itself, and differ from the inference servers"
     assert settings.inference_api_key is not None
     assert settings.inference_urls == ["http://vllm.inference.svc:8000"]
@@ -151,8 +144,10 @@ def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.Mon
 
 def test_what_runs_once_is_what_compose_runs() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    first_key_only = [word.replace("core.bootstrap", "core.bootstrap --first-only") for word in compose["migrate"]["command"]]
+    assert command_of("sdft-migrate") == first_key_only, "no file tells the Job that the key was made before"
+    assert command_of("sdft-prepare-base-model") == compose["prepare-base-model"]["command"]
     for service in ("migrate", "prepare-base-model"):
-        assert command_of(f"sdft-{service}") == compose[service]["command"]
         assert target_of(f"sdft-{service}") == compose[service]["build"]["target"]
     assert f"--id={DEFAULT_BASE_MODELS[0].id}" in command_of("sdft-prepare-base-model")
     assert environment_of("sdft-prepare-base-model")["HF_HUB_OFFLINE"] == "0"

@@ -48,6 +48,31 @@ def test_every_step_has_a_name_of_its_own_and_leaves_nothing(tmp_path: Path, tin
     assert list((tmp_path / "served").iterdir()) == []
 
 
+def test_a_server_that_sees_no_disk_of_the_trainer_s_is_sent_every_step_s_adapter(
+    tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.sent.taken = True
+    loaded_from: list[Path] = []
+    load = server._load
+    monkeypatch.setattr(server, "_load", lambda name, directory: (loaded_from.append(directory), load(name, directory))[1])
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server, sampler={"upload": True})
+    assert train(run).outcome == "succeeded"
+    assert loaded_from == [server.sent.directory / f"rollout-job-1-{step}" for step in range(1, 9)]
+    assert (server.loaded, server.sent.names()) == ({}, [])
+    assert list((tmp_path / "served").iterdir()) == []
+    shared = sampled_run(tmp_path / "shared", tiny_model_dir, server)
+    train(shared)
+    (_, expected), (_, actual) = read_adapter(shared.final_dir), read_adapter(run.final_dir)
+    assert all(bool((actual[name] == value).all()) for name, value in expected.items())
+
+
+def test_a_server_that_takes_no_adapters_ends_the_run(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    """It would say the same in five minutes."""
+    with pytest.raises(SamplerUnavailable, match=r"refused /adapter_files/rollout-job-1-1/adapter_config.json with 404"):
+        train(sampled_run(tmp_path / "run", tiny_model_dir, server, sampler={"upload": True}))
+    assert loads_asked_for(server) == 0
+
+
 def test_prompts_are_token_ids_and_the_sampling_is_the_run_s(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
     run = sampled_run(tmp_path / "run", tiny_model_dir, server, temperature=0.7, n_epochs=1)
     train(run)

@@ -115,7 +115,8 @@ def vllm_server(vllm_settings: Settings, real_model_dir: Path, tmp_path_factory:
     (entry.directory(settings.cache_dir) / "generation_config.json").unlink(missing_ok=True)
     (entry.directory(settings.cache_dir) / "generation_config.json").write_text(json.dumps(MISLEADING_DEFAULTS))
     command = vllm.server_command(settings, entry, "127.0.0.1", port)
-    with running("vllm", command, vllm.server_environment(vllm_settings), port, vllm_settings, tmp_path_factory) as server:
+    environment = vllm.server_environment(vllm_settings.model_copy(update={"inference_adapters": "upload"}))
+    with running("vllm", command, environment, port, vllm_settings, tmp_path_factory) as server:
         yield server
 
 

@@ -40,7 +40,7 @@ HYPERPARAMETERS = ResolvedSdft(
 )
 
 
-def trained(path: Path, model_dir: Path, **config: Any) -> list[dict[str, Any]]:
+def trained(path: Path, model_dir: Path, hyperparameters: ResolvedSdft = HYPERPARAMETERS, **config: Any) -> list[dict[str, Any]]:
     """The metrics of a short run on the first demonstrations."""
     path.mkdir()
     run = RunDirectory(path)
@@ -52,7 +52,7 @@ def trained(path: Path, model_dir: Path, **config: Any) -> list[dict[str, Any]]:
         device="cpu",
         dtype="float32",
         teacher_template="history_twice",
-        sdft=HYPERPARAMETERS,
+        sdft=hyperparameters,
         **config,
     )
     run.config_path.write_text(whole.model_dump_json())
@@ -80,3 +80,19 @@ def test_both_samplers_lead_to_the_same_model(
     assert mean(theirs, last) == pytest.approx(mean(ours, last), rel=0.4)
     assert theirs[-1]["adapter_norm"] == pytest.approx(ours[-1]["adapter_norm"], rel=0.1)
     assert vllm_server.model_ids() == [BASE], "every step's adapter was unloaded"
+
+
+def test_a_trainer_that_shares_no_disk_with_the_server_has_its_rollouts_from_there(
+    vllm_server: Server, vllm_settings: Settings, real_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step's weights are sent, or their log-probabilities would not be the trainer's."""
+    monkeypatch.setenv("SAMPLER_KEY", KEY)
+    own_dir = tmp_path / "the trainer's own"
+    sampler = {"url": vllm_server.url, "adapters_dir": str(own_dir), "upload": True, "name_prefix": "rollout-test-2", "api_key_env": "SAMPLER_KEY"}
+    rows = trained(tmp_path / "vllm", real_model_dir, HYPERPARAMETERS.model_copy(update={"n_epochs": 4}), sampler=sampler)
+    assert len(rows) == 4
+    assert all(row["importance_ratio"] == pytest.approx(1, abs=0.01) for row in rows)
+    assert rows[-1]["train_loss"] != rows[0]["train_loss"]
+    assert list(own_dir.iterdir()) == []
+    assert vllm_server.model_ids() == [BASE]
+    assert vllm_server.client.get("/adapter_files").json() == {"names": []}

@@ -111,3 +111,30 @@ def test_a_later_attempt_s_rollout_adapters_stay(workshop: Workshop) -> None:
     make(root / f"rollout-{job_id}-2-1")
     assert remove_idle_rollout_adapters(workshop.resources) == 1
     assert names_in(root) == [f"rollout-{job_id}-2-1"]
+
+
+def test_adapters_that_were_sent_go_from_the_server_that_has_them(workshop: Workshop, inference: ScriptedInference) -> None:
+    """By rows alone: of what is in no row here, another service may have need."""
+    inference.sent.taken = True
+    for client in workshop.resources.inference.clients:
+        client.sends_files = True
+    live, deleted = add_model(workshop, "models/live.tar.gz"), add_model(workshop, "models/deleted.tar.gz", "deleted")
+    running = add_job(workshop.database, workshop.project_id, "running", attempt=2, lease_token="t", lease_until=1e12)
+    ended = add_job(workshop.database, workshop.project_id, "failed", attempt=3, finished_at=unix_now())
+    kept = [live.serving_name, f"rollout-{running}-2-7", "of-another-service", "rollout-ftjob-0123456789abcdef-1-1"]
+    gone = [deleted.serving_name, f"rollout-{ended}-3-9"]
+    for name in (*kept, *gone):
+        (inference.sent.directory / name).mkdir()
+    inference.adapters |= dict.fromkeys((*kept, *gone), 1)
+    assert (remove_unserved_adapters(workshop.resources), remove_idle_rollout_adapters(workshop.resources)) == (1, 1)
+    assert inference.sent.names() == sorted(kept)
+    assert set(inference.adapters) == set(kept)
+
+
+def test_a_server_that_does_not_say_what_it_was_sent_keeps_nothing_here(workshop: Workshop, inference: ScriptedInference) -> None:
+    for client in workshop.resources.inference.clients:
+        client.sends_files = True
+    inference.sent.taken = False
+    deleted = add_model(workshop, "models/deleted.tar.gz", "deleted")
+    make(workshop.resources.settings.served_adapters_dir / deleted.serving_name)
+    assert remove_unserved_adapters(workshop.resources) == 1

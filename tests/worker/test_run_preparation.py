@@ -92,12 +92,35 @@ def test_rollouts_by_vllm_go_to_the_first_server_that_answers(
     assert told["sampler"] == {
         "url": inference.url,
         "adapters_dir": str(settings.served_adapters_dir),
+        "upload": False,
         "name_prefix": f"rollout-{job_id}-1",
         "api_key_env": "SAMPLER_API_KEY",
         "tolerance": settings.attestation_tolerance,
     }
     assert [directory.exists() for directory in (left, unfinished, of_a_later_attempt)] == [False, False, True]
     assert left.name not in inference.adapters
+
+
+def test_what_a_trainer_on_a_lost_machine_sent_is_gone_when_the_attempt_is_over(
+    worker_settings: Callable[..., Settings], sqlite_database: Database, inference: ScriptedInference, tmp_path: Path
+) -> None:
+    """No directory here names it, only the server."""
+    inference.sent.taken = True
+    workshop = workshop_of(worker_settings(inference_urls=[inference.url], inference_adapters="upload"), sqlite_database, tmp_path)
+    workshop.script(steps=1)
+    job_id = workshop.add_job(method={"type": "sdft", "sdft": {"sampler": "vllm", "hyperparameters": {}}})
+    names = [f"rollout-{job_id}-1-7", f"rollout-{job_id}-2-7", "rollout-ftjob-0123456789abcdef-1-7"]
+    for name in names:
+        (inference.sent.directory / name).mkdir()
+    inference.adapters |= dict.fromkeys(names, 5)
+    train_next(workshop)
+    settings = workshop.resources.settings
+    told = json.loads((settings.runs_dir / job_id / "attempt-1" / "config.json").read_text())
+    assert told["sampler"]["upload"] is True
+    (model,) = set(inference.adapters) - set(names)
+    assert inference.sent.names() == sorted([*names[1:], model])
+    assert set(inference.adapters) == {*names[1:], model}
+    assert list(settings.served_adapters_dir.iterdir()) == [], "what was sent is not kept here"
 
 
 @pytest.mark.parametrize(("probes", "with_file", "without"), [("off", "end", "off"), ("end", "end", "end"), ("checkpoints", "checkpoints", "checkpoints")])

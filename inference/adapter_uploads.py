@@ -1,0 +1,1 @@
+../vllm_plugin/sdft_adapter_uploads.py

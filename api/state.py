@@ -5,7 +5,6 @@ from typing import Annotated
 
 import anyio
 import anyio.to_thread
-from celery import Celery
 from fastapi import Depends, Request
 
 from api.caller import caller_of
@@ -14,7 +13,7 @@ from api.fine_tuning.jobs.event_feed import EventFeed
 from api.fine_tuning.jobs.queue_view import QueueView
 from core.audit import Actor
 from core.database import Database
-from core.doorbell import celery_application
+from core.doorbell import Doorbell, celery_application
 from core.inference_servers import InferenceServers
 from core.object_storage import open_storage
 from core.settings import Settings
@@ -29,7 +28,7 @@ class ApiState:
     settings: Settings
     database: Database
     storage: Storage
-    doorbell: Celery
+    doorbell: Doorbell
     inference: InferenceServers
     adapter_loading: AdapterLoading
     queue: QueueView
@@ -46,7 +45,7 @@ class ApiState:
             settings=settings,
             database=database,
             storage=storage,
-            doorbell=celery_application(settings),
+            doorbell=Doorbell(celery_application(settings)),
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
             queue=QueueView(database, settings.project_max_running_jobs),

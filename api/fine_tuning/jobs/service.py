@@ -10,7 +10,6 @@ from api.fine_tuning.jobs.schemas import JobObject, job_object
 from api.pagination import unknown_cursor
 from api.state import ApiState
 from core.audit import Action, Actor, record
-from core.doorbell import ring
 from core.errors import BadRequest
 from core.jobs.transitions import request_cancellation, request_pause, resume
 from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
@@ -59,7 +58,7 @@ def _changed(state: ApiState, job: Job, actor: Actor, change: Callable[[Session,
             done = action.rpartition(".")[2]
             raise BadRequest(f"the job {job.id} has ended ({current.status}) and can't be {done}", code="job_already_finished", param="fine_tuning_job_id")
         record(session, actor, action, project_id=job.project_id, object_id=job.id)
-    ring(state.doorbell)
+    state.doorbell.ring()
     return describe(state, current)
 
 

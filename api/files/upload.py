@@ -1,7 +1,7 @@
 """POST /files: the body streams into storage and is checked on the way. Its parts may come in any order.
 
 Where the purpose comes after the file, the bytes are stored first and checked from there. A row is written only after
-the object is complete; whatever fails before that leaves neither.
+the object is complete; whatever fails before the row's commit leaves neither.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from api.files.service import get_file
 from api.idempotency import AlreadyCreated, Attempt, record_creation, refuse_repetition, sha256_of
 from api.state import ApiState
 from core.database import unix_now
-from core.errors import BadRequest
+from core.errors import BadRequest, StorageFull
 from core.ids import new_id
 from core.storage import StoredObject, discard, verified
 from core.tables.files import File
@@ -89,6 +89,7 @@ class Upload:
             self._contents = self._checked_again(self._contents)
         compressed = purpose == "fine-tune" and _is_gzip(self._filename)
         stored = self._contents.commit()
+        committing = False
         try:
             now = unix_now()
             file = File(
@@ -108,8 +109,11 @@ class Upload:
                 refuse_repetition(session, creation)
                 session.add(file)
                 record_creation(session, creation, file.id, file_object(file))
-        except BaseException:
-            discard(self._state.storage, stored.key)
+                committing = True
+        except BaseException as error:
+            # A commit whose answer got lost may have succeeded: the object stays then, for the row or for the worker's garbage collection.
+            if not committing or isinstance(error, StorageFull):
+                discard(self._state.storage, stored.key)
             raise
         return file
 

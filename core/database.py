@@ -31,6 +31,8 @@ and nobody could take over the job it holds."""
 POSTGRES_LINK = {"connect_timeout": 5, "tcp_user_timeout": 15_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
 """libpq's parameters: seconds, and milliseconds of `tcp_user_timeout`. A machine that vanishes breaks no connection off; without these a
 thread that asks it would wait for a quarter of an hour."""
+KEPT_CONNECTIONS = 20
+"""That stay open when nobody uses them."""
 LOCK_SECONDS = 5
 """That a statement waits for a lock on Postgres. Else whoever holds one for long, a program of the operator's say, would hold up every
 thread of the API one by one, and its clients would hear nothing instead of a 503."""
@@ -67,13 +69,15 @@ def parse_database_url(url: str) -> URL:
 
 
 class Database:
-    """One pool of connections. `url` is a SQLAlchemy URL of SQLite (a local file) or Postgres (psycopg)."""
+    """One pool of up to `connections`. `url` is a SQLAlchemy URL of SQLite (a local file) or Postgres (psycopg)."""
 
-    def __init__(self, url: str, *, pool_timeout_seconds: float = 5) -> None:
+    def __init__(self, url: str, *, connections: int = 40, pool_timeout_seconds: float = 5) -> None:
         parsed = parse_database_url(url)
+        kept = min(connections, KEPT_CONNECTIONS)
+        pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": pool_timeout_seconds}
         self.engine: Engine
         if parsed.get_backend_name() == "sqlite":
-            self.engine = create_engine(parsed, hide_parameters=True, pool_size=20, max_overflow=20, pool_timeout=pool_timeout_seconds)
+            self.engine = create_engine(parsed, hide_parameters=True, **pool)
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
@@ -81,10 +85,8 @@ class Database:
                 parsed,
                 hide_parameters=True,  # else an error in a log line repeats the values that a user sent
                 pool_pre_ping=True,
-                pool_size=20,
-                max_overflow=20,
-                pool_timeout=pool_timeout_seconds,
                 connect_args=_connect_args(parsed),
+                **pool,
             )
         self._write = sessionmaker(self.engine, expire_on_commit=False)
         self._read = sessionmaker(self.engine.execution_options(read_only=True), expire_on_commit=False)

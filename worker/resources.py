@@ -57,7 +57,7 @@ def resources_of(app: Celery) -> Resources:
     settings = get_settings()
     return Resources(
         settings=settings,
-        database=Database(settings.resolved_database_url),
+        database=Database(settings.resolved_database_url, connections=settings.database_connections),
         storage=open_storage(settings),
         inference=InferenceServers(settings),
         doorbell=Doorbell(app),

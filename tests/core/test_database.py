@@ -70,6 +70,16 @@ def test_exhausted_pool_is_a_503_and_recovers(database_url: str) -> None:
     database.close()
 
 
+def test_a_process_has_no_more_connections_than_it_was_given(database_url: str) -> None:
+    database = Database(database_url, connections=4, pool_timeout_seconds=0.1)
+    with ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(database.reading()).execute(text("select 1"))
+        with pytest.raises(Unavailable), database.reading() as session:
+            session.execute(text("select 1"))
+    database.close()
+
+
 def test_unreachable_postgres_is_a_503() -> None:
     database = Database("postgresql://nobody@/nothing?host=/nonexistent")
     with pytest.raises(Unavailable), database.reading() as session:

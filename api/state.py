@@ -11,6 +11,8 @@ from api.caller import caller_of
 from api.completions.adapter_loading import AdapterLoading
 from api.fine_tuning.jobs.event_feed import EventFeed
 from api.fine_tuning.jobs.queue_view import QueueView
+from api.probes import Probes
+from api.storage_threads import StorageThreads
 from core.audit import Actor
 from core.database import Database
 from core.doorbell import Doorbell, celery_application
@@ -20,7 +22,6 @@ from core.settings import Settings
 from core.storage import Storage
 
 WEBHOOK_TESTS_AT_A_TIME = 8
-PROBES_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class ApiState:
     queue: QueueView
     event_feed: EventFeed
     webhook_tests: anyio.CapacityLimiter
-    probe_threads: anyio.CapacityLimiter
+    storage_threads: StorageThreads
+    probes: Probes
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
         storage = open_storage(settings)
         inference = InferenceServers(settings)
-        database = Database(settings.resolved_database_url)
+        database = Database(settings.resolved_database_url, connections=settings.database_connections)
         return cls(
             settings=settings,
             database=database,
@@ -51,7 +53,8 @@ class ApiState:
             queue=QueueView(database, settings.project_max_running_jobs),
             event_feed=EventFeed(database),
             webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
-            probe_threads=anyio.CapacityLimiter(PROBES_AT_A_TIME),
+            storage_threads=StorageThreads(),
+            probes=Probes(),
         )
 
     async def aclose(self) -> None:

@@ -5,7 +5,6 @@ the object is complete; whatever fails before the row's commit leaves neither.
 """
 
 import hashlib
-from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -37,14 +36,15 @@ async def receive_file(request: Request, state: ApiState, project_id: str, attem
     reader = MultipartReader(request.headers.get("content-type"), upload)
     try:
         async for chunk in request.stream():
-            await anyio.to_thread.run_sync(reader.feed, chunk)
+            await state.storage_threads.run(reader.feed, chunk)
         reader.finish()
-        return await anyio.to_thread.run_sync(partial(upload.finish, project_id, attempt))
+        return await state.storage_threads.run(upload.finish, project_id, attempt)
     except AlreadyCreated as earlier:
         return await anyio.to_thread.run_sync(get_file, state, earlier.object_id)
     finally:
-        with anyio.CancelScope(shield=True):  # in a thread, because a bucket has to be told
-            await anyio.to_thread.run_sync(upload.abort)
+        if upload.is_open:
+            with anyio.CancelScope(shield=True):  # in a thread, because a bucket has to be told
+                await state.storage_threads.run(upload.abort, patient=True)
 
 
 class Upload:
@@ -57,6 +57,11 @@ class Upload:
         self._part = ""
         self._filename: str | None = None
         self._contents: Contents | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether storage has been written to."""
+        return self._contents is not None
 
     def begin_part(self, name: str, filename: str | None) -> None:
         if name in self._fields or (name == "file" and self._contents is not None):

@@ -1,3 +1,5 @@
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -148,6 +150,57 @@ def test_many_polls_read_the_queue_once(api: Api, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(QueueView, "_read", lambda view, session: (reads.append(0), read(view, session))[1])
     assert [get(api, job_id)["queue_position"] for _ in range(10) for job_id in ids] == [1, 2] * 10
     assert len(reads) == 1
+
+
+def test_polls_of_jobs_that_came_or_left_since_read_nothing_anew(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.fine_tuning.jobs.queue_view.FRESH_SECONDS", 3600.0)
+    api.create_job()
+    validate_next(api.database)
+    view = api.state.queue
+    reads: list[float] = []
+    read = QueueView._read
+    monkeypatch.setattr(QueueView, "_read", lambda view, session: (reads.append(0), read(view, session))[1])
+    assert [view.place_of("ftjob-unknown") for _ in range(5)] == [None] * 5
+    assert len(reads) == 1
+
+
+def test_a_slow_read_of_the_queue_holds_up_one_caller(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = api.create_job()["id"]
+    validate_next(api.database)
+    view = api.state.queue
+    before = view.place_of(job_id)
+    assert before is not None
+    monkeypatch.setattr("api.fine_tuning.jobs.queue_view.FRESH_SECONDS", 0)
+    reading, released = threading.Event(), threading.Event()
+
+    def slow(view: QueueView, session: object) -> dict[str, object]:
+        reading.set()
+        released.wait(20)
+        return {}
+
+    monkeypatch.setattr(QueueView, "_read", slow)
+    first = threading.Thread(target=view.place_of, args=(job_id,))
+    first.start()
+    assert reading.wait(10)
+    started = time.monotonic()
+    assert view.place_of(job_id) == before
+    assert time.monotonic() - started < 5
+    released.set()
+    first.join()
+
+
+def test_a_cancel_whose_answer_got_lost_can_be_sent_again(api_on_both: Api) -> None:
+    api, retry = api_on_both, {"x-stainless-retry-count": "1"}
+    cancelled, failed = api.create_job()["id"], api.create_job()["id"]
+    change(api, failed, status="failed", error={"code": "x", "message": "x", "param": None}, finished_at=unix_now())
+    assert api.client.post(f"{JOBS}/{cancelled}/cancel").json()["status"] == "cancelled"
+    again = api.client.post(f"{JOBS}/{cancelled}/cancel", headers=retry)
+    assert (again.status_code, again.json()["status"]) == (200, "cancelled")
+    assert_error(api.client.post(f"{JOBS}/{cancelled}/cancel"), 400, "job_already_finished", "fine_tuning_job_id")
+    for path in (f"{JOBS}/{failed}/cancel", f"{JOBS}/{cancelled}/pause"):
+        assert_error(api.client.post(path, headers=retry), 400, "job_already_finished", "fine_tuning_job_id")
+    entries = api.client.get("/v1/organization/audit_logs", headers=api.admin_headers).json()["data"]
+    assert [entry["type"] for entry in entries].count("fine_tuning.job.cancelled") == 1
 
 
 def test_pause_and_resume(api_on_both: Api) -> None:

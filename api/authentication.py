@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from api.caller import Caller, remember_caller
 from api.error_handlers import render
 from core.database import Database, unix_now
-from core.errors import AuthenticationFailed, ServiceError, Unavailable
+from core.errors import AuthenticationFailed, ServiceError
 from core.logging import get_logger
 from core.projects import find_key
 from core.tables.projects import ApiKey
@@ -96,5 +96,5 @@ def _record_use(database: Database, key_id: str, now: float) -> None:
     try:
         with database.transaction() as session:
             session.execute(update(ApiKey).where(ApiKey.id == key_id, stale).values(last_used_at=now))
-    except Unavailable as error:  # a busy database must not turn away a caller whose key is good
+    except ServiceError as error:  # a busy database or a full disk must not turn away a caller whose key is good
         log.warning("last_used_not_recorded", key_id=key_id, error=error.message)

@@ -6,9 +6,10 @@ from urllib.parse import quote
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from api.state import ApiState
 from core.errors import NotFound, RangeNotSatisfiable
 from core.logging import get_logger
-from core.storage import Storage, StoredObject, verified
+from core.storage import StoredObject, verified
 
 ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -36,8 +37,8 @@ def requested_range(header: str | None, size_bytes: int) -> tuple[int, int] | No
     return start, end
 
 
-def stored_object_response(request: Request, storage: Storage, stored: StoredObject, *, filename: str, media_type: str) -> Response:
-    """The object as a download named `filename`. Blocking: opens the object. Raises NotFound where its bytes are gone.
+async def stored_object_response(request: Request, state: ApiState, stored: StoredObject, *, filename: str, media_type: str) -> Response:
+    """The object as a download named `filename`. Raises NotFound where its bytes are gone.
 
     A whole object whose hash is wrong ends too early, as a broken download does. Who asks for a part compares x-sha256 at the end.
     HEAD is answered from the record alone.
@@ -59,10 +60,10 @@ def stored_object_response(request: Request, storage: Storage, stored: StoredObj
     if request.method == "HEAD":
         return Response(None, 206 if wanted else 200, headers, media_type)
     try:
-        chunks = storage.read(stored.key, start, end)
+        chunks = await state.storage_threads.run(state.storage.read, stored.key, start, end)
     except FileNotFoundError as error:
         log.error("object_missing", key=stored.key)
         raise NotFound("the object's bytes are no longer in storage") from error
     if not wanted:
         chunks = verified(chunks, stored.key, stored.sha256)
-    return StreamingResponse(chunks, 206 if wanted else 200, headers, media_type)
+    return StreamingResponse(state.storage_threads.chunks(chunks), 206 if wanted else 200, headers, media_type)

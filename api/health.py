@@ -1,11 +1,8 @@
 """Whether this server lives and can work: routes that need no key."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal
 
-import anyio
-import anyio.to_thread
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
@@ -16,11 +13,7 @@ from core.schema_revision import fit_of, schema_revision
 from core.storage_condition import StorageCondition, storage_condition
 from core.workers import workers_that_are_there
 
-PROBE_SECONDS = 4.0
-"""After which what has not answered counts as unreachable, so that a probe of an orchestrator gets its answer."""
-
 Check = Literal["ok", "unreachable", "older", "newer", "none", "not_writable", "full", "unknown"]
-Answer = TypeVar("Answer")
 
 NOTHING_KNOWN: dict[str, Check] = {}
 UNANSWERED: StorageCondition = "unreachable"
@@ -50,11 +43,12 @@ async def readyz(state: State, response: Response) -> Readiness:
     """503 only where no request can be answered: the database is down, or its schema is older than this program. A newer one is what
     a deploy looks like to the processes that it is about to replace; they go on answering until then."""
     settings = state.settings
+    ask = state.probes.ask
     database, broker, inference, storage = await asyncio.gather(
-        _ask(state, lambda: _database_checks(state), NOTHING_KNOWN),
-        _ask(state, lambda: broker_answers(settings.resolved_redis_url), False),
-        _ask(state, state.inference.healthy, False),
-        _ask(state, lambda: storage_condition(settings, state.storage), UNANSWERED),
+        ask("database", lambda: _database_checks(state), NOTHING_KNOWN),
+        ask("broker", lambda: broker_answers(settings.resolved_redis_url), False),
+        ask("inference", state.inference.healthy, False),
+        ask("storage", lambda: storage_condition(settings, state.storage), UNANSWERED),
     )
     checks: dict[str, Check] = {
         "database": "ok" if database else "unreachable",
@@ -70,14 +64,6 @@ async def readyz(state: State, response: Response) -> Readiness:
         response.status_code = 503
         response.headers["retry-after"] = "2"
     return Readiness(status="unavailable" if unavailable else "degraded" if degraded else "ok", degraded=degraded, checks=checks)
-
-
-async def _ask(state: ApiState, probe: Callable[[], Answer], otherwise: Answer) -> Answer:
-    """The probe's answer, or `otherwise` where there is none in time. Its thread, which may hang on, is none that requests need."""
-    answer = otherwise
-    with anyio.move_on_after(PROBE_SECONDS):
-        answer = await anyio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=state.probe_threads)
-    return answer
 
 
 def _database_checks(state: ApiState) -> dict[str, Check]:

@@ -13,10 +13,13 @@ two tries run at once, the record's primary key decides: the second waits for th
 
 A first try can also come second: held up on its way, it finds that a later try has created the object meanwhile. It can only be its
 own later try where that arrived after it did, and then stands for the same object.
+
+Times are compared on the database's clock: another try may have come to another machine.
 """
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -27,7 +30,7 @@ from sqlalchemy.orm import Session
 
 from api.caller import caller_of
 from api.state import ApiState
-from core.database import insert_for, unix_now
+from core.database import database_now, insert_for
 from core.errors import BadRequest, Conflict
 from core.tables.idempotency import IdempotencyRecord
 
@@ -56,7 +59,7 @@ class AlreadyAnswered(Exception):
 
 @dataclass(frozen=True)
 class Creation:
-    """One try of a request that creates something, its body known by hash. `arrived_at` in unix seconds."""
+    """One try of a request that creates something, its body known by hash. `arrived_at` on this process's monotonic clock."""
 
     fingerprint: str
     request_sha256: str
@@ -91,7 +94,8 @@ def refuse_repetition(session: Session, creation: Creation) -> None:
     """Raises AlreadyCreated, AlreadyAnswered or Conflict where an earlier try is known. Asked first, because what an earlier try
     needed may be gone since; `record_creation` decides."""
     if creation.is_named or creation.is_retry:
-        known = select(IdempotencyRecord).where(IdempotencyRecord.fingerprint == creation.fingerprint, not_(_makes_room_for(creation)))
+        room = _makes_room_for(creation, _database_time(session))
+        known = select(IdempotencyRecord).where(IdempotencyRecord.fingerprint == creation.fingerprint, not_(room))
         record = session.scalar(known)
         if record is not None:
             _repeat(record, creation)
@@ -100,7 +104,7 @@ def refuse_repetition(session: Session, creation: Creation) -> None:
 def record_creation(session: Session, creation: Creation, object_id: str, answer: BaseModel) -> None:
     """In the transaction that creates the object, at its end: others that create the same wait from here on. Raises as
     `refuse_repetition` does where another try was faster, and this one must leave nothing behind."""
-    now = unix_now()
+    now = _database_time(session)
     columns = {
         "request_sha256": creation.request_sha256,
         "object_id": object_id,
@@ -110,7 +114,7 @@ def record_creation(session: Session, creation: Creation, object_id: str, answer
         "expires_at": now + (NAMED_SECONDS if creation.is_named else RETRY_KEPT_SECONDS),
     }
     statement = insert_for(session, IdempotencyRecord).values(fingerprint=creation.fingerprint, **columns)
-    statement = statement.on_conflict_do_update(index_elements=["fingerprint"], set_=columns, where=_makes_room_for(creation))
+    statement = statement.on_conflict_do_update(index_elements=["fingerprint"], set_=columns, where=_makes_room_for(creation, now))
     if session.scalar(statement.returning(IdempotencyRecord.fingerprint)) is None:
         _repeat(session.get_one(IdempotencyRecord, creation.fingerprint), creation)
 
@@ -123,17 +127,23 @@ def forget_object(session: Session, object_id: str) -> None:
 def delete_expired_records(state: ApiState) -> int:
     """Returns how many."""
     with state.database.transaction() as session:
-        expired = delete(IdempotencyRecord).where(IdempotencyRecord.expires_at <= unix_now()).returning(IdempotencyRecord.fingerprint)
+        expired = delete(IdempotencyRecord).where(IdempotencyRecord.expires_at <= database_now()).returning(IdempotencyRecord.fingerprint)
         return len(session.scalars(expired).all())
 
 
-def _makes_room_for(creation: Creation) -> ColumnElement[bool]:
-    """Whether a record of the same fingerprint stands for something else, and may be replaced."""
+def _database_time(session: Session) -> float:
+    """Asked by itself: within a statement that waits for another try, the clock would go on."""
+    return session.execute(select(database_now())).scalar_one()
+
+
+def _makes_room_for(creation: Creation, now: float) -> ColumnElement[bool]:
+    """Whether a record of the same fingerprint stands for something else, and may be replaced. `now` by the database's clock."""
     if creation.is_named:
-        return IdempotencyRecord.expires_at <= unix_now()
+        return IdempotencyRecord.expires_at <= now
+    arrived_at = now - (time.monotonic() - creation.arrived_at)
     if creation.is_retry:
-        return IdempotencyRecord.created_at < creation.arrived_at - RETRY_SECONDS
-    return or_(IdempotencyRecord.by_retry.is_(False), IdempotencyRecord.created_at < creation.arrived_at)
+        return IdempotencyRecord.created_at < arrived_at - RETRY_SECONDS
+    return or_(IdempotencyRecord.by_retry.is_(False), IdempotencyRecord.created_at < arrived_at)
 
 
 def _repeat(record: IdempotencyRecord, creation: Creation) -> None:
@@ -145,17 +155,22 @@ def _repeat(record: IdempotencyRecord, creation: Creation) -> None:
     raise AlreadyCreated(record.object_id)
 
 
+async def is_later_try(request: Request) -> bool:
+    """Whether the stock client has sent this request before, and got no answer that it could use."""
+    tries = request.headers.get("x-stainless-retry-count", "0")
+    return tries.isdecimal() and tries.strip("0") != ""
+
+
 async def _attempt(request: Request) -> Attempt:
     caller = caller_of(request.scope)
     assert caller is not None, "a route without a key creates nothing"
     name = request.headers.get("idempotency-key")
     if name is not None and not (0 < len(name) <= LONGEST_NAME and name.isprintable()):
         raise BadRequest(f"Idempotency-Key: must have 1 to {LONGEST_NAME} printable characters", code="invalid_value", param="Idempotency-Key")
-    tries = request.headers.get("x-stainless-retry-count", "0")
-    is_retry = tries.isdecimal() and tries.strip("0") != ""
-    return Attempt(caller.key_id, request.method, request.scope["path"], name, is_retry, request.state.arrived_at)
+    return Attempt(caller.key_id, request.method, request.scope["path"], name, await is_later_try(request), request.state.arrived_at)
 
 
+IsLaterTry = Annotated[bool, Depends(is_later_try)]
 CreationAttempt = Annotated[Attempt, Depends(_attempt)]
 
 

@@ -9,7 +9,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.error_handlers import render
-from core.database import unix_now
 from core.errors import ServiceError
 from core.ids import new_id
 from core.logging import get_logger
@@ -33,7 +32,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = new_id("req")
-        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=unix_now())
+        scope.setdefault("state", {}).update(request_id=request_id, arrived_at=time.monotonic())
         started = time.perf_counter()
         status = 0
 

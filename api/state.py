@@ -5,23 +5,23 @@ from typing import Annotated
 
 import anyio
 import anyio.to_thread
-from celery import Celery
 from fastapi import Depends, Request
 
 from api.caller import caller_of
 from api.completions.adapter_loading import AdapterLoading
 from api.fine_tuning.jobs.event_feed import EventFeed
 from api.fine_tuning.jobs.queue_view import QueueView
+from api.probes import Probes
+from api.storage_threads import StorageThreads
 from core.audit import Actor
 from core.database import Database
-from core.doorbell import celery_application
+from core.doorbell import Doorbell, celery_application
 from core.inference_servers import InferenceServers
 from core.object_storage import open_storage
 from core.settings import Settings
 from core.storage import Storage
 
 WEBHOOK_TESTS_AT_A_TIME = 8
-PROBES_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,32 @@ class ApiState:
     settings: Settings
     database: Database
     storage: Storage
-    doorbell: Celery
+    doorbell: Doorbell
     inference: InferenceServers
     adapter_loading: AdapterLoading
     queue: QueueView
     event_feed: EventFeed
     webhook_tests: anyio.CapacityLimiter
-    probe_threads: anyio.CapacityLimiter
+    storage_threads: StorageThreads
+    probes: Probes
 
     @classmethod
     def open(cls, settings: Settings) -> "ApiState":
         storage = open_storage(settings)
         inference = InferenceServers(settings)
-        database = Database(settings.resolved_database_url)
+        database = Database(settings.resolved_database_url, connections=settings.database_connections)
         return cls(
             settings=settings,
             database=database,
             storage=storage,
-            doorbell=celery_application(settings),
+            doorbell=Doorbell(celery_application(settings)),
             inference=inference,
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
             queue=QueueView(database, settings.project_max_running_jobs),
             event_feed=EventFeed(database),
             webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
-            probe_threads=anyio.CapacityLimiter(PROBES_AT_A_TIME),
+            storage_threads=StorageThreads(),
+            probes=Probes(),
         )
 
     async def aclose(self) -> None:

@@ -22,6 +22,10 @@ Action = Literal[
     "fine_tuning.job.cancelled",
     "fine_tuning.job.paused",
     "fine_tuning.job.resumed",
+    "webhook_endpoint.created",
+    "webhook_endpoint.updated",
+    "webhook_endpoint.secret_rotated",
+    "webhook_endpoint.deleted",
 ]
 """OpenAI's names where it has one. A key is deleted by revoking it; a job counts as cancelled, paused or resumed when somebody asks for it."""
 

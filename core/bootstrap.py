@@ -1,5 +1,6 @@
 """`python -m core.bootstrap`: the first project and its key on a migrated but empty database, and a new key where the key's file
-is missing. Does nothing otherwise. `--first-only` where that file is not kept: a missing one says nothing then."""
+is missing or names a key that the database does not know. Does nothing otherwise. `--first-only` where that file is not kept: a missing one says
+nothing then."""
 
 import argparse
 import sys
@@ -26,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if plain_key := ensure_first_key(database, path):
             sys.stderr.write(f"This server's first API key, shown once; it also stands in {path}:\n")
         elif not first_only and (plain_key := replace_lost_key(database, path)):
-            sys.stderr.write(f"{path} was missing, so a new API key was made and written there; it is shown once, and older keys stay valid:\n")
+            sys.stderr.write(
+                f"{path} was missing or unknown to the database, so a new API key was made and written there; it is shown once, and older keys stay valid:\n"
+            )
     finally:
         database.close()
     if plain_key is not None:

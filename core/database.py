@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg.errors
 from sqlalchemy import URL, Connection, Engine, Float, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -21,14 +22,23 @@ from sqlalchemy.sql.functions import FunctionElement
 
 import core.tables.registry  # noqa: F401  (so that every foreign key finds its table, whichever tables a caller imports)
 from core.errors import StorageFull, Unavailable
+from core.logging import get_logger
 from core.tables.base import Table
 
 IDLE_IN_TRANSACTION_SECONDS = 10
 """After which Postgres ends a transaction that does nothing. A process that freezes inside one would else keep its row locks,
 and nobody could take over the job it holds."""
+POSTGRES_LINK = {"connect_timeout": 5, "tcp_user_timeout": 15_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""libpq's parameters: seconds, and milliseconds of `tcp_user_timeout`. A machine that vanishes breaks no connection off; without these a
+thread that asks it would wait for a quarter of an hour."""
+KEPT_CONNECTIONS = 20
+"""That stay open when nobody uses them."""
 LOCK_SECONDS = 5
 """That a statement waits for a lock on Postgres. Else whoever holds one for long, a program of the operator's say, would hold up every
 thread of the API one by one, and its clients would hear nothing instead of a 503."""
+
+
+log = get_logger(__name__)
 
 
 class database_now(FunctionElement[float]):
@@ -59,13 +69,15 @@ def parse_database_url(url: str) -> URL:
 
 
 class Database:
-    """One pool of connections. `url` is a SQLAlchemy URL of SQLite (a local file) or Postgres (psycopg)."""
+    """One pool of up to `connections`. `url` is a SQLAlchemy URL of SQLite (a local file) or Postgres (psycopg)."""
 
-    def __init__(self, url: str, *, pool_timeout_seconds: float = 5) -> None:
+    def __init__(self, url: str, *, connections: int = 40, pool_timeout_seconds: float = 5) -> None:
         parsed = parse_database_url(url)
+        kept = min(connections, KEPT_CONNECTIONS)
+        pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": pool_timeout_seconds}
         self.engine: Engine
         if parsed.get_backend_name() == "sqlite":
-            self.engine = create_engine(parsed, hide_parameters=True, pool_size=20, max_overflow=20, pool_timeout=pool_timeout_seconds)
+            self.engine = create_engine(parsed, hide_parameters=True, **pool)
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
@@ -73,10 +85,8 @@ class Database:
                 parsed,
                 hide_parameters=True,  # else an error in a log line repeats the values that a user sent
                 pool_pre_ping=True,
-                pool_size=20,
-                max_overflow=20,
-                pool_timeout=pool_timeout_seconds,
-                connect_args={"options": f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS * 1000} -c lock_timeout={LOCK_SECONDS * 1000}"},
+                connect_args=_connect_args(parsed),
+                **pool,
             )
         self._write = sessionmaker(self.engine, expire_on_commit=False)
         self._read = sessionmaker(self.engine.execution_options(read_only=True), expire_on_commit=False)
@@ -97,20 +107,35 @@ class Database:
         self.engine.dispose()
 
 
+def _connect_args(url: URL) -> dict[str, Any]:
+    """What the URL itself says of the link holds."""
+    options = f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS * 1000} -c lock_timeout={LOCK_SECONDS * 1000}"
+    return {**{name: value for name, value in POSTGRES_LINK.items() if name not in url.query}, "options": options}
+
+
 @contextmanager
 def _unavailable_when_exhausted() -> Iterator[None]:
-    """A full pool, a lost connection or a database that stays locked is a 503 that clients retry."""
+    """A full pool, a lost connection or a database that stays locked is a 503 that clients retry. The log has the database's words."""
     try:
         yield
     except PoolTimeout as error:
+        log.warning("database_connections_exhausted")
         raise Unavailable("the server is busy: no database connection became free in time") from error
-    except (OperationalError, InternalError) as error:  # the latter: Postgres ended an idle transaction, say
-        sqlite_error = getattr(error.orig, "sqlite_errorname", None)
-        if sqlite_error == "SQLITE_ERROR":  # a wrong statement or a missing table, which no retry will mend
+    except (OperationalError, InternalError) as error:
+        if _is_own_mistake(error):
             raise
-        if sqlite_error == "SQLITE_FULL":
-            raise StorageFull("the server's disk is full; nothing was stored") from error
+        log.warning("database_failed", error=str(error.orig).partition("\n")[0][:500])
+        if getattr(error.orig, "sqlite_errorname", None) == "SQLITE_FULL" or isinstance(error.orig, psycopg.errors.DiskFull):
+            raise StorageFull("the database's disk is full; nothing was stored") from error
         raise Unavailable("the database can't be reached or is busy") from error
+
+
+def _is_own_mistake(error: OperationalError | InternalError) -> bool:
+    """A wrong statement or a missing table, which no retry will mend. psycopg tells those apart by class already, and only two of its
+    internal errors are the server's condition: an idle transaction that it ended, and a standby that became no primary."""
+    if isinstance(error, InternalError):
+        return not isinstance(error.orig, psycopg.errors.IdleInTransactionSessionTimeout | psycopg.errors.ReadOnlySqlTransaction)
+    return getattr(error.orig, "sqlite_errorname", None) == "SQLITE_ERROR"
 
 
 def _prepare_sqlite(connection: DBAPIConnection, record: Any) -> None:

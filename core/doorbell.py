@@ -1,8 +1,10 @@
 """The doorbell: a Celery message that says "look for work" and nothing else.
 
 The database says who runs a job. A lost message costs latency, never a job: workers poll as well. So a broker that is
-down is no error for the caller of `ring`.
+down is no error for whoever rings, and one that hangs holds nobody up.
 """
+
+import threading
 
 import redis
 from celery import Celery
@@ -15,6 +17,8 @@ from core.logging import get_logger
 from core.settings import Settings
 
 LOOK_FOR_WORK = "worker.look_for_work"
+MOST_PENDING = 100
+"""Rings that are kept while one is being published. More would wake no more workers."""
 
 log = get_logger(__name__)
 failed_rings = Counter("sdft_doorbell_failures", "Nudges that could not be published because the broker was unreachable.")
@@ -42,7 +46,7 @@ def celery_application(settings: Settings) -> Celery:
             "socket_keepalive": True,
             "health_check_interval": 25,
             "retry_on_timeout": True,
-            # Publishing gives up quickly (kombu's own default is 6 s); consumers have their own, endless retries.
+            # Publishing gives up quickly where it is refused (kombu's own default is 6 s); consumers have their own, endless retries.
             "max_retries": 2,
             "interval_start": 0,
             "interval_step": 0.1,
@@ -52,8 +56,54 @@ def celery_application(settings: Settings) -> Celery:
     return app
 
 
-def ring(app: Celery) -> bool:
-    """Tell the workers to look for work. Call after the commit. Returns False where the broker can't be reached."""
+class Doorbell:
+    """Rings from a thread of its own: a broker that neither answers nor refuses would hold each caller for most of a minute. Safe for
+    several threads."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._is_publishing = False
+
+    def ring(self) -> None:
+        """Tell the workers to look for work. Call after the commit. Returns at once."""
+        with self._lock:
+            self._pending = min(self._pending + 1, MOST_PENDING)
+            if self._is_publishing:
+                return
+            self._is_publishing = True
+        threading.Thread(target=self._publish_pending, name="doorbell", daemon=True).start()
+
+    def close(self) -> None:
+        """What has not been published yet is left to the workers' polls."""
+        with self._lock:
+            self._pending = 0
+        self.app.close()
+
+    def _publish_pending(self) -> None:
+        """The thread, which ends when nothing is left to publish."""
+        while self._take_one():
+            try:
+                published = publish(self.app)
+            except Exception:  # a thread's boundary: the next ring begins anew
+                log.exception("doorbell_failed_unexpectedly")
+                published = False
+            if not published:  # the others would only fail too, and the polls find their jobs
+                with self._lock:
+                    self._pending = 0
+
+    def _take_one(self) -> bool:
+        with self._lock:
+            if self._pending == 0:
+                self._is_publishing = False
+                return False
+            self._pending -= 1
+            return True
+
+
+def publish(app: Celery) -> bool:
+    """One message, now. Returns False where the broker can't be reached; waits long where it hangs."""
     try:
         app.send_task(LOOK_FOR_WORK, retry=False)
     except OperationalError as error:

@@ -122,17 +122,24 @@ def ensure_first_key(database: Database, path: Path) -> str | None:
 
 
 def replace_lost_key(database: Database, path: Path) -> str | None:
-    """Where `path` is missing: one more key for the first project, written there as the first one was. Older keys stay valid.
+    """Where `path` is missing, or its key was never known (it is written before the commit, which may have failed): one more key for the
+    first project, written there as the first one was. Older keys stay valid, and one that was revoked is not replaced.
 
-    Returns the key, or None where the file is there, or no first project. Of several processes that do this at once, one succeeds.
+    Returns the key, or None where the file's key is known, or no first project. Of several processes that do this at once, one succeeds.
     """
     with database.transaction() as session:
         project_id = session.scalar(select(Project.id).where(Project.name == FIRST_PROJECT).with_for_update())
-        if project_id is None or path.exists():
+        if project_id is None or (path.exists() and _may_be_known(session, path.read_text().strip())):
             return None
         plain_key = create_key(session, project_id, "instead of a lost key", scopes=SCOPES)
         _write_private(path, plain_key + "\n")
         return plain_key
+
+
+def _may_be_known(session: Session, plain_key: str) -> bool:
+    """False for a key that could have been made here, and has no row."""
+    parts = KEY.fullmatch(plain_key)
+    return parts is None or session.get(ApiKey, parts[2]) is not None
 
 
 def _checksum(text: str) -> str:

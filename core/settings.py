@@ -20,6 +20,9 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path("sdft-data"), description="Where this server keeps its database, files and runs.")
     cache_dir: Path = Field(Path("~/.cache/sdft"), description="Converted base models; shared by all data directories.")
     database_url: str | None = Field(None, description="SQLAlchemy URL. Default: SQLite in the data directory.")
+    database_connections: int = Field(
+        40, ge=4, description="Most connections of one process to the database; all processes together share Postgres's max_connections."
+    )
     storage_url: str | None = Field(
         None, description="Where files, adapters and checkpoints are kept: s3://bucket or s3://bucket/prefix. Default: the data directory."
     )

@@ -8,6 +8,7 @@ from functools import lru_cache
 from celery import Celery
 
 from core.database import Database
+from core.doorbell import Doorbell
 from core.inference_servers import InferenceServers
 from core.object_storage import open_storage
 from core.settings import Settings, get_settings
@@ -27,7 +28,7 @@ class Resources:
     database: Database
     storage: Storage
     inference: InferenceServers
-    doorbell: Celery
+    doorbell: Doorbell
     trainer_command: tuple[str, ...] = TRAINER_COMMAND
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the process was told to end: nothing new is claimed, what runs is handed back."""
@@ -56,9 +57,9 @@ def resources_of(app: Celery) -> Resources:
     settings = get_settings()
     return Resources(
         settings=settings,
-        database=Database(settings.resolved_database_url),
+        database=Database(settings.resolved_database_url, connections=settings.database_connections),
         storage=open_storage(settings),
         inference=InferenceServers(settings),
-        doorbell=app,
+        doorbell=Doorbell(app),
         trainer_command=TRAINER_COMMAND,
     )

@@ -6,7 +6,6 @@ Torch-free. The upload was checked for syntax already; it is read again here bec
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
-from core.doorbell import ring
 from core.errors import Unavailable
 from core.jobs.events import append_event
 from core.jobs.leases import Claim, LeaseLost, assert_held
@@ -106,7 +105,7 @@ def _validate(resources: Resources, lease: HeldLease) -> None:
     resolved = _resolve(wire, fitting.rows, base_model, teacher_view(job).reasoning)
     total_steps = total_steps_of(len(fitting.rows), resolved.batch_size, resolved.n_epochs)
     lease.settle(lambda session: finish_validation(session, lease.claim, resolved.model_dump(), total_steps))
-    ring(resources.doorbell)
+    resources.doorbell.ring()
 
 
 def _reject_or_report(lease: HeldLease, fitting: FittingRows, param: str, may_drop: bool) -> None:

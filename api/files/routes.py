@@ -41,12 +41,12 @@ async def get_file(file: OwnedFile) -> FileObject:
 
 @router.head("/{file_id}/content", include_in_schema=False)
 @router.get("/{file_id}/content", response_class=StreamingResponse)
-def get_file_content(file: OwnedFile, state: State, request: Request) -> Response:
+async def get_file_content(file: OwnedFile, state: State, request: Request) -> Response:
     stored = StoredObject(file.storage_key, file.size_bytes, file.sha256)
-    return stored_object_response(request, state.storage, stored, filename=file.filename, media_type="application/octet-stream")
+    return await stored_object_response(request, state, stored, filename=file.filename, media_type="application/octet-stream")
 
 
 @router.delete("/{file_id}")
-def delete_file(file: OwnedFile, state: State, actor: RequestActor) -> DeletedFile:
-    service.delete_file(state, file, actor)
+async def delete_file(file: OwnedFile, state: State, actor: RequestActor) -> DeletedFile:
+    await state.storage_threads.run(service.delete_file, state, file, actor)
     return DeletedFile(id=file.id, deleted=True)

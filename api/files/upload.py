@@ -1,11 +1,10 @@
 """POST /files: the body streams into storage and is checked on the way. Its parts may come in any order.
 
 Where the purpose comes after the file, the bytes are stored first and checked from there. A row is written only after
-the object is complete; whatever fails before that leaves neither.
+the object is complete; whatever fails before the row's commit leaves neither.
 """
 
 import hashlib
-from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -18,7 +17,7 @@ from api.files.service import get_file
 from api.idempotency import AlreadyCreated, Attempt, record_creation, refuse_repetition, sha256_of
 from api.state import ApiState
 from core.database import unix_now
-from core.errors import BadRequest
+from core.errors import BadRequest, StorageFull
 from core.ids import new_id
 from core.storage import StoredObject, discard, verified
 from core.tables.files import File
@@ -37,14 +36,15 @@ async def receive_file(request: Request, state: ApiState, project_id: str, attem
     reader = MultipartReader(request.headers.get("content-type"), upload)
     try:
         async for chunk in request.stream():
-            await anyio.to_thread.run_sync(reader.feed, chunk)
+            await state.storage_threads.run(reader.feed, chunk)
         reader.finish()
-        return await anyio.to_thread.run_sync(partial(upload.finish, project_id, attempt))
+        return await state.storage_threads.run(upload.finish, project_id, attempt)
     except AlreadyCreated as earlier:
         return await anyio.to_thread.run_sync(get_file, state, earlier.object_id)
     finally:
-        with anyio.CancelScope(shield=True):  # in a thread, because a bucket has to be told
-            await anyio.to_thread.run_sync(upload.abort)
+        if upload.is_open:
+            with anyio.CancelScope(shield=True):  # in a thread, because a bucket has to be told
+                await state.storage_threads.run(upload.abort, patient=True)
 
 
 class Upload:
@@ -57,6 +57,11 @@ class Upload:
         self._part = ""
         self._filename: str | None = None
         self._contents: Contents | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether storage has been written to."""
+        return self._contents is not None
 
     def begin_part(self, name: str, filename: str | None) -> None:
         if name in self._fields or (name == "file" and self._contents is not None):
@@ -89,6 +94,7 @@ class Upload:
             self._contents = self._checked_again(self._contents)
         compressed = purpose == "fine-tune" and _is_gzip(self._filename)
         stored = self._contents.commit()
+        committing = False
         try:
             now = unix_now()
             file = File(
@@ -108,8 +114,11 @@ class Upload:
                 refuse_repetition(session, creation)
                 session.add(file)
                 record_creation(session, creation, file.id, file_object(file))
-        except BaseException:
-            discard(self._state.storage, stored.key)
+                committing = True
+        except BaseException as error:
+            # A commit whose answer got lost may have succeeded: the object stays then, for the row or for the worker's garbage collection.
+            if not committing or isinstance(error, StorageFull):
+                discard(self._state.storage, stored.key)
             raise
         return file
 

@@ -1,8 +1,6 @@
 """Ids of tuned models hold colons and, percent-encoded, slashes; so the path of a model takes everything, and the longer
 route comes first."""
 
-from functools import partial
-
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -26,8 +24,7 @@ def list_models(state: State, project_id: ProjectId) -> ModelList:
 async def download_adapter(model_id: str, state: State, project_id: ProjectId, request: Request, format: AdapterFormat = "peft") -> Response:
     model = await to_thread.run_sync(service.get_tuned_model, state, project_id, model_id)
     stored = service.stored_adapter(model) if format == "peft" else await stored_export(state, model, format)
-    response = partial(stored_object_response, filename=service.archive_name(model, format), media_type="application/gzip")
-    return await to_thread.run_sync(response, request, state.storage, stored)
+    return await stored_object_response(request, state, stored, filename=service.archive_name(model, format), media_type="application/gzip")
 
 
 @router.get("/{model_id:path}")

@@ -4,8 +4,9 @@ from typing import Annotated
 import anyio.to_thread
 from fastapi import APIRouter, Query
 
+from api.idempotency import JsonCreation
 from api.pagination import After, Page, page_of
-from api.state import ProjectId, State
+from api.state import ProjectId, RequestActor, State
 from api.strict_json import StrictJsonRoute
 from api.webhooks import service
 from api.webhooks.dependencies import OwnedEndpoint
@@ -34,8 +35,8 @@ def list_event_types() -> EventTypeList:
 
 
 @router.post("/webhook_endpoints")
-def create(request: CreateEndpoint, state: State, project_id: ProjectId) -> EndpointWithSecret:
-    return endpoint_with_secret(service.create_endpoint(state, project_id, request))
+def create(request: CreateEndpoint, state: State, project_id: ProjectId, actor: RequestActor, creation: JsonCreation) -> EndpointWithSecret:
+    return endpoint_with_secret(service.create_endpoint(state, project_id, actor, creation, request))
 
 
 @router.get("/webhook_endpoints")
@@ -49,20 +50,20 @@ def get_endpoint(endpoint: OwnedEndpoint) -> EndpointObject:
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}")
-def update(endpoint: OwnedEndpoint, state: State, request: UpdateEndpoint) -> EndpointObject:
-    return endpoint_object(service.update_endpoint(state, endpoint, request))
+def update(endpoint: OwnedEndpoint, state: State, actor: RequestActor, request: UpdateEndpoint) -> EndpointObject:
+    return endpoint_object(service.update_endpoint(state, endpoint, actor, request))
 
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
-def delete(endpoint: OwnedEndpoint, state: State) -> DeletedEndpoint:
-    service.delete_endpoint(state, endpoint)
+def delete(endpoint: OwnedEndpoint, state: State, actor: RequestActor) -> DeletedEndpoint:
+    service.delete_endpoint(state, endpoint, actor)
     return DeletedEndpoint(id=endpoint.id, deleted=True)
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
-def rotate_secret(endpoint: OwnedEndpoint, state: State, request: RotateSecret | None = None) -> EndpointWithSecret:
+def rotate_secret(endpoint: OwnedEndpoint, state: State, actor: RequestActor, request: RotateSecret | None = None) -> EndpointWithSecret:
     wanted = request or RotateSecret()
-    return endpoint_with_secret(service.rotate_secret(state, endpoint, keep_old=wanted.keep_old_secret_active_for_24_hours))
+    return endpoint_with_secret(service.rotate_secret(state, endpoint, actor, keep_old=wanted.keep_old_secret_active_for_24_hours))
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/test")

@@ -17,7 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 from api import authentication
 from core.audit import SERVER
 from core.database import Database, unix_now
-from core.errors import Unavailable
+from core.errors import ServiceError, StorageFull, Unavailable
 from core.ids import new_id
 from core.projects import archive_project, create_key
 from core.tables.projects import ApiKey, Project
@@ -241,11 +241,12 @@ def test_last_use_is_recorded_once_a_minute(api: Api, monkeypatch: pytest.Monkey
     assert (key_row(api).last_used_at or 0) >= first
 
 
-def test_busy_database_does_not_turn_away_a_good_key(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [Unavailable("busy"), StorageFull("full")])
+def test_a_busy_database_or_a_full_disk_does_not_turn_away_a_good_key(api: Api, monkeypatch: pytest.MonkeyPatch, error: ServiceError) -> None:
     @contextmanager
-    def busy(self: Database) -> Iterator[None]:
-        raise Unavailable("busy")
+    def failing(self: Database) -> Iterator[None]:
+        raise error
         yield
 
-    monkeypatch.setattr(Database, "transaction", busy)
+    monkeypatch.setattr(Database, "transaction", failing)
     assert api.client.get("/v1/models").status_code == 200

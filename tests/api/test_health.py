@@ -1,19 +1,20 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
-from api import health
+from api import health, probes
 from api.app import create_app
 from core.database import Database
 from core.schema_revision import SchemaDoesNotFit
 from core.settings import Settings
 from core.workers import tell_presence
 from tests.api.inference_stub import InferenceStub
-from tests.api.serving import Api
+from tests.api.serving import Api, wait_for
 
 MakeSettings = Callable[..., Settings]
 
@@ -82,13 +83,31 @@ def test_the_api_does_not_start_on_another_schema(make_settings: MakeSettings, d
 
 def test_a_probe_that_hangs_is_not_waited_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    monkeypatch.setattr(health, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(probes, "PROBE_SECONDS", 0.2)
     monkeypatch.setattr(health, "broker_answers", lambda url: released.wait(20))
     started = time.monotonic()
     answer = api.client.get("/readyz")
     released.set()
     assert time.monotonic() - started < 5
     assert answer.json()["checks"]["broker"] == "unreachable"
+
+
+def test_a_probe_that_hangs_holds_one_thread_however_many_ask(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    asked: list[str] = []
+
+    def hanging(url: str) -> bool:
+        asked.append(url)
+        return released.wait(20)
+
+    monkeypatch.setattr(probes, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(health, "broker_answers", hanging)
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda number: api.client.get("/readyz"), range(30)))
+    assert {answer.json()["checks"]["broker"] for answer in answers} == {"unreachable"}
+    assert len(asked) == 1
+    released.set()
+    wait_for(lambda: api.client.get("/readyz").json()["checks"]["broker"] == "ok")
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/metrics"])

@@ -1,5 +1,7 @@
 """A request that is sent again, on both databases: as the stock client does it, and under a name of the client's own."""
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +114,17 @@ def test_other_bodies_keys_and_times_are_other_requests(api_on_both: Api) -> Non
     jobs.append(id_of(post_job(api, RETRY, training_file=file_id)))
     assert id_of(post_job(api, RETRY, training_file=file_id)) == jobs[-1]
     assert len(set(jobs)) == count(api, Job) == 4
+
+
+@pytest.mark.parametrize("ahead_seconds", [2.5 * RETRY_SECONDS, -2.5 * RETRY_SECONDS])
+def test_machines_whose_clocks_differ_know_the_same_request(api_on_both: Api, monkeypatch: pytest.MonkeyPatch, ahead_seconds: float) -> None:
+    api = api_on_both
+    file_id = api.upload()
+    first = id_of(post_job(api, training_file=file_id))
+    late_try = id_of(post_job(api, RETRY, training_file=file_id, suffix="late"))
+    monkeypatch.setattr("core.database.time", SimpleNamespace(time=lambda: time.time() + ahead_seconds))
+    assert id_of(post_job(api, RETRY, training_file=file_id)) == first
+    assert id_of(post_job(api, training_file=file_id, suffix="late")) != late_try, "a first try that came after it is another request"
 
 
 def test_another_project_never_gets_an_object(api: Api) -> None:

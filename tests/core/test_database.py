@@ -1,14 +1,17 @@
+import socket
 import subprocess
 import sys
 import threading
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import DBAPIError
+from structlog.testing import capture_logs
 
-from core.database import Database, database_now
+from core.database import POSTGRES_LINK, Database, database_now
 from core.errors import StorageFull, Unavailable
 from core.tables.projects import Project
 from tests.rows import add_project, get_job
@@ -67,10 +70,67 @@ def test_exhausted_pool_is_a_503_and_recovers(database_url: str) -> None:
     database.close()
 
 
+def test_a_process_has_no_more_connections_than_it_was_given(database_url: str) -> None:
+    database = Database(database_url, connections=4, pool_timeout_seconds=0.1)
+    with ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(database.reading()).execute(text("select 1"))
+        with pytest.raises(Unavailable), database.reading() as session:
+            session.execute(text("select 1"))
+    database.close()
+
+
 def test_unreachable_postgres_is_a_503() -> None:
     database = Database("postgresql://nobody@/nothing?host=/nonexistent")
     with pytest.raises(Unavailable), database.reading() as session:
         session.execute(text("select 1"))
+
+
+def test_a_postgres_machine_that_vanishes_is_waited_for_seconds(postgres_url: str) -> None:
+    """Nobody breaks such a connection off; the kernel does, as the connection's own options say."""
+    database, own_words = Database(postgres_url), Database(f"{postgres_url}{'&' if '?' in postgres_url else '?'}connect_timeout=7&keepalives_idle=77")
+
+    def link(database: Database) -> dict[str, str]:
+        with database.engine.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            return {name: value for name, value in driver.info.get_parameters().items() if name in POSTGRES_LINK}
+
+    assert link(database) == {name: str(value) for name, value in POSTGRES_LINK.items()}
+    assert link(own_words) == {name: str(value) for name, value in POSTGRES_LINK.items()} | {"connect_timeout": "7", "keepalives_idle": "77"}
+    database.close()
+    own_words.close()
+
+
+def test_a_postgres_that_takes_connections_and_is_silent_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POSTGRES_LINK, "connect_timeout", 2)  # the least that the driver knows
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        database = Database(f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/nothing")
+        started = time.monotonic()
+        with pytest.raises(Unavailable), database.reading() as session:
+            session.execute(text("select 1"))
+        assert time.monotonic() - started < 10
+
+
+def test_the_log_has_the_words_of_the_database_and_not_the_answer() -> None:
+    database = Database("postgresql://somebody:hidden-word@127.0.0.1:1/nothing")
+    with capture_logs() as lines, pytest.raises(Unavailable) as caught, database.reading() as session:
+        session.execute(text("select 1"))
+    assert [line["event"] for line in lines] == ["database_failed"]
+    assert "connection refused" in lines[0]["error"].lower()
+    assert "hidden-word" not in str(lines)
+    assert "refused" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [("53100", StorageFull), ("25006", Unavailable), ("25P03", Unavailable), ("40P01", Unavailable), ("25P02", DBAPIError), ("XX000", DBAPIError)],
+    ids=["disk full", "read only after a failover", "idle transaction ended", "deadlock", "transaction failed before", "internal error"],
+)
+def test_what_postgres_says_is_told_apart(postgres_url: str, code: str, error: type[Exception]) -> None:
+    database = Database(postgres_url)
+    with pytest.raises(error), database.transaction() as session:
+        session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'so it is' USING ERRCODE = '{code}'; END $$"))
+    database.close()
 
 
 def test_wrong_statement_is_not_taken_for_a_busy_database(database: Database) -> None:

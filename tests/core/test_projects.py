@@ -4,6 +4,8 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,8 +17,8 @@ from sqlalchemy.orm import Session
 
 from core.audit import SERVER
 from core.database import Database, unix_now
-from core.errors import BadRequest
-from core.projects import KEY, archive_project, create_key, create_project, ensure_first_key, find_key, key_id_of, replace_lost_key, valid_keys
+from core.errors import BadRequest, Unavailable
+from core.projects import KEY, archive_project, create_key, create_project, ensure_first_key, find_key, key_id_of, replace_lost_key, revoke_key, valid_keys
 from core.tables.projects import SCOPES, ApiKey, Project
 from tests.rows import add_project
 
@@ -188,6 +190,44 @@ def test_lost_key_is_replaced_and_both_open_the_first_project(database: Database
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert project_of(database, str(second)) == project_of(database, first) is not None
     assert scopes_of(database, str(second)) == list(SCOPES)
+
+
+def test_a_key_that_was_written_and_never_committed_is_replaced(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "admin.key"
+    ensure_first_key(database, path)
+    path.unlink()
+    transaction = Database.transaction
+
+    @contextmanager
+    def fails_at_the_commit(self: Database) -> Iterator[Session]:
+        with transaction(self) as session:
+            yield session
+            raise Unavailable("the connection was lost")
+
+    monkeypatch.setattr(Database, "transaction", fails_at_the_commit)
+    with pytest.raises(Unavailable):
+        replace_lost_key(database, path)
+    monkeypatch.undo()
+    assert project_of(database, path.read_text().strip()) is None
+    made = replace_lost_key(database, path)
+    assert made is not None
+    assert path.read_text() == f"{made}\n"
+    assert project_of(database, made) is not None
+
+
+@pytest.mark.parametrize("content", ["", "not a key", "revoked"])
+def test_a_key_file_that_is_something_else_or_was_revoked_stays(database: Database, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "admin.key"
+    first = ensure_first_key(database, path)
+    assert first is not None
+    if content == "revoked":
+        with database.transaction() as session:
+            revoke_key(session, session.get_one(ApiKey, key_id_of(first)), SERVER)
+    else:
+        path.write_text(content)
+    before = path.read_text()
+    assert replace_lost_key(database, path) is None
+    assert path.read_text() == before
 
 
 def test_lost_key_is_replaced_only_for_the_first_project(database: Database, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from openai import OpenAI
 from sqlalchemy import select
 
 from core.database import Database
-from core.doorbell import celery_application
+from core.doorbell import Doorbell, celery_application
 from core.inference_servers import InferenceServers
 from core.object_storage import open_storage
 from core.settings import Settings
@@ -181,7 +181,9 @@ class Deployment:
 
     def collect(self) -> None:
         """What a worker does after a day, at once: remove what processes that were killed left in storage."""
-        resources = Resources(self.settings, self.database, open_storage(self.settings), InferenceServers(self.settings), celery_application(self.settings))
+        resources = Resources(
+            self.settings, self.database, open_storage(self.settings), InferenceServers(self.settings), Doorbell(celery_application(self.settings))
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(garbage_collection, "GRACE_SECONDS", 0.0)
             Collector(resources).collect()

@@ -1,6 +1,7 @@
 """Faults of the broker, which only lowers latency: emptied, down, full, and flooded with nudges."""
 
 import json
+import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import redis
 from sqlalchemy import select
 
 from core.database import Database
-from core.doorbell import celery_application, ring
+from core.doorbell import celery_application, publish
 from core.jobs.leases import Claim
 from core.jobs.transitions import claim_for_training
 from core.tables.jobs import TERMINAL_STATUSES, Job
@@ -65,11 +66,30 @@ def test_10_without_the_broker_jobs_are_created_and_start_soon_after_it_is_back(
     deployment.wait_for_end(after)
 
 
+def test_10_a_broker_that_hangs_holds_up_no_request_and_no_job(deployment: Deployment) -> None:
+    """It takes connections and what is sent, and never answers."""
+    file_id = deployment.upload()
+    deployment.signal("valkey", signal.SIGSTOP)
+    client = deployment.client
+    began = time.monotonic()
+    job_ids = [deployment.create_job(file_id, seed=number, n_epochs=1) for number in range(20)]
+    for job_id in job_ids[1:]:
+        client.fine_tuning.jobs.pause(job_id)
+        client.fine_tuning.jobs.cancel(job_id)
+    assert time.monotonic() - began < 60, "58 requests, each of which would wait for most of a minute"
+    assert httpx2.get(f"{deployment.url}/readyz").json()["degraded"] == ["broker"]
+    wait_for(lambda: deployment.job(job_ids[0]).started_at is not None, 10, lambda: deployment.story(job_ids[0]))
+    deployment.wait_for_end(job_ids[0])
+    deployment.signal("valkey", signal.SIGCONT)
+    after = deployment.create_job(file_id, n_epochs=2)
+    deployment.wait_for_end(after)
+
+
 def test_11_the_same_nudge_fifty_times_is_one_claim(deployment: Deployment) -> None:
     job_id = deployment.create_job(n_epochs=2)
     application = celery_application(deployment.settings.model_copy(update={"redis_url": deployment.stack.broker_url}))
     with application:
-        assert all(ring(application) for _ in range(50))
+        assert all(publish(application) for _ in range(50))
     assert deployment.wait_for_end(job_id).attempt == 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.database import Database, unix_now
-from core.doorbell import celery_application
+from core.doorbell import Doorbell, celery_application
 from core.ids import new_id, new_token
 from core.inference_servers import InferenceServers
 from core.settings import Settings
@@ -127,7 +127,7 @@ def workshop_of(settings: Settings, database: Database, tmp_path: Path) -> Works
         database=database,
         storage=LocalStorage(settings.storage_dir),
         inference=InferenceServers(settings),
-        doorbell=celery_application(settings),
+        doorbell=Doorbell(celery_application(settings)),
         trainer_command=(sys.executable, str(SCRIPTED_TRAINER), str(script_path)),
     )
     workshop = Workshop(resources, add_project(database), script_path)

@@ -16,7 +16,7 @@ from openai import OpenAI
 from sqlalchemy import select
 
 from core.database import Database
-from core.doorbell import celery_application, ring
+from core.doorbell import celery_application, publish
 from core.jobs.transitions import request_cancellation
 from core.settings import Settings
 from core.tables.jobs import Checkpoint, Job, JobMetrics
@@ -135,7 +135,7 @@ def test_a_ring_starts_a_job_at_once_and_it_runs_to_its_end(workshop: Workshop, 
     wait_for(lambda: "ready." in workers.logs())
     workshop.script(steps=60)  # as many as the worker's own validation finds
     job_id = workshop.add_job("validating_files", method={"type": "sdft", "sdft": {"hyperparameters": {"n_epochs": 20, "batch_size": 4}}})
-    assert ring(celery_application(workshop.resources.settings))
+    assert publish(celery_application(workshop.resources.settings))
     wait_for(lambda: status_of(workshop, job_id) in ("running", "succeeded"), 10)
     assert wait_for_success(workshop, job_id).attempt == 1
     assert final_state(workshop, job_id, inference) == state_after(60, ROWS)

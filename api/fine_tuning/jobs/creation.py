@@ -12,7 +12,6 @@ from api.fine_tuning.jobs.schemas import LARGEST_SEED, CreateJob, job_object
 from api.idempotency import AlreadyCreated, Creation, record_creation, refuse_repetition
 from api.state import ApiState
 from core.audit import Actor, record
-from core.doorbell import ring
 from core.errors import BadRequest, ModelNotFound
 from core.jobs import transitions
 from core.logging import get_logger
@@ -78,7 +77,7 @@ def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creati
         record(session, actor, "fine_tuning.job.created", project_id=project_id, object_id=job.id)
         record_creation(session, creation, job.id, job_object(job, None))
     log.info("job_created", job_id=job.id)
-    ring(state.doorbell)
+    state.doorbell.ring()
     return job
 
 

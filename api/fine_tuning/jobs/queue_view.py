@@ -33,18 +33,21 @@ class QueueView:
     def __init__(self, database: Database, max_running: int | None) -> None:
         self._database = database
         self._max_running = max_running
-        self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self._read_at = float("-inf")
         self._places: dict[str, QueuePlace] = {}
 
     def place_of(self, job_id: str) -> QueuePlace | None:
-        """None for a job that was not queued when the queue was last read. Raises Unavailable."""
-        with self._lock:
-            if time.monotonic() - self._read_at > FRESH_SECONDS or job_id not in self._places:
+        """None for a job that was not queued when the queue was last read. While one caller reads it anew, the others get what was there
+        before: a database that is slow holds up one thread here. Raises Unavailable."""
+        if time.monotonic() - self._read_at > FRESH_SECONDS and self._reading.acquire(blocking=False):
+            try:
                 with self._database.reading() as session:
                     self._places = self._read(session)
                 self._read_at = time.monotonic()
-            return self._places.get(job_id)
+            finally:
+                self._reading.release()
+        return self._places.get(job_id)
 
     def _read(self, session: Session) -> dict[str, QueuePlace]:
         queued = session.execute(select(Job.id, Job.project_id, Job.created_at, Job.attempt).where(Job.status == "queued")).all()

@@ -7,7 +7,7 @@ from api.fine_tuning.jobs.creation import create_job
 from api.fine_tuning.jobs.dependencies import KeyId, MetadataFilter, OwnedJob
 from api.fine_tuning.jobs.event_stream import stream_events
 from api.fine_tuning.jobs.schemas import CheckpointObject, CreateJob, EventObject, JobObject, MetricsList, checkpoint_object, event_object
-from api.idempotency import JsonCreation
+from api.idempotency import IsLaterTry, JsonCreation
 from api.pagination import After, Page, page_of
 from api.state import ProjectId, RequestActor, State
 from api.strict_json import StrictJsonRoute
@@ -34,8 +34,8 @@ def get_job(job: OwnedJob, state: State) -> JobObject:
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job: OwnedJob, state: State, actor: RequestActor) -> JobObject:
-    return service.cancel_job(state, job, actor)
+def cancel_job(job: OwnedJob, state: State, actor: RequestActor, is_later_try: IsLaterTry) -> JobObject:
+    return service.cancel_job(state, job, actor, is_later_try=is_later_try)
 
 
 @router.post("/{job_id}/pause")

@@ -10,7 +10,6 @@ from api.fine_tuning.jobs.schemas import JobObject, job_object
 from api.pagination import unknown_cursor
 from api.state import ApiState
 from core.audit import Action, Actor, record
-from core.doorbell import ring
 from core.errors import BadRequest
 from core.jobs.transitions import request_cancellation, request_pause, resume
 from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
@@ -36,9 +35,9 @@ def list_jobs(state: ApiState, project_id: str, *, after: str | None, limit: int
     return [describe(state, job) for job in jobs]
 
 
-def cancel_job(state: ApiState, job: Job, actor: Actor) -> JobObject:
-    """Raises BadRequest on a job that has already ended."""
-    return _changed(state, job, actor, request_cancellation, "fine_tuning.job.cancelled")
+def cancel_job(state: ApiState, job: Job, actor: Actor, *, is_later_try: bool) -> JobObject:
+    """Raises BadRequest on a job that has already ended; not on one that is cancelled where an earlier try may have asked for that."""
+    return _changed(state, job, actor, request_cancellation, "fine_tuning.job.cancelled", accepted_end="cancelled" if is_later_try else None)
 
 
 def pause_job(state: ApiState, job: Job, actor: Actor) -> JobObject:
@@ -51,15 +50,17 @@ def resume_job(state: ApiState, job: Job, actor: Actor) -> JobObject:
     return _changed(state, job, actor, resume, "fine_tuning.job.resumed")
 
 
-def _changed(state: ApiState, job: Job, actor: Actor, change: Callable[[Session, str], bool], action: Action) -> JobObject:
+def _changed(state: ApiState, job: Job, actor: Actor, change: Callable[[Session, str], bool], action: Action, *, accepted_end: str | None = None) -> JobObject:
     with state.database.transaction() as session:
         possible = change(session, job.id)
         current = session.get_one(Job, job.id, populate_existing=True)
+        if not possible and current.status == accepted_end:
+            return describe(state, current)
         if not possible:
             done = action.rpartition(".")[2]
             raise BadRequest(f"the job {job.id} has ended ({current.status}) and can't be {done}", code="job_already_finished", param="fine_tuning_job_id")
         record(session, actor, action, project_id=job.project_id, object_id=job.id)
-    ring(state.doorbell)
+    state.doorbell.ring()
     return describe(state, current)
 
 

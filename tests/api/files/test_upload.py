@@ -3,10 +3,12 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from core.database import Database
 from core.errors import StorageFull, Unavailable
@@ -255,6 +257,27 @@ def test_row_that_cannot_be_written_leaves_no_object(api: Api, monkeypatch: pyte
     assert_error(post(api, training_lines()), status, code)
     monkeypatch.undo()
     assert_nothing_left(api)
+
+
+def test_a_commit_whose_answer_got_lost_keeps_the_object_for_its_row(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.client.get("/v1/files")  # so that the key is known
+    transaction = Database.transaction
+
+    @contextmanager
+    def committed_but_not_told(self: Database) -> Iterator[Session]:
+        with transaction(self) as session:
+            yield session
+        raise Unavailable("the database can't be reached or is busy")
+
+    monkeypatch.setattr(Database, "transaction", committed_but_not_told)
+    assert_error(post(api, training_lines()), 503, "service_unavailable")
+    monkeypatch.undo()
+    again = api.client.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("train.jsonl", training_lines())}, headers={"x-stainless-retry-count": "1"}
+    )
+    assert [file["id"] for file in api.client.get("/v1/files").json()["data"]] == [again.json()["id"]]
+    assert api.client.get(f"/v1/files/{again.json()['id']}/content").content == training_lines()
+    assert len(stored_files(api)) == 1
 
 
 @pytest.mark.parametrize("step", ["write", "commit"])

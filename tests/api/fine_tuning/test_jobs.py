@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
-from api.fine_tuning.jobs.queue_view import QueueView
 from api.fine_tuning.jobs.service import evenly_spread
 from core.database import Database, unix_now
 from core.ids import new_id
@@ -139,15 +138,18 @@ def test_a_queued_job_says_when_it_will_start_as_far_as_anybody_can_tell(api_on_
     assert starts == [pytest.approx(now + 500, abs=20), pytest.approx(now + 500 + 600, abs=20)]
 
 
-def test_many_polls_read_the_queue_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = [api.create_job()["id"] for _ in range(2)]
-    for _ in ids:
-        validate_next(api.database)
-    reads: list[float] = []
-    read = QueueView._read
-    monkeypatch.setattr(QueueView, "_read", lambda view, session: (reads.append(0), read(view, session))[1])
-    assert [get(api, job_id)["queue_position"] for _ in range(10) for job_id in ids] == [1, 2] * 10
-    assert len(reads) == 1
+def test_a_cancel_whose_answer_got_lost_can_be_sent_again(api_on_both: Api) -> None:
+    api, retry = api_on_both, {"x-stainless-retry-count": "1"}
+    cancelled, failed = api.create_job()["id"], api.create_job()["id"]
+    change(api, failed, status="failed", error={"code": "x", "message": "x", "param": None}, finished_at=unix_now())
+    assert api.client.post(f"{JOBS}/{cancelled}/cancel").json()["status"] == "cancelled"
+    again = api.client.post(f"{JOBS}/{cancelled}/cancel", headers=retry)
+    assert (again.status_code, again.json()["status"]) == (200, "cancelled")
+    assert_error(api.client.post(f"{JOBS}/{cancelled}/cancel"), 400, "job_already_finished", "fine_tuning_job_id")
+    for path in (f"{JOBS}/{failed}/cancel", f"{JOBS}/{cancelled}/pause"):
+        assert_error(api.client.post(path, headers=retry), 400, "job_already_finished", "fine_tuning_job_id")
+    entries = api.client.get("/v1/organization/audit_logs", headers=api.admin_headers).json()["data"]
+    assert [entry["type"] for entry in entries].count("fine_tuning.job.cancelled") == 1
 
 
 def test_pause_and_resume(api_on_both: Api) -> None:

@@ -65,6 +65,29 @@ def test_every_change_is_written_with_who_and_where(api_on_both: Api) -> None:
     assert all(entry["id"].startswith("audit_log-") and entry["object"] == "organization.audit_log" for entry in written)
 
 
+def test_where_events_are_sent_is_written_without_what_may_be_secret(api: Api) -> None:
+    path, failed = "/v1/webhook_endpoints", ["fine_tuning.job.failed"]
+    created = api.client.post(path, json={"name": "hook", "url": "https://hooks.example.com/a/secret-path?token=secret-token", "event_types": failed})
+    endpoint = created.json()["id"]
+    answers = [
+        created,
+        api.client.post(f"{path}/{endpoint}", json={"url": "https://elsewhere.example.com:8443/secret-path", "enabled": False}),
+        api.client.post(f"{path}/{endpoint}/rotate_secret"),
+        api.client.delete(f"{path}/{endpoint}"),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert api.client.post(f"{path}/{endpoint}", json={}).status_code == 404
+    written = logs(api, limit=4)[::-1]
+    assert [(entry["type"], entry[entry["type"]]) for entry in written] == [
+        ("webhook_endpoint.created", {"id": endpoint, "data": {"name": "hook", "url": "https://hooks.example.com:443", "event_types": failed}}),
+        ("webhook_endpoint.updated", {"id": endpoint, "changes_requested": {"url": "https://elsewhere.example.com:8443", "enabled": False}}),
+        ("webhook_endpoint.secret_rotated", {"id": endpoint}),
+        ("webhook_endpoint.deleted", {"id": endpoint}),
+    ]
+    assert [entry["request_id"] for entry in written] == [answer.headers["x-request-id"] for answer in answers]
+    assert not any(word in str(written) for word in ("secret-", "whsec"))
+
+
 def test_what_does_not_happen_is_not_written(api: Api) -> None:
     job = api.create_job()
     before = logs(api)

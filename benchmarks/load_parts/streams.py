@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx2
 from sqlalchemy import select

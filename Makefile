@@ -111,7 +111,7 @@ $(LM_EVAL_STAMP):
 	.venv-lm-eval/bin/python -m pip install 'lm_eval[api]==$(LM_EVAL_VERSION)' $(shell grep '^transformers==' constraints.txt)
 	@touch $@
 
-bench: $(STAMP) $(TRL_STAMP) $(VLLM_STAMP) ## Run every program in benchmarks/; each prints its own figures (about five hours; demo_seeds and learning, the longest, skip what they have finished)
+bench: $(STAMP) $(TRL_STAMP) $(VLLM_STAMP) ## Run every program in benchmarks/; each prints its own figures (about six hours; demo_seeds and learning, the longest, skip what they have finished)
 	@for program in $(basename $(notdir $(wildcard benchmarks/*.py))); do echo "== $$program"; $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 constraints: $(STAMP) ## Upgrade all dependencies within pyproject.toml's bounds and rewrite constraints.txt

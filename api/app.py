@@ -62,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="sdft", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan, telemetry=_telemetry())
     error_handlers.install(app)
-    for resource in (health, measurements, files, base_models, jobs, models, completions, webhooks, projects, api_keys, audit_logs):
+    for resource in (jobs, completions, files, models, health, measurements, base_models, webhooks, projects, api_keys, audit_logs):  # the busiest first
         app.include_router(resource.router)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(ScopeCheck)

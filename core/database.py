@@ -4,6 +4,7 @@
 Leases are compared with the database's clock alone (`database_now()`): machines' clocks differ. Times are unix seconds.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ KEPT_CONNECTIONS = 20
 LOCK_SECONDS = 5
 """That a statement waits for a lock on Postgres. Else whoever holds one for long, a program of the operator's say, would hold up every
 thread of the API one by one, and its clients would hear nothing instead of a 503."""
+
+SQLITE_BUSY_SECONDS = 10
+"""That a transaction waits for SQLite's one write lock."""
 
 
 log = get_logger(__name__)
@@ -76,7 +80,9 @@ class Database:
         kept = min(connections, KEPT_CONNECTIONS)
         pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": pool_timeout_seconds}
         self.engine: Engine
+        self._writers: threading.Lock | None = None
         if parsed.get_backend_name() == "sqlite":
+            self._writers = threading.Lock()
             self.engine = create_engine(parsed, hide_parameters=True, **pool)
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
@@ -94,7 +100,7 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[Session]:
         """A transaction that writes: commits at the end of the block, rolls back on an exception."""
-        with _unavailable_when_exhausted(), self._write() as session, session.begin():
+        with _unavailable_when_exhausted(), self._in_turn(), self._write() as session, session.begin():
             yield session
 
     @contextmanager
@@ -105,6 +111,20 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """SQLite has one writer at a time. Whoever waits there only looks again and again, ever more rarely, and others come first, so
+        this process's writers wait for each other here; SQLite's own waiting is left to those of different processes."""
+        if self._writers is None:
+            yield
+            return
+        if not self._writers.acquire(timeout=SQLITE_BUSY_SECONDS):
+            raise Unavailable("the database is busy")
+        try:
+            yield
+        finally:
+            self._writers.release()
 
 
 def _connect_args(url: URL) -> dict[str, Any]:
@@ -141,7 +161,7 @@ def _is_own_mistake(error: OperationalError | InternalError) -> bool:
 def _prepare_sqlite(connection: DBAPIConnection, record: Any) -> None:
     connection.isolation_level = None  # transactions begin where _begin_sqlite says
     cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout = 10000")
+    cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_SECONDS * 1000}")
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")

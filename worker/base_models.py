@@ -4,9 +4,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from core.base_models import BaseModelEntry
+from core.base_models import PREPARED_MARK, BaseModelEntry
 from core.logging import get_logger
 from core.settings import Settings
 from sdft_engine.contract.errors import BaseModelError
@@ -14,6 +15,7 @@ from sdft_engine.contract.prompts import ChatFormat
 from worker.engine_process import run_to_end
 
 PREPARE_COMMAND = (sys.executable, "-m", "sdft_engine.prepare_base_model")
+KEPT_TOKENIZERS = 4
 
 log = get_logger(__name__)
 
@@ -39,7 +41,15 @@ def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], 
     directory = entry.directory(settings.cache_dir)
     if not entry.is_prepared(settings.cache_dir):
         _prepare(entry, settings, check)
-    return PreparedBaseModel(entry, directory, ChatFormat.from_directory(directory), _hidden_size(directory))
+    return PreparedBaseModel(entry, directory, _chat_format(directory, (directory / PREPARED_MARK).stat().st_mtime_ns), _hidden_size(directory))
+
+
+@lru_cache(maxsize=KEPT_TOKENIZERS)
+def _chat_format(directory: Path, prepared_at: int) -> ChatFormat:
+    """Kept, because reading a tokenizer takes most of a small file's validation, and the worker's threads would each leave behind tens of
+    megabytes of it that the allocator does not give back. Safe for several threads: nothing of it changes. `prepared_at` tells a
+    directory from an earlier one of the same name."""
+    return ChatFormat.from_directory(directory)
 
 
 def _prepare(entry: BaseModelEntry, settings: Settings, check: Callable[[], None]) -> None:

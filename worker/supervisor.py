@@ -32,7 +32,7 @@ from worker.stored_objects import delete_unreferenced
 from worker.trainer_process import TrainerProcess, last_log_lines
 
 WATCH_SECONDS = 0.2
-IMPORT_SECONDS = 1.0
+IMPORT_SECONDS = 0.5
 GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "pause": 60, "requeue": 20}
 """How long a trainer may take to reach a step boundary before it is killed. A worker that ends has 30 seconds in all."""
 
@@ -120,7 +120,7 @@ def _empty_directory(run: RunDirectory) -> None:
 
 
 def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, checkpoints: CheckpointImport) -> None:
-    """Until the trainer ends, or has to be ended: carry what it writes into rows about every second. Raises LeaseLost."""
+    """Until the trainer ends, or has to be ended: carry what it writes into rows about twice a second. Raises LeaseLost."""
     next_import = 0.0
     stop_since: float | None = None
     while not trainer.exited():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import QueuePool
 from structlog.testing import capture_logs
 
 from core.database import POSTGRES_LINK, Database, database_now
@@ -175,6 +176,47 @@ def test_sqlite_writers_wait_for_each_other_and_lose_no_update(sqlite_database: 
         thread.join()
     with sqlite_database.reading() as session:
         assert session.get_one(Project, "proj-1").created_at == 200
+
+
+def test_sqlite_writers_of_one_process_wait_in_turn(sqlite_database: Database) -> None:
+    """Without asking SQLite again and again: they wait before they take a connection."""
+
+    def write() -> None:
+        with sqlite_database.transaction() as session:
+            session.execute(text("UPDATE projects SET created_at = created_at"))
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    with sqlite_database.transaction() as session:
+        session.execute(select(1))
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        assert isinstance(sqlite_database.engine.pool, QueuePool)
+        assert sqlite_database.engine.pool.checkedout() == 1
+        assert all(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_writer_whose_turn_does_not_come_gets_a_503(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.database.SQLITE_BUSY_SECONDS", 0.1)
+    refused: list[Exception] = []
+
+    def write() -> None:
+        try:
+            with sqlite_database.transaction():
+                pass
+        except Unavailable as error:
+            refused.append(error)
+
+    with sqlite_database.transaction():
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1
+    write()
+    assert len(refused) == 1
 
 
 def test_sqlite_readers_do_not_wait_for_a_writer(sqlite_database: Database) -> None:

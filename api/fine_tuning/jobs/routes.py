@@ -29,8 +29,8 @@ def list_jobs(state: State, project_id: ProjectId, metadata: MetadataFilter, aft
 
 
 @router.get("/{job_id}")
-def get_job(job: OwnedJob, state: State) -> JobObject:
-    return service.describe(state, job)
+async def get_job(job: OwnedJob, state: State) -> JobObject:
+    return await service.describe_without_waiting(state, job)
 
 
 @router.post("/{job_id}/cancel")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import anyio.to_thread
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
@@ -19,6 +20,11 @@ from core.tables.models import Model
 def describe(state: ApiState, job: Job) -> JobObject:
     """The job on the wire, with its place in the queue."""
     return job_object(job, state.queue.place_of(job.id) if job.status == "queued" else None)
+
+
+async def describe_without_waiting(state: ApiState, job: Job) -> JobObject:
+    """The same in an event loop: a thread is only needed to look at the queue."""
+    return job_object(job, None) if job.status != "queued" else await anyio.to_thread.run_sync(describe, state, job)
 
 
 def list_jobs(state: ApiState, project_id: str, *, after: str | None, limit: int, metadata: dict[str, str]) -> list[JobObject]:

@@ -205,7 +205,7 @@ def starts(database: str, jobs: int) -> Measured:
                     wait_for(lambda: job_of(client, ids[-SLOTS + 1])["status"] == "cancelled", "a job is cancelled", every=0.02)
             queued = select(JobEvent.job_id, JobEvent.created_at).where(JobEvent.message.like("Files validated%"))
             with rows.reading() as session:
-                queued_at = dict(session.execute(queued).tuples().all())
+                queued_at = {row.job_id: row.created_at for row in session.execute(queued)}
                 started = session.execute(select(Job.id, Job.created_at, Job.started_at).where(Job.id.in_(ids[1:]))).all()
     waits = [row.started_at - queued_at[row.id] for row in started]
     whole = [row.started_at - row.created_at for row in started]

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.load_parts import report, rows
 from benchmarks.load_parts.results import Measured
-from benchmarks.load_parts.service import DATABASES, MIB, machine_line, open_descriptors
+from benchmarks.load_parts.service import DATABASES, MIB, machine_line, open_descriptors, stop_as_after_ctrl_c
 from benchmarks.load_parts.streams import event_streams
 
 OPEN_FILES = 4096
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')}: must be above 0")
     open_descriptors(OPEN_FILES)
+    stop_as_after_ctrl_c()
     options.out.mkdir(parents=True, exist_ok=True)
     console, done = Console(), []
     for database in DATABASES if options.database == "both" else (options.database,):

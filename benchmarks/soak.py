@@ -22,7 +22,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load_parts.service import DATABASES, machine_line, service_on
+from benchmarks.load_parts.service import DATABASES, machine_line, service_on, stop_as_after_ctrl_c
 from benchmarks.soak_parts.trends import MIB, Sample, Sampler, Trend, trend_of
 from benchmarks.soak_parts.work import Work
 
@@ -41,15 +41,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.minutes < 1:
         parser.error("--minutes: at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
+    stop_as_after_ctrl_c()
     with service_on(options.database) as service:
         service.start(*PROCESSES)
         pids = {name: service.pid_of(name) for name in PROCESSES}
         sampler, work = Sampler(pids, SAMPLE_SECONDS), Work(service)
         sampler.start()
         work.start()
-        time.sleep(options.minutes * 60)
-        sampler.stop()
-        work.stop()
+        try:
+            time.sleep(options.minutes * 60)
+        finally:  # interrupted too
+            sampler.stop()
+            work.stop()
         time.sleep(SETTLE_SECONDS)
         errors = work.errors + Counter(ends_of(pids))
     trends = [trend_of(name, samples) for name, samples in sampler.samples.items()]

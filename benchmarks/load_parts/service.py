@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import tempfile
 import threading
@@ -138,6 +139,11 @@ def _database_url(database: str) -> Iterator[str | None]:
             yield make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
         finally:
             server.cleanup()
+
+
+def stop_as_after_ctrl_c() -> None:
+    """Terminated, by `timeout` say, the program still stops what it started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def open_descriptors(count: int) -> None:

@@ -168,10 +168,3 @@ class Stack:
 def _without_storage_keys(environment: dict[str, str]) -> dict[str, str]:
     """For those who store nothing there: an inference server reads adapters from a directory alone."""
     return {name: value for name, value in environment.items() if not name.startswith(("SDFT_S3_", "AWS_"))}
-
-
-def _answers_ok(url: str) -> bool:
-    try:
-        return httpx2.get(url, timeout=HEALTH_TIMEOUT_SECONDS, trust_env=False).status_code == 200
-    except httpx2.HTTPError:
-        return False

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,9 +35,11 @@ from core.model_exports import (
 from core.storage import ObjectDamaged, StoredObject
 from core.tables.models import Model
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DiskFull
+from sdft_engine.contract.machine_clock import machine_seconds
 from worker.base_models import load_base_model
 from worker.engine_process import run_to_end
 from worker.held_lease import ExportLease, StopRequested
+from worker.interruptible import interruptible
 from worker.resources import Resources
 from worker.stored_objects import check_stored, delete_unreferenced
 
@@ -78,7 +79,7 @@ class Exporter:
         with database.reading() as session:
             if not export_is_waiting(session):
                 return False
-        claimed_at = time.time()
+        claimed_at = machine_seconds()
         with database.transaction() as session:
             claim = claim_export(session, settings.lease_seconds)
         if claim is not None:
@@ -102,7 +103,7 @@ class Exporter:
         """Raises LeaseLost."""
         try:
             with self._scratch(lease.claim) as scratch_dir:
-                stored = self._build_and_store(lease.claim, key, scratch_dir, lease.check_wanted)
+                stored = interruptible(lambda: self._build_and_store(lease.claim, key, scratch_dir, lease.check_wanted), lease.check_wanted)
         except LeaseLost:
             raise
         except Exception as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from core.database import Database
 from core.errors import Unavailable
@@ -178,3 +179,16 @@ def test_the_poll_survives_a_database_that_is_away(workshop: Workshop, work: Wor
     thread.join(10)
     poll.wait_for_searches()
     assert len(work.done) == 1
+
+
+def test_an_error_that_nobody_foresaw_ends_the_search_with_a_line_in_the_log(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*arguments: object) -> None:
+        raise PermissionError("an unreadable directory")
+
+    monkeypatch.setattr(tasks, "train", break_down)
+    workshop.add_job()
+    with capture_logs() as logs:
+        seek_work(workshop.resources)
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["search_failed_unexpectedly"]
+    with workshop.resources.training_slots.take() as group:
+        assert group is not None, "its slot is free again"

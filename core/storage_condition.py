@@ -12,8 +12,8 @@ StorageCondition = Literal["ok", "unreachable", "not_writable", "full"]
 
 
 def storage_condition(settings: Settings, storage: Storage) -> StorageCondition:
-    """`unreachable`: the bucket, or a disk that is not mounted. `full`: the local disk has less free space than the largest file that may be uploaded; a bucket's service
-    needs one too, for what inference servers read. Asks the directory, or the one in which it will be made."""
+    """`unreachable`: the bucket, or a disk that is not mounted. `full`: the local disk has less free space than the largest file that may
+    be uploaded; a bucket's service needs one too, for what inference servers read. Asks the directory, or the one in which it will be made."""
     wanted = settings.served_adapters_dir if isinstance(storage, S3Storage) else settings.storage_dir
     directory = next(parent for parent in (wanted, *wanted.parents) if os.path.exists(parent))
     if isinstance(storage, LocalStorage) and not storage.temporary_dir.is_dir():

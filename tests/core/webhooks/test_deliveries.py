@@ -161,7 +161,7 @@ def test_one_endpoint_is_sent_one_at_a_time(database: Database, project_id: str)
     quick = add_endpoint(database, project_id)
     add_delivery(database, project_id, event_type=FAILED)
     assert [must_claim(database).endpoint_id, must_claim(database).endpoint_id, claim(database)] == [slow, quick, None]
-    change(database, lease_until=1.0)
+    change(database, lease_until=1.0, next_attempt_at=1.0)
     assert must_claim(database).endpoint_id == slow
 
 
@@ -202,7 +202,7 @@ def test_both_secrets_sign_while_one_is_replaced(database: Database, project_id:
     assert must_claim(database).secrets == (new, old)
     with database.transaction() as session:
         session.execute(update(WebhookEndpoint).values(previous_secret_until=unix_now() - 60))
-    change(database, lease_until=1.0)
+    change(database, lease_until=1.0, next_attempt_at=1.0)
     assert must_claim(database).secrets == (new,)
 
 

@@ -96,14 +96,13 @@ class Exporter:
                     self._make_or_give_up(lease, key)
             except LeaseLost as lost:
                 log.warning("export_lost", reason=str(lost))
-            finally:
                 delete_unreferenced(self._resources.database, self._resources.storage, [key])
 
     def _make_or_give_up(self, lease: ExportLease, key: str) -> None:
         """Raises LeaseLost."""
         try:
             with self._scratch(lease.claim) as scratch_dir:
-                stored = interruptible(lambda: self._build_and_store(lease.claim, key, scratch_dir, lease.check_wanted), lease.check_wanted)
+                stored = interruptible(lambda: self._build_or_delete(lease.claim, key, scratch_dir, lease.check_wanted), lease.check_wanted)
         except LeaseLost:
             raise
         except Exception as error:
@@ -113,6 +112,14 @@ class Exporter:
             return
         lease.settle(lambda session: finish_export(session, lease.claim, stored))
         log.info("export_ready", size_bytes=stored.size_bytes)
+
+    def _build_or_delete(self, claim: ExportClaim, key: str, scratch_dir: Path, check: Callable[[], None]) -> StoredObject:
+        """`_build_and_store`, which leaves no object where it fails."""
+        try:
+            return self._build_and_store(claim, key, scratch_dir, check)
+        except BaseException:
+            delete_unreferenced(self._resources.database, self._resources.storage, [key])
+            raise
 
     def _build_and_store(self, claim: ExportClaim, key: str, scratch_dir: Path, check: Callable[[], None]) -> StoredObject:
         """Raises NotMade, LeaseLost or StopRequested."""

@@ -91,11 +91,8 @@ class Verifier:
             model_id = session.scalar(first.with_for_update(skip_locked=True))
             if model_id is None:
                 return None
-            attempts = Model.verification_attempts + 1
-            claimed = (
-                update(Model).where(Model.id == model_id, *self._due()).values(verify_after=database_now() + CLAIM_SECONDS, verification_attempts=attempts)
-            )
-            session.execute(claimed.execution_options(synchronize_session=False))
+            turn = {"verify_after": database_now() + CLAIM_SECONDS, "verification_attempts": Model.verification_attempts + 1}
+            session.execute(update(Model).where(Model.id == model_id).values(turn).execution_options(synchronize_session=False))
             return session.get_one(Model, model_id)
 
     def _verify(self, model: Model) -> bool:

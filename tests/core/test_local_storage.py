@@ -32,7 +32,7 @@ def files_in(storage: LocalStorage) -> list[str]:
 
 
 def test_commit_is_durable(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file before its rename, and its directory after it."""
+    """Its new directory's name, the file before its rename, and its directory after it."""
     steps: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
@@ -49,9 +49,7 @@ def test_commit_is_durable(storage: LocalStorage, monkeypatch: pytest.MonkeyPatc
     writer = storage.open_writer("files/a")
     writer.write(b"x")
     writer.commit()
-    assert [Path(step).parent.name if ".tmp" in step else Path(step).name for step in steps] == ["storage", ".tmp", "rename", "files"], (
-        "its directory too, which is new"
-    )
+    assert [Path(step).parent.name if ".tmp" in step else Path(step).name for step in steps] == ["storage", ".tmp", "rename", "files"]
 
 
 @pytest.mark.parametrize("key", ["link", "link/outside"])

@@ -53,7 +53,7 @@ class CheckpointImport:
         """`import_new` while the trainer runs, which goes on where the storage fails; what waits is imported later. An upload is dropped
         when the attempt is to stop: once the trainer has, the newest checkpoint goes first. Raises LeaseLost, StorageFull."""
         check = self._lease.check_wanted
-        if self._lease.stop is not None or time.monotonic() < self._not_before:
+        if self._lease.stop is not None or time.monotonic() < self._not_before or not self._waiting():
             return
         try:
             interruptible(lambda: self.import_new(check), check)
@@ -68,7 +68,7 @@ class CheckpointImport:
         backlog does not hold it up. `check`, `lease.check_in_time` by default, is called all the while. Raises what it raises, LeaseLost,
         StorageFull or StorageUnavailable."""
         check = check or self._lease.check_in_time
-        waiting = [(step, directory) for step, directory in self._run.complete_checkpoints() if step not in self._seen]
+        waiting = self._waiting()
         for step, directory in waiting:
             check()
             if self._lease.stop is not None and step != waiting[-1][0]:
@@ -80,6 +80,10 @@ class CheckpointImport:
                 log.error("checkpoint_damaged", step=step, error=str(error))
                 self._lease.write(lambda session, step=step: self._report_damage(session, step))  # type: ignore[misc]
             self._seen.add(step)
+
+    def _waiting(self) -> list[tuple[int, Path]]:
+        """Those that are complete and were not taken up yet, oldest first."""
+        return [(step, directory) for step, directory in self._run.complete_checkpoints() if step not in self._seen]
 
     def _store(self, step: int, directory: Path, check: Check) -> None:
         storage, key = self._resources.storage, f"checkpoints/{new_token()}.tar"  # also where a step is stored again: no key is written twice

@@ -18,6 +18,7 @@ from core.settings import Settings
 from core.tables.jobs import Job
 from tests.rows import get_job
 from tests.worker.conftest import RESOLVED, Workshop, workshop_of
+from tests.worker.test_supervisor import wait_for
 from worker import polling, tasks
 from worker.devices import DeviceGroup
 from worker.polling import Poll
@@ -177,7 +178,7 @@ def test_the_poll_survives_a_database_that_is_away(workshop: Workshop, work: Wor
     poll = Poll(workshop.resources)
     thread = threading.Thread(target=poll.run)
     thread.start()
-    time.sleep(1.5)
+    wait_for(lambda: bool(work.done), 20)
     workshop.resources.stopping.set()
     thread.join(10)
     poll.wait_for_searches()

@@ -9,18 +9,15 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from core.durable_files import rename_durably
 from core.ids import new_token
-from core.storage import CHUNK_BYTES, ObjectDamaged, ObjectWriter, Storage, StoredObject, fetch
-
-Check = Callable[[], None]
+from core.storage import CHUNK_BYTES, Check, ObjectDamaged, ObjectWriter, Storage, StoredObject, fetch
 
 
-def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path) -> StoredObject:
+def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path, check: Check = lambda: None) -> StoredObject:
     """Archive the files of `directory` (flat, names sorted, no owner or time, so equal content gives equal bytes) and store
     it under `key`; a key ending in .gz is compressed. `scratch_dir` must exist and holds the archive while it is written."""
     scratch = scratch_dir / f".{new_token()}.tar"
@@ -28,10 +25,10 @@ def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Pa
         with scratch.open("wb") as file:
             if key.endswith(".gz"):
                 with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed:  # neither name nor time
-                    _write_tar(compressed, directory)
+                    _write_tar(compressed, directory, check)
             else:
-                _write_tar(file, directory)
-        return storage.write_file(key, scratch)
+                _write_tar(file, directory, check)
+        return storage.write_file(key, scratch, check)
     finally:
         scratch.unlink(missing_ok=True)
 

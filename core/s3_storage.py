@@ -20,7 +20,7 @@ from obstore.store import S3Store
 from core.errors import ServiceError, StorageFull, StorageUnavailable
 from core.ids import new_token
 from core.logging import get_logger
-from core.storage import CHUNK_BYTES, LISTED_AT_A_TIME, ListedObject, ObjectDamaged, StoredObject, copy_into
+from core.storage import CHUNK_BYTES, LISTED_AT_A_TIME, Check, ListedObject, ObjectDamaged, StoredObject, copy_into
 
 PART_BYTES = 16 << 20
 """Of uploads. A store takes 10,000 parts: objects of 160 GB."""
@@ -89,8 +89,8 @@ class S3Storage:
     def open_writer(self, key: str) -> "S3Writer":
         return S3Writer(self, self._store, _checked(key))
 
-    def write_file(self, key: str, path: Path) -> StoredObject:
-        return copy_into(self.open_writer(key), path)
+    def write_file(self, key: str, path: Path, check: Check = lambda: None) -> StoredObject:
+        return copy_into(self.open_writer(key), path, check)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         found = self.find(key)

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from core.database import Database
 
-HEAD = "0007"
+HEAD = "0008"
 """The newest revision in migrations/versions. Revisions are numbers of four digits, each greater than the one before."""
 
 Fit = Literal["fits", "older", "newer"]

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(60, gt=0, description="How long a worker's claim on a job holds without a heartbeat.")
     heartbeat_seconds: float = Field(15, gt=0, description="How often a worker renews its claim.")
     poll_seconds: float = Field(2, gt=0, description="How often workers look for expired leases and forgotten jobs.")
-    max_lost_leases: int = Field(3, ge=1, description="Lost leases or crashes after which a job fails.")
+    max_lost_leases: int = Field(3, ge=1, description="Lost leases or crashes, without a new checkpoint between them, after which a job fails.")
     training_slots: int = Field(
         1, ge=0, description="Jobs that a worker without GPUs trains at a time; 0: it trains none, and does the rest of a worker's work."
     )

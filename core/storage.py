@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from core.durable_files import is_disk_full, rename_durably
+from core.durable_files import is_disk_away, is_disk_full, make_directory_durably, rename_durably
 from core.errors import StorageFull, StorageUnavailable
 from core.ids import new_token
 from core.logging import get_logger
 
 CHUNK_BYTES = 1 << 20
 LISTED_AT_A_TIME = 1000
+AWAY = "the disk of the storage directory is away or fails; try again in a moment"
+
+Check = Callable[[], None]
 
 log = get_logger(__name__)
 
@@ -63,11 +66,13 @@ class ObjectWriter(Protocol):
 
 
 class Storage(Protocol):
-    """Where it is not this machine's disk, every call may raise StorageUnavailable, also between the chunks of `read`."""
+    """Every call may raise StorageUnavailable, also between the chunks of `read`."""
 
     def open_writer(self, key: str) -> ObjectWriter: ...
 
-    def write_file(self, key: str, path: Path) -> StoredObject: ...
+    def write_file(self, key: str, path: Path, check: Check = ...) -> StoredObject:
+        """`check` is called before every chunk and may raise: nothing is left then."""
+        ...
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Bytes from `start` up to, not including, `end`. Raises FileNotFoundError before the first byte."""
@@ -104,11 +109,12 @@ def verified(chunks: Iterator[bytes], key: str, sha256: str) -> Iterator[bytes]:
         yield held
 
 
-def copy_into(writer: ObjectWriter, path: Path) -> StoredObject:
-    """Write a whole local file and commit it; nothing is left where that fails."""
+def copy_into(writer: ObjectWriter, path: Path, check: Check) -> StoredObject:
+    """Write a whole local file and commit it; nothing is left where that fails. `check` is called before every chunk and may raise."""
     try:
         with path.open("rb") as source:
             while chunk := source.read(CHUNK_BYTES):
+                check()
                 writer.write(chunk)
         return writer.commit()
     except BaseException:
@@ -127,7 +133,7 @@ def discard(storage: Storage, key: str) -> bool:
     return True
 
 
-def fetch(storage: Storage, key: str, path: Path, sha256: str, check: Callable[[], None] = lambda: None) -> None:
+def fetch(storage: Storage, key: str, path: Path, sha256: str, check: Check = lambda: None) -> None:
     """Copy an object to a local file, whole or not at all. `check` is called before every chunk and may raise. Raises ObjectDamaged
     where the hash differs."""
     digest = hashlib.sha256()
@@ -146,7 +152,10 @@ def fetch(storage: Storage, key: str, path: Path, sha256: str, check: Callable[[
 
 
 class LocalStorage:
-    """Files under one directory of this machine (or of a disk that all machines mount); a key is the path in it."""
+    """Files under one directory of this machine (or of a disk that all machines mount); a key is the path in it.
+
+    A disk that is not mounted looks like an empty one. That the directory for temporary files is missing tells them apart.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -160,22 +169,32 @@ class LocalStorage:
         return path
 
     def open_writer(self, key: str) -> "LocalWriter":
+        self._require_disk()
         return LocalWriter(key, self.path_of(key), self.temporary_dir / new_token())
 
-    def write_file(self, key: str, path: Path) -> StoredObject:
-        return copy_into(self.open_writer(key), path)
+    def write_file(self, key: str, path: Path, check: Check = lambda: None) -> StoredObject:
+        return copy_into(self.open_writer(key), path, check)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        file = self.path_of(key).open("rb")
+        with _disk_errors():
+            try:
+                file = self.path_of(key).open("rb")
+            except FileNotFoundError:
+                self._require_disk()
+                raise
         return _read_range(file, start, end)
 
     def exists(self, key: str) -> bool:
+        self._require_disk()
         return self.path_of(key).is_file()
 
     def delete(self, key: str) -> None:
-        self.path_of(key).unlink(missing_ok=True)
+        self._require_disk()
+        with _disk_errors():
+            self.path_of(key).unlink(missing_ok=True)
 
     def list_objects(self, prefix: str) -> Iterator[list[ListedObject]]:
+        self._require_disk()
         page: list[ListedObject] = []
         for directory, _, names in os.walk(self.path_of(prefix)):
             for path in (Path(directory, name) for name in names):
@@ -191,6 +210,7 @@ class LocalStorage:
             yield page
 
     def discard_abandoned_uploads(self, older_than_seconds: float) -> int:
+        self._require_disk()
         before = time.time() - older_than_seconds
         discarded = 0
         for path in self.temporary_dir.iterdir():
@@ -200,13 +220,22 @@ class LocalStorage:
                     discarded += 1
         return discarded
 
+    def _require_disk(self) -> None:
+        """Raises StorageUnavailable."""
+        with _disk_errors():
+            try:
+                self.temporary_dir.stat()
+            except FileNotFoundError as error:
+                raise StorageUnavailable(AWAY) from error
+
 
 def _read_range(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
     with file as opened:
         opened.seek(start)
         left = None if end is None else end - start
         while left is None or left > 0:
-            chunk = opened.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
+            with _disk_errors():
+                chunk = opened.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
             if not chunk:
                 return
             left = None if left is None else left - len(chunk)
@@ -220,44 +249,54 @@ class LocalWriter:
         self._path = path
         self._temporary = temporary
         self._digest = hashlib.sha256()
-        with _storage_full_as_507():
+        with _disk_errors():
             self._file = temporary.open("xb")
 
     def write(self, chunk: bytes) -> None:
-        with _storage_full_as_507():
+        with _disk_errors():
             self._file.write(chunk)
         self._digest.update(chunk)
         self.size_bytes += len(chunk)
 
     def commit(self) -> StoredObject:
-        with _storage_full_as_507():
+        with _disk_errors():
             self._file.close()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            rename_durably(self._temporary, self._path)
+            try:
+                self._temporary.stat()  # before a directory is made where the disk was mounted
+                make_directory_durably(self._path.parent)
+                rename_durably(self._temporary, self._path)
+            except FileNotFoundError as error:  # nobody else removes it so soon
+                raise StorageUnavailable(AWAY) from error
         return StoredObject(self.key, self.size_bytes, self._digest.hexdigest())
 
     def abort(self) -> None:
         """Idempotent; does nothing after a commit."""
-        with _ignoring_full_disk():
+        with _ignoring_the_disk():
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        with _ignoring_the_disk():
+            self._temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _storage_full_as_507() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
+    """Those that say something of the disk, and not of one object, as errors of the service."""
     try:
         yield
     except OSError as error:
         if is_disk_full(error):
             raise StorageFull("the server's storage is full; nothing was stored") from error
+        if is_disk_away(error):
+            log.warning("storage_disk_failed", error=str(error))
+            raise StorageUnavailable(AWAY) from error
         raise
 
 
 @contextmanager
-def _ignoring_full_disk() -> Iterator[None]:
-    """Closing flushes: on a full disk that fails again, and the file is thrown away anyway."""
+def _ignoring_the_disk() -> Iterator[None]:
+    """Closing flushes: on a full disk that fails again, and the file is thrown away anyway. From one that is away the worker's garbage
+    collection removes it later."""
     try:
         yield
     except OSError as error:
-        if not is_disk_full(error):
+        if not is_disk_full(error) and not is_disk_away(error):
             raise

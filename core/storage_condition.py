@@ -6,16 +6,19 @@ from typing import Literal
 
 from core.s3_storage import S3Storage
 from core.settings import Settings
-from core.storage import Storage
+from core.storage import LocalStorage, Storage
 
 StorageCondition = Literal["ok", "unreachable", "not_writable", "full"]
 
 
 def storage_condition(settings: Settings, storage: Storage) -> StorageCondition:
-    """`unreachable`: the bucket. `full`: the local disk has less free space than the largest file that may be uploaded; a bucket's service
-    needs one too, for adapters on their way to inference servers. Asks the directory, or the one in which it will be made."""
+    """`unreachable`: the bucket, or a disk that is not mounted. `full`: the local disk has less free space than the largest file that may
+    be uploaded; a bucket's service needs one too, for adapters on their way to inference servers. Asks the directory, or the one in which
+    it will be made."""
     wanted = settings.served_adapters_dir if isinstance(storage, S3Storage) else settings.storage_dir
     directory = next(parent for parent in (wanted, *wanted.parents) if os.path.exists(parent))
+    if isinstance(storage, LocalStorage) and not storage.temporary_dir.is_dir():
+        return "unreachable"
     if not os.access(directory, os.W_OK | os.X_OK):
         return "not_writable"
     if shutil.disk_usage(directory).free < settings.max_file_bytes:

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from sdft_engine.contract.config import told
 from sdft_engine.contract.death_with_parent import die_with_parent
 from sdft_engine.contract.errors import DiskFull, EngineError, OutOfMemory
+from sdft_engine.contract.machine_clock import machine_seconds
 from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
 from sdft_engine.contract.sealed_directory import is_disk_full
 
@@ -93,7 +94,7 @@ def is_supervised(control: Control) -> bool:
 def abandoned(control: Control, torchrun_pid: int | None = None) -> bool:
     """Whether the lease ran out, or this process's parent is no longer the supervisor or, under torchrun, torchrun, which dies with
     the supervisor."""
-    expired = control.lease_deadline is not None and time.time() > control.lease_deadline
+    expired = control.lease_deadline is not None and machine_seconds() > control.lease_deadline
     return expired or (control.supervisor_pid is not None and os.getppid() != (torchrun_pid or control.supervisor_pid))
 
 

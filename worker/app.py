@@ -11,12 +11,16 @@ from celery.signals import setup_logging, worker_shutting_down
 from core.doorbell import LOOK_FOR_WORK, celery_application
 from core.logging import configure_logging
 from core.settings import get_settings
+from worker.devices import DevicesMissing
 from worker.polling import PollStep
 from worker.resources import resources_of, threads_needed
 from worker.tasks import seek_work
 
 app = celery_application(get_settings())
-app.conf.update(worker_pool="threads", worker_concurrency=threads_needed(get_settings()))
+try:
+    app.conf.update(worker_pool="threads", worker_concurrency=threads_needed(get_settings()))
+except DevicesMissing as missing:
+    raise SystemExit(f"The worker can't start: {missing}") from missing
 app.steps["worker"].add(PollStep)
 
 

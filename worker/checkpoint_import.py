@@ -8,24 +8,26 @@ import json
 import time
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from core.archives import store_directory
 from core.database import unix_now
 from core.errors import StorageUnavailable
-from core.ids import new_id
+from core.ids import new_id, new_token
 from core.jobs.events import append_event
 from core.jobs.leases import assert_held
+from core.jobs.transitions import forgive_losses
 from core.logging import get_logger
-from core.storage import ObjectDamaged, StoredObject
+from core.storage import Check, ObjectDamaged, StoredObject
 from core.tables.jobs import Checkpoint
 from core.tables.models import Model
 from sdft_engine.contract import sealed_directory
 from sdft_engine.contract.errors import CheckpointDamaged
 from sdft_engine.contract.run_directory import RunDirectory
 from worker.adapter_archives import store_adapter
-from worker.held_lease import HeldLease
+from worker.held_lease import HeldLease, StopRequested
+from worker.interruptible import interruptible
 from worker.measurements import checkpoints_stored
 from worker.resources import Resources
 from worker.run_preparation import PreparedRun
@@ -48,40 +50,49 @@ class CheckpointImport:
         self._not_before = 0.0
 
     def import_if_possible(self) -> None:
-        """`import_new` while the trainer runs, which goes on where the storage fails; what waits is imported later. Raises LeaseLost,
-        StorageFull."""
-        if time.monotonic() < self._not_before:
+        """`import_new` while the trainer runs, which goes on where the storage fails; what waits is imported later. An upload is dropped
+        when the attempt is to stop: once the trainer has, the newest checkpoint goes first. Raises LeaseLost, StorageFull."""
+        check = self._lease.check_wanted
+        if self._lease.stop is not None or time.monotonic() < self._not_before or not self._waiting():
             return
         try:
-            self.import_new()
+            interruptible(lambda: self.import_new(check), check)
+        except StopRequested:
+            log.info("checkpoint_upload_dropped")
         except StorageUnavailable as error:
             self._not_before = time.monotonic() + AFTER_OUTAGE_SECONDS
             log.warning("checkpoint_not_stored", error=error.message, retry_seconds=AFTER_OUTAGE_SECONDS)
 
-    def import_new(self) -> None:
+    def import_new(self, check: Check | None = None) -> None:
         """Store every checkpoint that is complete and not stored yet; once the attempt is to stop, only the newest of them, so that a
-        backlog does not hold it up. Raises LeaseLost, StorageFull, StorageUnavailable."""
-        waiting = [(step, directory) for step, directory in self._run.complete_checkpoints() if step not in self._seen]
+        backlog does not hold it up. `check`, `lease.check_in_time` by default, is called all the while. Raises what it raises, LeaseLost,
+        StorageFull or StorageUnavailable."""
+        check = check or self._lease.check_in_time
+        waiting = self._waiting()
         for step, directory in waiting:
-            self._lease.check()
+            check()
             if self._lease.stop is not None and step != waiting[-1][0]:
                 continue
             try:
                 sealed_directory.verify(directory)
-                self._store(step, directory)
+                self._store(step, directory, check)
             except (CheckpointDamaged, ObjectDamaged) as error:
                 log.error("checkpoint_damaged", step=step, error=str(error))
                 self._lease.write(lambda session, step=step: self._report_damage(session, step))  # type: ignore[misc]
             self._seen.add(step)
 
-    def _store(self, step: int, directory: Path) -> None:
-        storage, key = self._resources.storage, f"checkpoints/{self._job.id}/{self._lease.claim.attempt}-{step}.tar"
+    def _waiting(self) -> list[tuple[int, Path]]:
+        """Those that are complete and were not taken up yet, oldest first."""
+        return [(step, directory) for step, directory in self._run.complete_checkpoints() if step not in self._seen]
+
+    def _store(self, step: int, directory: Path, check: Check) -> None:
+        storage, key = self._resources.storage, f"checkpoints/{new_token()}.tar"  # also where a step is stored again: no key is written twice
         model = new_trained_model(self._prepared, step)
         keys, replaced = [key, model.storage_key], list[str]()
         try:
-            state = store_directory(storage, key, directory, self._run.path)
-            check_stored(storage, state)
-            store_adapter(storage, model, directory, self._run.path)
+            state = store_directory(storage, key, directory, self._run.path, check)
+            check_stored(storage, state, check)
+            store_adapter(storage, model, directory, self._run.path, check)
             metrics = json.loads((directory / "metrics.json").read_text())
 
             def register(session: Session) -> None:
@@ -96,6 +107,9 @@ class CheckpointImport:
     def _register(self, session: Session, step: int, state: StoredObject, metrics: dict[str, object], model: Model) -> list[str]:
         """Add the rows of a checkpoint. Returns the keys of the objects that nothing refers to any more."""
         assert_held(session, self._lease.claim)
+        furthest = session.scalar(select(func.max(Model.step)).where(Model.job_id == self._job.id))  # their rows stay, whatever becomes of checkpoints
+        if furthest is None or step > furthest:
+            forgive_losses(session, self._lease.claim)
         existing = session.scalar(select(Checkpoint).where(Checkpoint.job_id == self._job.id, Checkpoint.step == step))
         if existing is not None:
             old_key = existing.storage_key

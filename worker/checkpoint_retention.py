@@ -17,7 +17,7 @@ from core.logging import get_logger
 from core.served_adapters import remove_from_servers
 from core.storage import discard
 from core.tables.exports import ModelExport
-from core.tables.jobs import TERMINAL_STATUSES, Checkpoint, Job
+from core.tables.jobs import TERMINAL_STATUSES, UNFINISHED_STATUSES, Checkpoint, Job
 from core.tables.models import Model
 from worker.resources import Resources
 from worker.stored_objects import delete_unreferenced
@@ -32,7 +32,7 @@ def discard_superseded_states(resources: Resources) -> int:
     """Of unfinished jobs, all but the newest. One is enough to resume from; the others are for the case that it is damaged."""
     place = func.row_number().over(partition_by=Checkpoint.job_id, order_by=Checkpoint.step.desc()).label("place")
     states = select(Checkpoint.id, Checkpoint.storage_key, place).join(Job, Job.id == Checkpoint.job_id)
-    ranked = states.where(Checkpoint.storage_key.is_not(None), Job.status.not_in(TERMINAL_STATUSES)).subquery()
+    ranked = states.where(Checkpoint.storage_key.is_not(None), Job.status.in_(UNFINISHED_STATUSES)).subquery()
     return _discard_states(resources, select(ranked.c.id, ranked.c.storage_key).where(ranked.c.place > resources.settings.keep_checkpoints))
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from core.logging import get_logger
 from core.settings import Settings
@@ -63,12 +64,18 @@ class Slots:
                     self._free.append(group)
 
 
+class DevicesMissing(Exception):
+    """The devices that the settings ask for are not there: said at the start, for whoever starts the worker."""
+
+
 def training_groups(settings: Settings) -> list[DeviceGroup]:
-    """One group for every job that this worker trains at a time."""
+    """One group for every job that this worker trains at a time. Raises DevicesMissing."""
     devices = settings.devices if settings.devices is not None else _found_devices(settings)
     if not devices:
         return [DeviceGroup()] * settings.training_slots
     each = settings.devices_per_job
+    if each > len(devices):
+        raise DevicesMissing(f"SDFT_DEVICES_PER_JOB is {each}, and this worker has {len(devices)}: {', '.join(devices)}")
     groups = [DeviceGroup(tuple(devices[start : start + each])) for start in range(0, len(devices) - each + 1, each)]
     if left := len(devices) % each:
         log.warning("devices_left_over", devices=devices[-left:], devices_per_job=each)
@@ -76,7 +83,7 @@ def training_groups(settings: Settings) -> list[DeviceGroup]:
 
 
 def _found_devices(settings: Settings) -> list[str]:
-    """GPUs, by what CUDA_VISIBLE_DEVICES names or else by their UUIDs; empty where training is on the CPU."""
+    """GPUs, by what CUDA_VISIBLE_DEVICES names or else by their UUIDs; empty where training is on the CPU. Raises DevicesMissing."""
     if settings.device == "cpu":
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -84,10 +91,22 @@ def _found_devices(settings: Settings) -> list[str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    command = [program, "--query-gpu=uuid", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DRIVER_SECONDS).stdout
-    except (subprocess.SubprocessError, OSError) as error:  # a driver without a device, as on a machine whose GPU is another container's
-        log.warning("gpus_not_listed", error=str(error))
+        return list(_listed_by_driver(program))
+    except subprocess.TimeoutExpired as error:  # it may only be slow; with fewer devices than there are a worker would stay for good
+        raise DevicesMissing(
+            f"the driver has not listed its GPUs within {DRIVER_SECONDS} seconds; start the worker again, name them in SDFT_DEVICES, or set SDFT_DEVICE=cpu"
+        ) from error
+    except (subprocess.SubprocessError, OSError) as error:
+        if settings.device == "cuda":
+            raise DevicesMissing(f"SDFT_DEVICE is cuda, and the driver lists no GPU: {error}") from error
+        log.warning("gpus_not_listed", error=str(error))  # a driver without a device, as on a machine whose GPU is another container's
         return []
-    return [line.strip() for line in listed.splitlines() if line.strip()]
+
+
+@cache
+def _listed_by_driver(program: str) -> tuple[str, ...]:
+    """Asked once: the pool's threads and the slots are for the same devices. Raises SubprocessError or OSError."""
+    command = [program, "--query-gpu=uuid", "--format=csv,noheader"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DRIVER_SECONDS).stdout
+    return tuple(line.strip() for line in listed.splitlines() if line.strip())

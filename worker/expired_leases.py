@@ -1,6 +1,7 @@
 """Jobs whose worker was lost go back to where another attempt finds them, and jobs whose nudge was lost are found."""
 
-from core.jobs.leases import lease_has_expired, waiting_for_work
+from core.jobs.leases import lease_has_expired
+from core.jobs.queue import work_waits
 from core.jobs.transitions import release_expired_leases
 from core.logging import get_logger
 from worker.measurements import expired_leases_released
@@ -24,4 +25,4 @@ def free_expired_leases(resources: Resources) -> None:
 def work_is_waiting(resources: Resources) -> bool:
     """Raises Unavailable."""
     with resources.database.reading() as session:
-        return waiting_for_work(session)
+        return work_waits(session, resources.settings.project_max_running_jobs)

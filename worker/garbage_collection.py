@@ -11,6 +11,7 @@ from collections.abc import Callable
 from core.errors import ServiceError
 from core.logging import get_logger
 from core.model_exports import forget_old_exports
+from core.webhooks.deliveries import delete_old_deliveries
 from worker.checkpoint_retention import delete_surplus_models, discard_states_of_ended_jobs, discard_superseded_states
 from worker.old_directories import remove_export_directories, remove_idle_rollout_adapters, remove_old_runs, remove_unserved_adapters
 from worker.resources import Resources
@@ -20,6 +21,7 @@ from worker.stored_objects import OBJECT_PREFIXES, delete_unreferenced
 FIRST_ROUND_SECONDS = 60.0
 """After a worker's start, which has more urgent things to do."""
 GRACE_SECONDS = 86_400.0
+DELIVERIES_AT_A_TIME = 1000
 
 log = get_logger(__name__)
 
@@ -73,6 +75,18 @@ def delete_old_exports(resources: Resources) -> int:
     return len(keys)
 
 
+def forget_old_deliveries(resources: Resources) -> int:
+    """In small transactions: on SQLite everybody else's writes wait for each."""
+    deleted = 0
+    while not resources.stopping.is_set():
+        with resources.database.transaction() as session:
+            batch = delete_old_deliveries(session, DELIVERIES_AT_A_TIME)
+        deleted += batch
+        if batch < DELIVERIES_AT_A_TIME:
+            break
+    return deleted
+
+
 def delete_objects_without_rows(resources: Resources) -> int:
     """Of workers and API processes that were killed between an object and its row, and what could not be deleted after its row."""
     before = time.time() - GRACE_SECONDS
@@ -93,6 +107,7 @@ RULES: dict[str, Callable[[Resources], int]] = {
     "old_exports": delete_old_exports,
     "abandoned_uploads": discard_abandoned_uploads,
     "objects_without_rows": delete_objects_without_rows,
+    "old_webhook_deliveries": forget_old_deliveries,
     "old_runs": remove_old_runs,
     "export_directories": remove_export_directories,
     "unserved_adapters": remove_unserved_adapters,

@@ -1,7 +1,8 @@
 """A claim kept alive from a thread of its own, whatever its holder is busy with: tokens, uploads, a slow trainer.
 
 Every heartbeat the lease is renewed; about every second the row is read, for a cancellation, a pause or another's claim. `deadline`
-is when this machine must have stopped working on it if no renewal gets through, a margin before anybody else may claim it.
+is when this machine must have stopped working on it if no renewal gets through, a margin before anybody else may claim it: on a clock
+that nobody sets (`machine_seconds`). Whether a lease has run out is the database's to say, by its own clock.
 
     KeptLease       the thread, the deadline, and writes under the lease
     ├── HeldLease       on a job
@@ -24,6 +25,7 @@ from core.jobs.leases import Claim, LeaseLost, renew_lease
 from core.logging import get_logger
 from core.model_exports import ExportClaim, assert_export_held, renew_export
 from core.tables.jobs import Job
+from sdft_engine.contract.machine_clock import machine_seconds
 from sdft_engine.contract.run_directory import StopReason
 from worker.measurements import leases_lost
 from worker.resources import Resources
@@ -31,6 +33,8 @@ from worker.resources import Resources
 MARGIN = 0.2
 """Share of the lease that is left when the deadline is over: for clocks that run unevenly and for a slow stop."""
 RETRY_SECONDS = 0.5
+FINISH_SECONDS = 22.0
+"""How long after it was asked to stop a holder may still store what it has. A worker that ends has 30 seconds in all."""
 
 log = get_logger(__name__)
 
@@ -44,12 +48,15 @@ class StopRequested(Exception):
 
 
 class KeptLease(ABC):
-    """`held` says what is held, for messages; `claimed_at` is this machine's unix time just before the claim was made."""
+    """`held` says what is held, for messages; `claimed_at` is `machine_seconds()` just before the claim was made."""
 
     def __init__(self, resources: Resources, held: str, claimed_at: float) -> None:
         self.held = held
         self.stop: StopReason | None = None
         """What the holder is asked for. A pause may be taken back."""
+        self.untold: OSError | None = None
+        """Why whoever is reported to could not be told of the newest change; None where it was."""
+        self._stop_asked_at: float | None = None
         self._requested: str | None = None
         self._resources = resources
         self._lease_seconds = resources.settings.lease_seconds
@@ -91,7 +98,7 @@ class KeptLease(ABC):
 
     def check(self) -> None:
         """Raises LeaseLost once it is not ours any more, or may not be."""
-        if self._lost.is_set() or time.time() > self.deadline:
+        if self._lost.is_set() or machine_seconds() > self.deadline:
             self._lost.set()
             raise LeaseLost(f"{self.held} is no longer held by this attempt")
 
@@ -100,6 +107,14 @@ class KeptLease(ABC):
         self.check()
         if self.stop is not None:
             raise StopRequested(self.stop)
+
+    def check_in_time(self) -> None:
+        """The same for what should be brought to its end where it can: StopRequested only when it took too long after the request. A
+        pause waits for as long as it takes."""
+        self.check()
+        stop, asked_at = self.stop, self._stop_asked_at
+        if stop in ("cancel", "requeue") and asked_at is not None and machine_seconds() - asked_at > FINISH_SECONDS:
+            raise StopRequested(stop)
 
     def write(self, change: Callable[[Session], None]) -> None:
         """Run `change` in a transaction, again while the database can't be reached. Raises LeaseLost."""
@@ -113,7 +128,7 @@ class KeptLease(ABC):
             with self._resources.database.transaction() as session:
                 change(session)
         except ServiceError as error:  # unreachable, busy or full
-            log.warning("database_unreachable", error=error.message, seconds_left=round(self.deadline - time.time(), 1))
+            log.warning("database_unreachable", error=error.message, seconds_left=round(self.deadline - machine_seconds(), 1))
             return False
         except LeaseLost:
             self._lost.set()
@@ -133,22 +148,22 @@ class KeptLease(ABC):
             try:
                 self._look()
             except ServiceError as error:
-                log.warning("lease_not_renewed", error=error.message, seconds_left=round(self.deadline - time.time(), 1))
+                log.warning("lease_not_renewed", error=error.message, seconds_left=round(self.deadline - machine_seconds(), 1))
             except LeaseLost:
                 self._lost.set()
             except Exception:  # the thread must live: without it the lease would end although all else works
                 log.exception("lease_not_renewed")
-            if self._lost.is_set() or time.time() > self.deadline:
+            if self._lost.is_set() or machine_seconds() > self.deadline:
                 self._lost.set()
                 log.warning("lease_lost")
                 return
-            self.stop = self._wanted()  # also where the database can't be reached: a worker that ends has half a minute
+            self._stop_as(self._wanted())  # also where the database can't be reached: a worker that ends has half a minute
             if before != (self._renewed_at, self.stop):
                 self._tell()
 
     def _look(self) -> None:
         """Renew the lease where it is time, else only read the row."""
-        asked_at = time.time()
+        asked_at = machine_seconds()
         if asked_at - self._renewed_at >= self._heartbeat_seconds:
             with self._resources.database.transaction() as session:
                 self._requested = self.renew(session)
@@ -156,6 +171,13 @@ class KeptLease(ABC):
         else:
             with self._resources.database.reading() as session:
                 self._requested = self.read(session)
+
+    def _stop_as(self, wanted: StopReason | None) -> None:
+        if wanted is None:
+            self._stop_asked_at = None
+        elif wanted != self.stop:
+            self._stop_asked_at = machine_seconds()
+        self.stop = wanted
 
     def _wanted(self) -> StopReason | None:
         if self._requested == "cancel":
@@ -170,8 +192,10 @@ class KeptLease(ABC):
                 return
             try:
                 self._on_change(self)
+                self.untold = None
             except OSError as error:  # a full disk: the trainer then stops by itself at the deadline that it knows
                 log.error("control_not_written", error=str(error))
+                self.untold = error
 
 
 class HeldLease(KeptLease):

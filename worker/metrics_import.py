@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from core.jobs.events import Level, append_event, upsert_metrics
+from core.jobs.events import Level, NewEvent, append_event, append_events, upsert_metrics
 from core.jobs.leases import Claim, assert_held
 from core.jobs.transitions import Progress, record_progress
 from core.logging import get_logger
@@ -49,13 +49,6 @@ class LineTail:
             return [], self.offset
         whole = block[: block.rfind(b"\n") + 1]
         return whole.splitlines(), self.offset + len(whole)
-
-
-@dataclass(frozen=True)
-class TrainerEvent:
-    message: str
-    level: Level
-    data: dict[str, Any] | None
 
 
 class ProgressImport:
@@ -120,21 +113,22 @@ class ProgressImport:
         )
 
 
-def _write(session: Session, claim: Claim, metrics: list[StepMetrics], events: list[TrainerEvent], progress: Progress | None) -> None:
+def _write(session: Session, claim: Claim, metrics: list[StepMetrics], events: list[NewEvent], progress: Progress | None) -> None:
     """The fence comes first: it locks the row for what follows."""
     if progress is None:
         assert_held(session, claim)
     else:
         record_progress(session, claim, progress)
-    for event in events:
-        append_event(session, claim.job_id, event.message, level=event.level, data=event.data)
-    for step in metrics:
-        upsert_metrics(session, claim.job_id, step.step, claim.attempt, step.model_dump())
-        message = f"Step {step.step}/{step.total_steps}: training loss={step.train_loss:.4f}"
-        append_event(session, claim.job_id, message, type="metrics", data=step.model_dump(exclude_none=True))
+    upsert_metrics(session, claim.job_id, claim.attempt, {step.step: step.model_dump() for step in metrics})
+    append_events(session, claim.job_id, [*events, *(_event_of(step) for step in metrics)])
 
 
-def _settled_by(events: list[TrainerEvent]) -> dict[str, Any]:
+def _event_of(step: StepMetrics) -> NewEvent:
+    message = f"Step {step.step}/{step.total_steps}: training loss={step.train_loss:.4f}"
+    return NewEvent(message, type="metrics", data=step.model_dump(exclude_none=True))
+
+
+def _settled_by(events: list[NewEvent]) -> dict[str, Any]:
     """Hyperparameters that were "auto" until the trainer said so."""
     settled: dict[str, Any] = {}
     for event in events:
@@ -160,12 +154,12 @@ def _without_nul(value: Any) -> Any:
     return [_without_nul(item) for item in value] if isinstance(value, list) else value
 
 
-def _parse_event(line: bytes) -> TrainerEvent | None:
+def _parse_event(line: bytes) -> NewEvent | None:
     try:
         value = _without_nul(json.loads(line))
         level: Level = value["level"] if value.get("level") in ("warn", "error") else "info"
         data = value.get("data")
-        return TrainerEvent(str(value["message"]), level, data if isinstance(data, dict) else None)
+        return NewEvent(str(value["message"]), level, data=data if isinstance(data, dict) else None)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         log.error("event_line_unreadable", line=line[:200].decode(errors="replace"), error=repr(error))
         return None

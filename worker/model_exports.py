@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,9 +35,11 @@ from core.model_exports import (
 from core.storage import ObjectDamaged, StoredObject
 from core.tables.models import Model
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DiskFull
+from sdft_engine.contract.machine_clock import machine_seconds
 from worker.base_models import load_base_model
 from worker.engine_process import run_to_end
 from worker.held_lease import ExportLease, StopRequested
+from worker.interruptible import interruptible
 from worker.resources import Resources
 from worker.stored_objects import check_stored, delete_unreferenced
 
@@ -78,7 +79,7 @@ class Exporter:
         with database.reading() as session:
             if not export_is_waiting(session):
                 return False
-        claimed_at = time.time()
+        claimed_at = machine_seconds()
         with database.transaction() as session:
             claim = claim_export(session, settings.lease_seconds)
         if claim is not None:
@@ -95,14 +96,13 @@ class Exporter:
                     self._make_or_give_up(lease, key)
             except LeaseLost as lost:
                 log.warning("export_lost", reason=str(lost))
-            finally:
                 delete_unreferenced(self._resources.database, self._resources.storage, [key])
 
     def _make_or_give_up(self, lease: ExportLease, key: str) -> None:
         """Raises LeaseLost."""
         try:
             with self._scratch(lease.claim) as scratch_dir:
-                stored = self._build_and_store(lease.claim, key, scratch_dir, lease.check_wanted)
+                stored = interruptible(lambda: self._build_or_delete(lease.claim, key, scratch_dir, lease.check_wanted), lease.check_wanted)
         except LeaseLost:
             raise
         except Exception as error:
@@ -112,6 +112,14 @@ class Exporter:
             return
         lease.settle(lambda session: finish_export(session, lease.claim, stored))
         log.info("export_ready", size_bytes=stored.size_bytes)
+
+    def _build_or_delete(self, claim: ExportClaim, key: str, scratch_dir: Path, check: Callable[[], None]) -> StoredObject:
+        """`_build_and_store`, which leaves no object where it fails."""
+        try:
+            return self._build_and_store(claim, key, scratch_dir, check)
+        except BaseException:
+            delete_unreferenced(self._resources.database, self._resources.storage, [key])
+            raise
 
     def _build_and_store(self, claim: ExportClaim, key: str, scratch_dir: Path, check: Callable[[], None]) -> StoredObject:
         """Raises NotMade, LeaseLost or StopRequested."""

@@ -44,14 +44,14 @@ class Publication:
 
 
 def publish(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, result: TrainingResult) -> None:
-    """Ends with the job succeeded. Raises LeaseLost, CheckpointDamaged, ObjectDamaged, StorageFull or StorageUnavailable; then nothing
+    """Ends with the job succeeded. Raises LeaseLost, StopRequested, CheckpointDamaged, ObjectDamaged, StorageFull or StorageUnavailable; then nothing
     is left behind, and it may be called again."""
     lease.write(lambda session: record_progress(session, lease.claim, Progress(phase="publishing")))
     sealed_directory.verify(run.final_dir)
     model = new_trained_model(prepared, step=None)
     keys = [model.storage_key]
     try:
-        store_adapter(resources.storage, model, run.final_dir, run.path)
+        store_adapter(resources.storage, model, run.final_dir, run.path, lease.check_in_time)
         result_file = store_result_file(resources.database, resources.storage, model.project_id, model.job_id)
         keys.append(result_file.storage_key)
         reason = _verify_patiently(resources, lease, model)

@@ -65,7 +65,7 @@ def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> Pr
     if retention_file_id(job):
         _write_rows(run.retention_path, read_lines(resources.storage, retention_file, RETENTION_PARAM), set(), lease)
     if job.parent_model:
-        _fetch_parent(resources, parent, run)
+        _fetch_parent(resources, lease, parent, run)
     resume_step = _fetch_checkpoint(resources, lease, run)
     return PreparedRun(job, project.name, resume_step, _trained_tokens(resources, job.id, resume_step))
 
@@ -160,11 +160,11 @@ def _write_rows(path: Path, lines: Iterable[bytes], dropped: set[int], lease: He
             file.write(b"\n" if number in dropped else line + b"\n")
 
 
-def _fetch_parent(resources: Resources, parent: Model | None, run: RunDirectory) -> None:
+def _fetch_parent(resources: Resources, lease: HeldLease, parent: Model | None, run: RunDirectory) -> None:
     try:
         if parent is None or parent.status == "deleted":
             raise FileNotFoundError
-        fetch_directory(resources.storage, parent.storage_key, parent.archive_sha256, run.parent_adapter_dir)
+        fetch_directory(resources.storage, parent.storage_key, parent.archive_sha256, run.parent_adapter_dir, lease.check_wanted)
     except FileNotFoundError as error:
         raise JobRejected("the model to continue from does not exist any more", code="model_not_found", param="model") from error
 
@@ -179,7 +179,7 @@ def _fetch_checkpoint(resources: Resources, lease: HeldLease, run: RunDirectory)
     for (step, key, sha256), earlier in zip(newest_first, (*newest_first[1:], None), strict=False):
         lease.check_wanted()
         try:
-            fetch_directory(resources.storage, str(key), sha256, run.resume_dir)
+            fetch_directory(resources.storage, str(key), sha256, run.resume_dir, lease.check_wanted)
         except (ObjectDamaged, FileNotFoundError) as error:
             log.error("checkpoint_damaged", step=step, error=str(error))
             _report_damage(lease, step, None if earlier is None else earlier.step)

@@ -11,6 +11,7 @@ from core.jobs.events import append_event
 from core.jobs.leases import assert_held
 from core.logging import get_logger
 from worker.held_lease import HeldLease
+from worker.interruptible import interruptible
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
@@ -23,17 +24,18 @@ Result = TypeVar("Result")
 log = get_logger(__name__)
 
 
-def through_outages(lease: HeldLease, work: Callable[[], Result]) -> Result:
+def through_outages(lease: HeldLease, work: Callable[[], Result], check: Callable[[], None] | None = None) -> Result:
     """The result of `work`, which is done again from its beginning while the storage fails. The lease is held meanwhile, and the job
     has an event that says why nothing happens.
 
-    Raises StorageUnavailable after an hour, LeaseLost, and StopRequested where it is asked to stop while it waits.
+    While `work` runs `check` is called, `lease.check_wanted` by default: where it raises, `work` is left to itself (see interruptible).
+    Raises StorageUnavailable after an hour, LeaseLost, and StopRequested, also where it is asked to stop while it waits.
     """
     began: float | None = None
     pause_seconds = FIRST_PAUSE_SECONDS
     while True:
         try:
-            return work()
+            return interruptible(work, check or lease.check_wanted)
         except StorageUnavailable as error:
             if began is None:
                 began = time.monotonic()

@@ -1,14 +1,13 @@
 """Objects that this worker wrote to storage: read back before a row tells of them, and deleted where none came to be."""
 
 import hashlib
-from collections.abc import Callable
 
 from sqlalchemy import select, true
 
 from core.database import Database
 from core.errors import Unavailable
 from core.logging import get_logger
-from core.storage import ObjectDamaged, Storage, StoredObject, discard
+from core.storage import Check, ObjectDamaged, Storage, StoredObject, discard
 from core.tables.exports import ModelExport
 from core.tables.files import File
 from core.tables.jobs import Checkpoint
@@ -27,7 +26,7 @@ OBJECT_PREFIXES = ("files", "models", "checkpoints")
 log = get_logger(__name__)
 
 
-def check_stored(storage: Storage, stored: StoredObject, check: Callable[[], None] = lambda: None) -> None:
+def check_stored(storage: Storage, stored: StoredObject, check: Check = lambda: None) -> None:
     """Raises ObjectDamaged unless storage returns the bytes that were written. `check` is called before every chunk and may raise."""
     digest = hashlib.sha256()
     for chunk in storage.read(stored.key):

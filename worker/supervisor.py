@@ -10,11 +10,12 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
+from core.durable_files import is_disk_full
 from core.errors import StorageUnavailable, Unavailable
 from core.jobs.leases import Claim, LeaseLost
 from core.jobs.transitions import Progress, fail, finish_cancellation, record_progress, requeue, requeue_after_crash
 from core.logging import get_logger
-from core.tables.jobs import Checkpoint
+from core.tables.jobs import Checkpoint, Job
 from sdft_engine.contract.errors import CheckpointDamaged
 from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
 from worker.checkpoint_import import CheckpointImport
@@ -84,7 +85,8 @@ def _settle_attempt(resources: Resources, lease: HeldLease, run: RunDirectory, g
 def _give_up(lease: HeldLease, error: Exception) -> None:
     """End the job for an exception: back to the queue where it is no fault of the job's, else failed. Raises LeaseLost."""
     if isinstance(error, StopRequested):
-        lease.settle(lambda session: requeue(session, lease.claim, DEPLOY_MESSAGE))
+        message = DEPLOY_MESSAGE if error.reason == "requeue" else TAKEN_BACK_MESSAGE
+        lease.settle(lambda session: requeue(session, lease.claim, message))
     elif isinstance(error, StorageUnavailable):
         lease.settle(lambda session: requeue(session, lease.claim, STORAGE_MESSAGE, level="warn"))
     elif isinstance(error, Unavailable):
@@ -103,13 +105,15 @@ def _attempt(resources: Resources, lease: HeldLease, run: RunDirectory, group: D
     checkpoints = CheckpointImport(resources, run, lease, prepared)
     variables = sampler_key(resources.settings, prepared.job) | group.environment()
     with TrainerProcess(group.command(resources.trainer_command), run, resources.settings, variables) as trainer:
-        _watch(trainer, lease, progress, checkpoints)
+        asked = _watch(trainer, lease, progress, checkpoints)
     log.info("trainer_ended", how=trainer.describe_exit())
     if trainer.exit_status == EXIT_LEASE_EXPIRED:
-        raise LeaseLost("the trainer stopped itself: its lease ran out")
+        lease.check()
+        if lease.untold is not None and is_disk_full(lease.untold):  # the lease is good, and the trainer could not be told
+            raise lease.untold
     progress.import_rest()
-    through_outages(lease, checkpoints.import_new)
-    _conclude(resources, lease, run, prepared, trainer)
+    through_outages(lease, checkpoints.import_new, lease.check_in_time)
+    _conclude(resources, lease, run, prepared, trainer, asked)
 
 
 def _empty_directory(run: RunDirectory) -> None:
@@ -119,43 +123,47 @@ def _empty_directory(run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
 
 
-def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, checkpoints: CheckpointImport) -> None:
-    """Until the trainer ends, or has to be ended: carry what it writes into rows about twice a second. Raises LeaseLost."""
+def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, checkpoints: CheckpointImport) -> StopReason | None:
+    """Until the trainer ends, or has to be ended: carry what it writes into rows about twice a second. Returns what it was last asked for,
+    which may be taken back at any moment. Raises LeaseLost."""
     next_import = 0.0
+    stop: StopReason | None = None
     stop_since: float | None = None
     while not trainer.exited():
         lease.check()
-        if lease.stop is None:  # maybe again: a pause can be taken back
+        stop = lease.stop
+        if stop is None:  # maybe again
             stop_since = None
         else:
             stop_since = stop_since or time.monotonic()
-            if time.monotonic() - stop_since > GRACE_SECONDS[lease.stop]:
-                log.warning("trainer_did_not_stop", asked=lease.stop)
-                return
+            if time.monotonic() - stop_since > GRACE_SECONDS[stop]:
+                log.warning("trainer_did_not_stop", asked=stop)
+                return stop
         if time.monotonic() >= next_import:
             if progress.import_new():
                 checkpoints.import_if_possible()
             next_import = time.monotonic() + IMPORT_SECONDS
         time.sleep(WATCH_SECONDS)
+    return stop
 
 
-def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, trainer: TrainerProcess) -> None:
-    """End the attempt as the trainer's result says; without one it crashed, unless it was stopped from here. One that is handed back
+def _conclude(resources: Resources, lease: HeldLease, run: RunDirectory, prepared: PreparedRun, trainer: TrainerProcess, asked: StopReason | None) -> None:
+    """End the attempt as the trainer's result says; without one it crashed, unless it was `asked` to stop. One that is handed back
     is paused instead where that is asked for."""
     result = _read_result(run)
+    stop = lease.stop or asked
     claim, lost_leases = lease.claim, resources.settings.max_lost_leases
     handed_back = DEPLOY_MESSAGE if resources.stopping.is_set() else TAKEN_BACK_MESSAGE
-    if lease.stop == "cancel":
+    if stop == "cancel":
         lease.settle(lambda session: finish_cancellation(session, claim))
-    elif result is None and lease.stop is not None:
+    elif result is None and stop is not None:
         lease.settle(lambda session: requeue(session, claim, handed_back))
     elif result is None:
         trainer_crashes.inc()
-        is_last = prepared.job.lost_leases + 1 >= lost_leases
-        reason = _crash_report(run, trainer, next_attempt=None if is_last else claim.attempt + 1)
-        lease.settle(lambda session: requeue_after_crash(session, claim, reason, lost_leases))
+        crash = f"The trainer ended without a result ({trainer.describe_exit()})"
+        lease.settle(lambda session: _charge(session, claim, crash, last_log_lines(run), lost_leases))
     elif result.outcome == "succeeded":
-        through_outages(lease, lambda: publish(resources, lease, run, prepared, result))
+        through_outages(lease, lambda: publish(resources, lease, run, prepared, result), lease.check_in_time)
     elif result.outcome == "stopped":
         lease.settle(lambda session: requeue(session, claim, handed_back))
     else:
@@ -192,8 +200,7 @@ def _read_result(run: RunDirectory) -> TrainingResult | None:
         return None
 
 
-def _crash_report(run: RunDirectory, trainer: TrainerProcess, next_attempt: int | None) -> str:
-    said = last_log_lines(run)
-    follows = "" if next_attempt is None else f"; attempt {next_attempt} follows"
-    report = f"The trainer ended without a result ({trainer.describe_exit()}){follows}"
-    return f"{report}. The last lines of its log:\n{said}" if said else report
+def _charge(session: Session, claim: Claim, crash: str, said: str, max_lost_leases: int) -> None:
+    losses = session.scalar(select(Job.lost_leases).where(Job.id == claim.job_id)) or 0
+    report = crash if losses + 1 >= max_lost_leases else f"{crash}; attempt {claim.attempt + 1} follows"
+    requeue_after_crash(session, claim, f"{report}. The last lines of its log:\n{said}" if said else report, max_lost_leases)

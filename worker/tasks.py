@@ -1,6 +1,5 @@
 """What the one Celery task does. Its message says "look for work" and nothing else: the work stands in the database."""
 
-import time
 from collections.abc import Callable
 
 from sqlalchemy import select
@@ -13,6 +12,7 @@ from core.jobs.transitions import claim_for_training, claim_for_validation
 from core.logging import get_logger
 from core.tables.jobs import Job
 from core.tracing import continued_span
+from sdft_engine.contract.machine_clock import machine_seconds
 from worker.devices import DeviceGroup, Slots
 from worker.resources import Resources
 from worker.supervisor import train
@@ -26,7 +26,7 @@ def seek_work(resources: Resources) -> None:
     is wrong with a file.
 
     Called by the pool's threads for every nudge and by the poll for lost ones. Training takes a training slot and
-    validation a validation slot, so neither waits for the other. Database errors end the search: the poll goes on.
+    validation a validation slot, so neither waits for the other. Errors end the search: the poll goes on.
     """
     settings = resources.settings
 
@@ -45,6 +45,8 @@ def seek_work(resources: Resources) -> None:
                 return
     except ServiceError as error:
         log.warning("database_unreachable", error=error.message)
+    except Exception:  # the boundary of a thread: of the pool's, or of the poll's searches
+        log.exception("search_failed_unexpectedly")
 
 
 def _work_on_next(
@@ -54,7 +56,7 @@ def _work_on_next(
     with slots.take() as group:
         if group is None:
             return False
-        claimed_at = time.time()
+        claimed_at = machine_seconds()
         with resources.database.transaction() as session:
             claim = claim_next(session)
             origin = (claim and session.scalar(select(Job.origin).where(Job.id == claim.job_id))) or {}

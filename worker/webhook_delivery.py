@@ -94,6 +94,9 @@ class Deliverer:
             reason = f"the endpoint answered {status}"
         except NotDelivered as error:
             reason = str(error)
+        except Exception as error:  # the boundary of one delivery: left as it is, it would come first again and again
+            log.exception("webhook_delivery_failed_unexpectedly", webhook_id=claim.delivery_id)
+            reason = f"sending it failed with an internal error ({type(error).__name__})"
         fields = {"webhook_id": claim.delivery_id, "endpoint": claim.endpoint_id, "event_type": claim.event_type, "attempt": claim.attempt}
         if status is not None and 200 <= status < 300:
             self._settle(lambda session: record_delivered(session, claim, status))

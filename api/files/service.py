@@ -12,7 +12,7 @@ from core.database import unix_now
 from core.errors import Conflict, NotFound
 from core.storage import discard
 from core.tables.files import File
-from core.tables.jobs import TERMINAL_STATUSES, Job
+from core.tables.jobs import UNFINISHED_STATUSES, Job
 
 
 def files_of(project_id: str) -> Select[File]:
@@ -72,4 +72,4 @@ def delete_expired_files(state: ApiState) -> int:
 
 def _unfinished_jobs_with(file_id: str) -> Select[str]:
     used = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id, Job.method["sdft"]["retention_file"].as_string() == file_id)
-    return select(Job.id).where(used, Job.status.not_in(TERMINAL_STATUSES))
+    return select(Job.id).where(used, Job.status.in_(UNFINISHED_STATUSES))

@@ -1,5 +1,7 @@
 """Events and metrics of a job, written inside the transaction of the change they describe."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -10,19 +12,42 @@ from core.ids import new_id
 from core.tables.jobs import Job, JobEvent, JobMetrics
 
 Level = Literal["info", "warn", "error"]
+EventType = Literal["message", "metrics"]
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    message: str
+    level: Level = "info"
+    type: EventType = "message"
+    data: dict[str, Any] | None = None
 
 
 def append_event(
-    session: Session, job_id: str, message: str, *, level: Level = "info", type: Literal["message", "metrics"] = "message", data: dict[str, Any] | None = None
+    session: Session, job_id: str, message: str, *, level: Level = "info", type: EventType = "message", data: dict[str, Any] | None = None
 ) -> None:
-    """Add an event. Those of one job become visible in the order of their sequence, so that whoever has read one has read all
-    before it: the job's row is locked before the event gets its number, and stays locked until it is committed."""
+    """Add an event; see append_events."""
+    append_events(session, job_id, [NewEvent(message, level, type, data)])
+
+
+def append_events(session: Session, job_id: str, events: Iterable[NewEvent]) -> None:
+    """Add events, in order. Those of one job become visible in the order of their sequence, so that whoever has read one has read all
+    before it: the job's row is locked before an event gets its number, and stays locked until it is committed."""
     session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
-    session.add(JobEvent(id=new_id("ftevent"), job_id=job_id, created_at=unix_now(), level=level, type=type, message=message, data=data))
+    rows = (
+        JobEvent(id=new_id("ftevent"), job_id=job_id, created_at=unix_now(), level=event.level, type=event.type, message=event.message, data=event.data)
+        for event in events
+    )
+    session.add_all(rows)
+    session.flush()
 
 
-def upsert_metrics(session: Session, job_id: str, step: int, attempt: int, metrics: dict[str, Any]) -> None:
-    """One row a step: a step replayed after a resume replaces the old measurement."""
-    changed = {"attempt": attempt, "created_at": unix_now(), "metrics": metrics}
-    statement = insert_for(session, JobMetrics).values(job_id=job_id, step=step, **changed)
-    session.execute(statement.on_conflict_do_update(index_elements=["job_id", "step"], set_=changed))
+def upsert_metrics(session: Session, job_id: str, attempt: int, metrics: dict[int, dict[str, Any]]) -> None:
+    """`metrics` by step. One row a step: a step replayed after a resume replaces the old measurement."""
+    if not metrics:
+        return
+    now = unix_now()
+    rows = [{"job_id": job_id, "step": step, "attempt": attempt, "created_at": now, "metrics": measured} for step, measured in metrics.items()]
+    statement = insert_for(session, JobMetrics).values(rows)
+    replaced = {name: statement.excluded[name] for name in ("attempt", "created_at", "metrics")}
+    session.execute(statement.on_conflict_do_update(index_elements=["job_id", "step"], set_=replaced))

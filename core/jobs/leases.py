@@ -8,14 +8,14 @@ stale attempt can't write anything. What a lease is taken for, and how it ends, 
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, and_, or_, select, update
+from sqlalchemy import Select, and_, select, update
 from sqlalchemy.orm import Session
 
 from core.database import database_now
 from core.ids import new_token
-from core.tables.jobs import TERMINAL_STATUSES, Job
+from core.tables.jobs import UNFINISHED_STATUSES, Job
 
-EXPIRED = and_(Job.lease_until < database_now(), Job.status.not_in(TERMINAL_STATUSES))
+EXPIRED = and_(Job.lease_until < database_now(), Job.status.in_(UNFINISHED_STATUSES))
 """The condition on a job whose holder has not been heard of."""
 
 
@@ -86,9 +86,3 @@ def update_held(session: Session, claim: Claim, **columns: Any) -> Any:
 def lease_has_expired(session: Session) -> bool:
     """Whether `release_expired_leases` would find any job; only reads, so that looking often costs no write lock."""
     return session.scalar(select(Job.id).where(EXPIRED).limit(1)) is not None
-
-
-def waiting_for_work(session: Session) -> bool:
-    """Whether any job waits for a worker, for the poll that heals lost nudges."""
-    waiting = or_(Job.status == "validating_files", Job.status == "queued")
-    return session.scalar(select(Job.id).where(waiting, Job.lease_token.is_(None)).limit(1)) is not None

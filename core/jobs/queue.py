@@ -58,6 +58,12 @@ def next_queued(max_running: int | None) -> Select[str]:
     return candidates.order_by(Job.attempt == 0, number, Project.last_claimed_at.asc().nulls_first(), Job.created_at, Job.id)
 
 
+def work_waits(session: Session, max_running: int | None) -> bool:
+    """Whether a claim for validation or for training would find a job; only reads, so that looking often costs no write lock."""
+    waiting = (claimable("validating_files"), next_queued(max_running).order_by(None))
+    return any(session.scalar(jobs.limit(1)) is not None for jobs in waiting)
+
+
 def forecast(waiting: Iterable[Waiting], projects: dict[str, ProjectLoad]) -> list[str]:
     """The waiting jobs' ids in the order in which they will be taken, as far as that can be known: as if no running job ended before.
     Jobs that have to wait for their project's limit come after those that do not."""

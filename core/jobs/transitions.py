@@ -124,6 +124,12 @@ def release_validation(session: Session, claim: Claim) -> None:
         update_held(session, claim, **RELEASED)
 
 
+def forgive_losses(session: Session, claim: Claim) -> None:
+    """No change of status: the job has come further than any attempt before, so that what was lost until now no longer counts. The limit
+    is there for jobs that take their workers with them and get nowhere."""
+    update_held(session, claim, lost_leases=0)
+
+
 def requeue(session: Session, claim: Claim, reason: str, level: Level = "info") -> None:
     """running → queued at the supervisor's wish (a deploy); cancelled or paused where that was asked meanwhile. Charges nothing."""
     if _stopped_instead(session, claim):
@@ -133,7 +139,7 @@ def requeue(session: Session, claim: Claim, reason: str, level: Level = "info") 
 
 
 def requeue_after_crash(session: Session, claim: Claim, reason: str, max_lost_leases: int) -> None:
-    """running → queued after a trainer died without a result; failed when that happened too often; cancelled or paused where
+    """running → queued after a trainer died without a result; failed when that happened too often without progress between; cancelled or paused where
     that was asked meanwhile."""
     if _stopped_instead(session, claim):
         return
@@ -232,7 +238,7 @@ def resume(session: Session, job_id: str) -> bool:
 
 def release_expired_leases(session: Session, max_lost_leases: int) -> list[str]:
     """Free every job whose holder has not been heard of: cancelled or paused if that was asked, failed as `worker_lost` after too
-    many losses, else back to where another attempt finds it. Returns the ids of the freed jobs."""
+    many losses without progress between, else back to where another attempt finds it. Returns the ids of the freed jobs."""
     columns = (Job.id, Job.lease_token, Job.attempt, Job.status, Job.stop_requested, Job.lost_leases)
     expired = session.execute(select(*columns).where(EXPIRED).with_for_update(skip_locked=True)).all()
     for row in expired:
@@ -243,7 +249,7 @@ def release_expired_leases(session: Session, max_lost_leases: int) -> list[str]:
         elif row.stop_requested == "pause":
             finish_pause(session, claim)
         elif losses >= max_lost_leases:
-            message = f"the worker running this job was lost {losses} times; see the worker's log"
+            message = f"the worker running this job was lost {losses} times without a new checkpoint; see the worker's log"
             fail(session, claim, {"code": "worker_lost", "message": message, "param": None})
         else:
             update_held(session, claim, status="queued" if row.status == "running" else row.status, lost_leases=losses, **RELEASED)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import JSON, MetaData
+from sqlalchemy import JSON, Index, MetaData, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase
 
@@ -15,6 +15,11 @@ NAMING = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+
+def index_of_some(name: str, column: str, rows: str) -> Index:
+    """An index of the rows that a condition in SQL describes."""
+    return Index(name, column, sqlite_where=text(rows), postgresql_where=text(rows))
 
 
 class Table(DeclarativeBase):

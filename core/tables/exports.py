@@ -22,12 +22,12 @@ class ModelExport(Table):
 
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
     format: Mapped[str] = mapped_column(primary_key=True)
-    status: Mapped[str]
+    status: Mapped[str] = mapped_column(index=True)
     attempts: Mapped[int]
     """How often a worker began to make it."""
     lease_token: Mapped[str | None]
     lease_until: Mapped[float | None]
-    storage_key: Mapped[str | None]
+    storage_key: Mapped[str | None] = mapped_column(index=True)
     """A tar.gz, once it is ready."""
     archive_bytes: Mapped[int | None] = mapped_column(BigInteger)
     archive_sha256: Mapped[str | None]

@@ -15,8 +15,8 @@ class File(Table):
     purpose: Mapped[str] = mapped_column(index=True)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]
-    storage_key: Mapped[str]
+    storage_key: Mapped[str] = mapped_column(index=True)
     example_count: Mapped[int | None]
     """Usable lines of a fine-tune file."""
     created_at: Mapped[float]
-    expires_at: Mapped[float | None]
+    expires_at: Mapped[float | None] = mapped_column(index=True)

@@ -5,17 +5,19 @@ from typing import Any
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from core.tables.base import Table
+from core.tables.base import Table, index_of_some
 
 JOB_STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 TERMINAL_STATUSES = ("succeeded", "failed", "cancelled")
+UNFINISHED_STATUSES = tuple(status for status in JOB_STATUSES if status not in TERMINAL_STATUSES)
+"""What queries look for: an index finds these, and no index what is none of the others."""
 
 
 class Job(Table):
     """A job is held by whoever knows its `lease_token` until `lease_until` (database clock).
 
-    `attempt` counts how often training was started; `lost_leases` how often it was lost through a crash, which is
-    limited.
+    `attempt` counts how often training was started; `lost_leases` how often it was lost through a crash since its
+    newest checkpoint, which is limited.
     """
 
     __tablename__ = "fine_tuning_jobs"
@@ -23,6 +25,8 @@ class Job(Table):
         CheckConstraint(f"status in {JOB_STATUSES}", name="status"),
         CheckConstraint("(lease_token is null) = (lease_until is null)", name="lease"),
         Index("ix_fine_tuning_jobs_status_created_at", "status", "created_at"),
+        Index("ix_fine_tuning_jobs_status_finished_at", "status", "finished_at"),
+        index_of_some("ix_fine_tuning_jobs_lease_until", "lease_until", "lease_until is not null"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -31,7 +35,7 @@ class Job(Table):
     model: Mapped[str]
     """As the user named it: a base model, or a tuned model to continue from."""
     base_model: Mapped[str]
-    parent_model: Mapped[str | None] = mapped_column(ForeignKey("models.id", use_alter=True))
+    parent_model: Mapped[str | None] = mapped_column(ForeignKey("models.id", use_alter=True), index=True)
     training_file_id: Mapped[str]
     validation_file_id: Mapped[str | None]
     method: Mapped[dict[str, Any]]
@@ -102,7 +106,7 @@ class Checkpoint(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("fine_tuning_jobs.id"), index=True)
     step: Mapped[int]
     created_at: Mapped[float]
-    storage_key: Mapped[str | None]
+    storage_key: Mapped[str | None] = mapped_column(index=True)
     """Null once the state was superseded by newer ones, or its job has ended."""
     sha256: Mapped[str]
     metrics: Mapped[dict[str, Any]]

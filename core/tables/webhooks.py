@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column
 
-from core.tables.base import Table
+from core.tables.base import Table, index_of_some
 
 
 class WebhookEndpoint(Table):
@@ -32,13 +32,17 @@ class WebhookDelivery(Table):
     sent. All three on the database's clock. What changes it stands in core.webhooks.deliveries."""
 
     __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        index_of_some("ix_webhook_deliveries_failed_at", "failed_at", "failed_at is not null"),
+        index_of_some("ix_webhook_deliveries_being_sent", "endpoint_id", "lease_until is not null"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     """The `webhook-id` header of every attempt."""
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"), index=True)
     event_type: Mapped[str]
     body: Mapped[str]
-    created_at: Mapped[float]
+    created_at: Mapped[float] = mapped_column(index=True)
     next_attempt_at: Mapped[float | None] = mapped_column(index=True)
     give_up_at: Mapped[float]
     """No attempt is planned for later than this."""

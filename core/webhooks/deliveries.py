@@ -12,7 +12,7 @@ by the `webhook-id` what they have had already.
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import and_, case, exists, null, or_, select, update
+from sqlalchemy import and_, case, delete, exists, func, null, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from core.database import database_now, unix_now
@@ -22,6 +22,9 @@ from core.tables.webhooks import WebhookDelivery, WebhookEndpoint
 GIVE_UP_SECONDS = 24 * 3600.0
 RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 7200.0)
 """After the first attempt, the second, …; the last one again and again."""
+
+KEEP_SECONDS = 30 * 86_400.0
+"""How long it is kept what became of a delivery."""
 
 DUE = and_(WebhookDelivery.next_attempt_at <= database_now(), or_(WebhookDelivery.lease_until.is_(None), WebhookDelivery.lease_until < database_now()))
 _OVER: dict[str, Any] = {"next_attempt_at": None, "lease_token": None, "lease_until": None}
@@ -50,7 +53,9 @@ def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | No
     """Hold the delivery that is due for longest, of an endpoint to which nothing is being sent: a slow one delays its own alone.
 
     The endpoint is locked, and whether it is busy asked again once it is: another claim may have been committed since the first look.
+    What nobody settled after its last claim waits behind the others then, and fails after its day as any other.
     """
+    _fail_those_out_of_time(session)
     sending = aliased(WebhookDelivery)
     busy = exists().where(sending.endpoint_id == WebhookDelivery.endpoint_id, sending.lease_until > database_now())
     first = (
@@ -64,11 +69,11 @@ def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | No
     found = session.scalar(first)
     if found is None:
         return None
-    token = new_token()
+    token, until = new_token(), database_now() + lease_seconds
     claimed = session.execute(
         update(WebhookDelivery)
         .where(WebhookDelivery.id == found, DUE, ~busy)
-        .values(lease_token=token, lease_until=database_now() + lease_seconds, attempts=WebhookDelivery.attempts + 1)
+        .values(lease_token=token, lease_until=until, next_attempt_at=until, attempts=WebhookDelivery.attempts + 1)
         .returning(WebhookDelivery.endpoint_id, WebhookDelivery.attempts, WebhookDelivery.event_type, WebhookDelivery.body)
         .execution_options(synchronize_session=False)
     ).one_or_none()
@@ -77,6 +82,23 @@ def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | No
     endpoint = session.get_one(WebhookEndpoint, claimed.endpoint_id)
     secrets = signing_secrets(session, endpoint)
     return DeliveryClaim(found, endpoint.id, token, claimed.attempts, claimed.event_type, claimed.body, endpoint.url, secrets)
+
+
+def _fail_those_out_of_time(session: Session) -> None:
+    """Of which an attempt was made: what no worker was there for in time is sent all the same."""
+    session.execute(
+        update(WebhookDelivery)
+        .where(DUE, WebhookDelivery.attempts > 0, WebhookDelivery.give_up_at < database_now())
+        .values(failed_at=unix_now(), last_error=func.coalesce(WebhookDelivery.last_error, "no worker brought an attempt to its end"), **_OVER)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def delete_old_deliveries(session: Session, limit: int) -> int:
+    """Of those that were over long ago, at most `limit`. Returns how many."""
+    old = select(WebhookDelivery.id).where(WebhookDelivery.created_at < unix_now() - KEEP_SECONDS, WebhookDelivery.next_attempt_at.is_(None)).limit(limit)
+    deleted = delete(WebhookDelivery).where(WebhookDelivery.id.in_(old)).returning(WebhookDelivery.id)
+    return len(session.scalars(deleted.execution_options(synchronize_session=False)).all())
 
 
 def signing_secrets(session: Session, endpoint: WebhookEndpoint) -> tuple[str, ...]:

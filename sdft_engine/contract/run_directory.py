@@ -38,8 +38,8 @@ EXIT_LEASE_EXPIRED = 75
 
 
 class Control(BaseModel):
-    """What the supervisor tells the trainer. `lease_deadline` is in unix seconds of this machine's clock: past it the
-    trainer stops by itself, because another attempt may be starting elsewhere. None: no deadline (used without a service).
+    """What the supervisor tells the trainer. `lease_deadline` is a moment of `machine_seconds()`, seconds since this machine was started:
+    past it the trainer stops by itself, because another attempt may be starting elsewhere. None: no deadline (used without a service).
     `supervisor_pid`: the process whose child the trainer must be; where it no longer is, the supervisor died."""
 
     lease_deadline: float | None = None

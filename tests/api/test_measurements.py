@@ -76,8 +76,8 @@ def test_the_newest_step_of_each_running_job(api_on_both: Api) -> None:
     ):
         job_id = add_job(api.database, api.project_id, status, base_model=base_model, step=2)
         with api.database.transaction() as session:
-            upsert_metrics(session, job_id, 1, 1, {"step_seconds": 50.0, "peak_memory_bytes": 5})
-            upsert_metrics(session, job_id, 2, 1, {"step_seconds": seconds, "peak_memory_bytes": memory})
+            upsert_metrics(session, job_id, 1, {1: {"step_seconds": 50.0, "peak_memory_bytes": 5}})
+            upsert_metrics(session, job_id, 1, {2: {"step_seconds": seconds, "peak_memory_bytes": memory}})
     samples = measured(api)
     assert (samples["sdft_step_seconds", "small", "0.5"], samples["sdft_step_seconds", "small", "1"], samples["sdft_step_seconds", "big", "1"]) == (2, 4, 9)
     assert (samples["sdft_trainer_peak_memory_bytes", "small"], samples["sdft_trainer_peak_memory_bytes", "big"]) == (30, 99)

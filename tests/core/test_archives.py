@@ -112,6 +112,17 @@ def test_streaming_can_be_stopped_at_any_chunk_and_leaves_nothing(storage: Local
     assert list(storage.temporary_dir.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", [1, 4, 12], ids=["first chunk", "archiving", "storing"])
+def test_storing_can_be_stopped_at_any_chunk_and_leaves_nothing(storage: LocalStorage, directory: Path, scratch_dir: Path, call: int) -> None:
+    (directory / "large").write_bytes(bytes(5 << 20))
+    check = StopAtCall(call)
+    with pytest.raises(Stopped):
+        store_directory(storage, "a.tar", directory, scratch_dir, check)
+    assert check.calls == call
+    assert not storage.exists("a.tar")
+    assert [*storage.temporary_dir.iterdir(), *scratch_dir.iterdir()] == []
+
+
 @pytest.mark.parametrize("call", [1, 4, 7, 20], ids=["first chunk", "fetching", "unpacking begins", "unpacking"])
 def test_fetching_can_be_stopped_at_any_chunk_and_leaves_nothing(storage: LocalStorage, directory: Path, tmp_path: Path, call: int) -> None:
     (directory / "large").write_bytes(bytes(4 << 20))

@@ -1,6 +1,7 @@
 """Files on this machine's disk: durable, inside their directory, and clear about a full disk."""
 
 import errno
+import io
 import os
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import StorageFull
+from core.errors import StorageFull, StorageUnavailable
 from core.storage import CHUNK_BYTES, LocalStorage
 
 CONTENT = os.urandom(2 * CHUNK_BYTES + 12_345)
@@ -31,7 +32,7 @@ def files_in(storage: LocalStorage) -> list[str]:
 
 
 def test_commit_is_durable(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file before its rename, and its directory after it."""
+    """Its new directory's name, the file before its rename, and its directory after it."""
     steps: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
@@ -48,7 +49,7 @@ def test_commit_is_durable(storage: LocalStorage, monkeypatch: pytest.MonkeyPatc
     writer = storage.open_writer("files/a")
     writer.write(b"x")
     writer.commit()
-    assert [Path(step).parent.name if ".tmp" in step else Path(step).name for step in steps] == [".tmp", "rename", "files"]
+    assert [Path(step).parent.name if ".tmp" in step else Path(step).name for step in steps] == ["storage", ".tmp", "rename", "files"]
 
 
 @pytest.mark.parametrize("key", ["link", "link/outside"])
@@ -98,9 +99,45 @@ def test_other_disk_errors_are_not_called_a_full_disk(storage: LocalStorage, sou
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", break_disk)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+    with pytest.raises(StorageUnavailable):
         storage.write_file("a", source)
     assert files_in(storage) == []
+
+
+def test_a_disk_that_is_not_mounted_is_not_taken_for_an_empty_one(storage: LocalStorage, source: Path) -> None:
+    storage.write_file("files/a", source)
+    began = storage.open_writer("files/b")
+    mounted = storage.root.rename(storage.root.with_name("mounted"))
+    storage.root.mkdir()
+    for action in (
+        lambda: storage.read("files/a"),
+        lambda: storage.delete("files/a"),
+        lambda: storage.write_file("files/c", source),
+        lambda: list(storage.list_objects("files")),
+        lambda: storage.discard_abandoned_uploads(0),
+        began.commit,
+    ):
+        with pytest.raises(StorageUnavailable):
+            action()
+    began.abort()
+    storage.root.rmdir()
+    mounted.rename(storage.root)
+    assert b"".join(storage.read("files/a")) == CONTENT
+    with pytest.raises(FileNotFoundError):
+        storage.read("files/c")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_disk_that_fails_while_it_is_read_is_away(storage: LocalStorage, source: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    storage.write_file("files/a", source)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Failing())
+    with pytest.raises(StorageUnavailable):
+        list(storage.read("files/a"))
 
 
 def test_what_killed_writers_left_is_discarded_when_it_is_old(storage: LocalStorage) -> None:

@@ -18,7 +18,7 @@ from core.tables.projects import SCOPES, ApiKey
 from core.tables.registry import metadata
 from migrations.upgrade import configuration, current_revision, downgrade, upgrade
 
-HEAD = "0007"
+HEAD = "0008"
 
 
 def tables_of(url: str) -> set[str]:

@@ -13,6 +13,7 @@ import torch
 from sdft_engine import train as train_module
 from sdft_engine import trainer
 from sdft_engine.contract.errors import DiskFull, EngineError, NumericalError, OutOfMemory
+from sdft_engine.contract.machine_clock import machine_seconds
 from sdft_engine.contract.run_directory import Control, RunDirectory, TrainingResult
 from sdft_engine.train import EXIT_LEASE_EXPIRED, EXIT_NOT_STARTED, Supervision, abandoned, run_training, typed
 
@@ -77,8 +78,9 @@ def test_errors_of_a_run_become_its_result(
     assert ("Traceback" in capsys.readouterr().err) is traced
 
 
-def test_a_trainer_is_abandoned_by_its_lease_or_by_its_supervisors_death() -> None:
-    now, parent = time.time(), os.getppid()
+def test_a_trainer_is_abandoned_by_its_lease_or_by_its_supervisors_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 0.0)  # somebody set the machine's time of day
+    now, parent = machine_seconds(), os.getppid()
     assert not abandoned(Control())
     assert not abandoned(Control(lease_deadline=now + 60, supervisor_pid=parent))
     assert not abandoned(Control(supervisor_pid=parent))
@@ -90,7 +92,7 @@ def test_a_trainer_is_abandoned_by_its_lease_or_by_its_supervisors_death() -> No
 def test_a_supervisor_may_be_process_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container: a parent with the id 1 is no sign that the supervisor died."""
     run = RunDirectory(tmp_path)
-    run.write_control(Control(lease_deadline=time.time() + 60, supervisor_pid=1))
+    run.write_control(Control(lease_deadline=machine_seconds() + 60, supervisor_pid=1))
     monkeypatch.setattr(os, "getppid", lambda: 1)
     monkeypatch.setattr(train_module, "die_with_parent", lambda: None)
     monkeypatch.setattr(Supervision, "start", lambda self: None)
@@ -103,7 +105,7 @@ def test_a_supervisor_may_be_process_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_trainer_that_is_abandoned_from_the_start_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
-    run.write_control(Control(lease_deadline=time.time() - 1))
+    run.write_control(Control(lease_deadline=machine_seconds() - 1))
     monkeypatch.setattr("sys.argv", ["train", str(tmp_path)])
     assert train_module.main() == EXIT_LEASE_EXPIRED
     assert [path.name for path in tmp_path.iterdir()] == ["control.json"]
@@ -161,7 +163,7 @@ def test_a_watch_that_can_not_read_its_orders_ends_the_trainer(tmp_path: Path, m
     run = RunDirectory(tmp_path)
     run.control_path.write_text(content)
     with pytest.raises(Exited) as raised:
-        Supervision(run, Control(lease_deadline=time.time() + 60))._watch()
+        Supervision(run, Control(lease_deadline=machine_seconds() + 60))._watch()
     assert raised.value.args == (EXIT_LEASE_EXPIRED,)
 
 
@@ -178,7 +180,7 @@ def test_a_control_file_that_is_torn_for_a_moment_ends_nothing(tmp_path: Path, m
             run.write_control(Control(stop="pause"))
 
     monkeypatch.setattr(time, "sleep", rest)
-    supervision = Supervision(run, Control(lease_deadline=time.time() + lease if lease else None))
+    supervision = Supervision(run, Control(lease_deadline=machine_seconds() + lease if lease else None))
     with pytest.raises(Exited):
         supervision._watch()
     assert supervision.requested() == "pause"

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from sdft_engine.contract.machine_clock import machine_seconds
 from sdft_engine.contract.run_directory import Control, RunDirectory, StopReason, TrainingResult
 from tests.sdft_engine.runs import content_of, make_run, measured, records
 
@@ -53,7 +54,7 @@ def result_of(run: RunDirectory) -> TrainingResult:
 
 
 def control(stop: StopReason | None = None, lease_seconds: float = 600) -> Control:
-    return Control(lease_deadline=time.time() + lease_seconds, supervisor_pid=os.getpid(), stop=stop)
+    return Control(lease_deadline=machine_seconds() + lease_seconds, supervisor_pid=os.getpid(), stop=stop)
 
 
 def test_a_whole_run_succeeds_with_nothing_but_its_directory(tmp_path: Path, tiny_model_dir: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
@@ -117,11 +118,12 @@ def test_past_its_lease_a_trainer_ends_and_writes_nothing(tmp_path: Path, tiny_m
 
 
 SUPERVISOR = """
-import os, subprocess, sys, time
+import os, subprocess, sys
 from pathlib import Path
+from sdft_engine.contract.machine_clock import machine_seconds
 from sdft_engine.contract.run_directory import Control, RunDirectory
 run = RunDirectory(Path(sys.argv[1]))
-run.write_control(Control(lease_deadline=time.time() + 600, supervisor_pid=os.getpid()))
+run.write_control(Control(lease_deadline=machine_seconds() + 600, supervisor_pid=os.getpid()))
 with run.log_path.open("ab") as log:
     process = subprocess.Popen([sys.executable, "-m", *sys.argv[2:], str(run.path)], stdout=log, stderr=log, start_new_session=True)
 print(process.pid, flush=True)

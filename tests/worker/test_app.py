@@ -15,6 +15,13 @@ print(json.dumps({"heavy": heavy, "tasks": sorted(name for name in app.tasks if 
 """
 
 
+def test_a_worker_without_the_devices_it_needs_ends_with_a_message(tmp_path: Path) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "SDFT_DATA_DIR": str(tmp_path / "data"), "SDFT_DEVICES": "0", "SDFT_DEVICES_PER_JOB": "2"}
+    run = subprocess.run([sys.executable, "-c", "import worker.app"], env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr == "The worker can't start: SDFT_DEVICES_PER_JOB is 2, and this worker has 1: 0\n"
+
+
 def test_the_worker_is_light_and_knows_one_task(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "SDFT_DATA_DIR": str(tmp_path / "data"), "SDFT_TRAINING_SLOTS": "3"}
     root = Path(__file__).parents[2]

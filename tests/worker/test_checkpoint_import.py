@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from core.storage import Check
 from sdft_engine.contract import sealed_directory
 from sdft_engine.contract.run_directory import RunDirectory
 from worker.checkpoint_import import CheckpointImport
@@ -18,9 +19,9 @@ def test_once_it_is_to_stop_only_the_newest_checkpoint_is_stored(
     run, found = RunDirectory(tmp_path), list[int]()
     for step in range(1, 5):
         run.checkpoint_dir(step).mkdir(parents=True)
-    lease = SimpleNamespace(check=lambda: None, stop="cancel" if stop_after == 0 else None)
+    lease = SimpleNamespace(check_in_time=lambda: None, stop="cancel" if stop_after == 0 else None)
 
-    def store(step: int, directory: Path) -> None:
+    def store(step: int, directory: Path, check: Check) -> None:
         found.append(step)
         lease.stop = "cancel" if len(found) == stop_after else lease.stop
 

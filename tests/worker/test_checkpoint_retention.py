@@ -36,8 +36,9 @@ def steps_with_state(workshop: Workshop, job_id: str) -> list[int]:
     """Their objects are there, and no others."""
     with workshop.database.reading() as session:
         rows = session.execute(select(Checkpoint.step, Checkpoint.storage_key).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step)).all()
-    there = {key for key in keys_in(workshop) if key.startswith(f"checkpoints/{job_id}/")}
-    assert {row.storage_key for row in rows if row.storage_key is not None} == there
+        others = set(session.scalars(select(Checkpoint.storage_key).where(Checkpoint.job_id != job_id)))
+    there = {key for key in keys_in(workshop) if key.startswith("checkpoints/")}
+    assert {row.storage_key for row in rows if row.storage_key is not None} == there - others
     return [row.step for row in rows if row.storage_key is not None]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from core.settings import Settings
-from worker.devices import DeviceGroup, Slots, training_groups
+from worker import devices
+from worker.devices import DeviceGroup, DevicesMissing, Slots, _listed_by_driver, training_groups
 
 
 @pytest.fixture
@@ -17,11 +18,13 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     """Puts an nvidia-smi on PATH that does what its script says."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    _listed_by_driver.cache_clear()
 
     def install(script: str) -> None:
         program = tmp_path / "nvidia-smi"
         program.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
         program.chmod(0o755)
+        _listed_by_driver.cache_clear()
 
     return install
 
@@ -47,6 +50,36 @@ def test_every_gpu_trains_a_job_of_its_own_unless_a_job_takes_several(make_setti
     assert groups(make_settings, devices_per_job=2) == [("GPU-0", "GPU-1"), ("GPU-2", "GPU-3")]
     assert groups(make_settings, devices_per_job=3) == [("GPU-0", "GPU-1", "GPU-2")]
     assert groups(make_settings, device="cpu") == [()]
+
+
+def test_a_driver_that_does_not_answer_is_not_taken_for_no_gpu(
+    make_settings: Callable[..., Settings], driver: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "DRIVER_SECONDS", 0.3)
+    driver("import time\ntime.sleep(30)")
+    with pytest.raises(DevicesMissing, match="has not listed its GPUs within"):
+        groups(make_settings)
+    assert groups(make_settings, device="cpu") == [()]
+
+
+def test_cuda_that_is_asked_for_and_not_there_is_an_error(make_settings: Callable[..., Settings], driver: Callable[[str], None]) -> None:
+    driver("sys.exit('No devices were found')")
+    with pytest.raises(DevicesMissing, match="SDFT_DEVICE is cuda"):
+        groups(make_settings, device="cuda")
+
+
+def test_fewer_devices_than_a_job_takes_are_an_error(make_settings: Callable[..., Settings], driver: Callable[[str], None]) -> None:
+    driver(FOUR)
+    with pytest.raises(DevicesMissing, match="SDFT_DEVICES_PER_JOB is 5, and this worker has 4"):
+        groups(make_settings, devices_per_job=5)
+
+
+def test_the_driver_is_asked_once(make_settings: Callable[..., Settings], driver: Callable[[str], None], tmp_path: Path) -> None:
+    """One that answers the second time only must not give a worker threads for one job and slots for eight."""
+    driver(f"open({str(tmp_path / 'asked')!r}, 'a').write('.')\nprint('GPU-0')")
+    for _ in range(2):
+        assert groups(make_settings) == [("GPU-0",)]
+    assert (tmp_path / "asked").read_text() == "."
 
 
 def test_what_is_set_goes_before_what_is_seen(make_settings: Callable[..., Settings], driver: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:

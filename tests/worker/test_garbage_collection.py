@@ -21,9 +21,10 @@ from core.tables.jobs import Checkpoint, Job
 from core.tables.models import Model
 from core.tables.projects import Project
 from core.tables.registry import metadata
+from core.tables.webhooks import WebhookDelivery
 from tests.fixtures.faulty_proxy import EVERY, Fault, FaultyProxy
 from tests.fixtures.s3_server import Bucket
-from tests.rows import add_job, add_project
+from tests.rows import add_endpoint, add_job, add_project, deliveries_of
 from tests.worker.conftest import Workshop, workshop_of
 from tests.worker.test_supervisor import train_next
 from worker.garbage_collection import RULES, Collector, delete_objects_without_rows, delete_old_exports
@@ -332,3 +333,13 @@ def test_a_finished_job_keeps_what_it_needs_to_be_used(workshop: Workshop, witho
     assert (workshop.resources.settings.runs_dir / job_id / "attempt-1").exists()
     assert job.fine_tuned_model is not None
     assert len(list(workshop.resources.settings.served_adapters_dir.iterdir())) == 1
+
+
+def test_old_webhook_deliveries_go_in_batches(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.garbage_collection.DELIVERIES_AT_A_TIME", 2)
+    endpoint_id = add_endpoint(workshop.database, workshop.project_id)
+    over = {"event_type": "x", "body": "{}", "created_at": 0.0, "next_attempt_at": None, "give_up_at": 0.0, "attempts": 1, "delivered_at": 1.0}
+    with workshop.database.transaction() as session:
+        session.add_all(WebhookDelivery(id=f"d{number}", endpoint_id=endpoint_id, **over) for number in range(5))
+    assert Collector(workshop.resources).collect()["old_webhook_deliveries"] == 5
+    assert deliveries_of(workshop.database, endpoint_id) == []

@@ -18,6 +18,7 @@ from core.model_exports import ExportClaim, claim_export, release_export, renew_
 from core.tables.exports import ModelExport
 from core.tables.jobs import Job
 from core.tables.models import Model
+from sdft_engine.contract.machine_clock import machine_seconds
 from tests.rows import add_job, get_job
 from tests.worker.conftest import Workshop
 from worker.held_lease import ExportLease, HeldLease, StopRequested
@@ -52,7 +53,7 @@ def claim_job(workshop: Workshop) -> tuple[str, Claim]:
 def test_the_lease_is_renewed_and_the_deadline_follows(workshop: Workshop) -> None:
     job_id, claim = claim_job(workshop)
     first = get_job(workshop.database, job_id).lease_until
-    with HeldLease(workshop.resources, claim, time.time()) as lease:
+    with HeldLease(workshop.resources, claim, machine_seconds()) as lease:
         deadline = lease.deadline
         time.sleep(1.6)
         lease.check()
@@ -61,12 +62,27 @@ def test_the_lease_is_renewed_and_the_deadline_follows(workshop: Workshop) -> No
         assert later is not None
         assert later > first + 0.9
         assert lease.deadline > deadline + 0.9
-        assert lease.deadline < time.time() + 10, "before anybody else may claim the job"
+        assert lease.deadline < machine_seconds() + 10, "before anybody else may claim the job"
+
+
+@pytest.mark.parametrize("step_seconds", [-3600, 3600])
+def test_a_step_of_this_machine_s_time_of_day_changes_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step_seconds: float) -> None:
+    job_id, claim = claim_job(workshop)
+    now = time.time
+    with HeldLease(workshop.resources, claim, machine_seconds()) as lease:
+        first = get_job(workshop.database, job_id).lease_until
+        monkeypatch.setattr(time, "time", lambda: now() + step_seconds)
+        time.sleep(1.6)
+        lease.check()
+        later = get_job(workshop.database, job_id).lease_until
+    assert first is not None
+    assert later is not None
+    assert later > first + 0.9
 
 
 def test_nothing_is_renewed_after_the_block(workshop: Workshop) -> None:
     job_id, claim = claim_job(workshop)
-    with HeldLease(workshop.resources, claim, time.time()):
+    with HeldLease(workshop.resources, claim, machine_seconds()):
         pass
     left = get_job(workshop.database, job_id).lease_until
     time.sleep(1.2)
@@ -75,7 +91,7 @@ def test_nothing_is_renewed_after_the_block(workshop: Workshop) -> None:
 
 def test_a_cancellation_is_seen_within_a_second(workshop: Workshop) -> None:
     job_id, claim = claim_job(workshop)
-    with HeldLease(workshop.resources, claim, time.time()) as lease:
+    with HeldLease(workshop.resources, claim, machine_seconds()) as lease:
         told: list[str | None] = []
         lease.report_to(lambda lease: told.append(lease.stop))
         with workshop.database.transaction() as session:
@@ -90,7 +106,7 @@ def test_a_cancellation_is_seen_within_a_second(workshop: Workshop) -> None:
 
 def test_a_pause_is_seen_and_its_taking_back_too(workshop: Workshop) -> None:
     job_id, claim = claim_job(workshop)
-    with HeldLease(workshop.resources, claim, time.time()) as lease:
+    with HeldLease(workshop.resources, claim, machine_seconds()) as lease:
         for change, stop in ((request_pause, "pause"), (resume, None), (request_pause, "pause"), (request_cancellation, "cancel")):
             with workshop.database.transaction() as session:
                 assert change(session, job_id)
@@ -102,7 +118,7 @@ def test_a_deploy_goes_before_a_pause_and_is_seen_without_the_database(workshop:
     job_id, claim = claim_job(workshop)
     with workshop.database.transaction() as session:
         request_pause(session, job_id)
-    with HeldLease(workshop.resources, claim, time.time()) as lease:
+    with HeldLease(workshop.resources, claim, machine_seconds()) as lease:
         time.sleep(1.2)
         assert lease.stop == "pause"
         workshop.resources.stopping.set()
@@ -110,7 +126,7 @@ def test_a_deploy_goes_before_a_pause_and_is_seen_without_the_database(workshop:
         assert lease.stop == "requeue"
     away = without_database(workshop)
     away.stopping.set()
-    with HeldLease(away, claim, time.time()) as lease:
+    with HeldLease(away, claim, machine_seconds()) as lease:
         time.sleep(0.8)
         assert lease.stop == "requeue"
 
@@ -118,7 +134,7 @@ def test_a_deploy_goes_before_a_pause_and_is_seen_without_the_database(workshop:
 def test_cancel_goes_before_a_deploy(workshop: Workshop) -> None:
     job_id, claim = claim_job(workshop)
     workshop.resources.stopping.set()
-    with HeldLease(workshop.resources, claim, time.time()) as lease:
+    with HeldLease(workshop.resources, claim, machine_seconds()) as lease:
         time.sleep(0.8)
         assert lease.stop == "requeue"
         with workshop.database.transaction() as session:
@@ -129,7 +145,7 @@ def test_cancel_goes_before_a_deploy(workshop: Workshop) -> None:
 
 def test_a_job_taken_by_another_is_noticed_and_nothing_is_written(workshop: Workshop) -> None:
     job_id, claim = claim_job(workshop)
-    with HeldLease(workshop.resources, replace(claim, lease_token="stale"), time.time()) as lease:
+    with HeldLease(workshop.resources, replace(claim, lease_token="stale"), machine_seconds()) as lease:
         with pytest.raises(LeaseLost):
             lease.write(lambda session: record_progress(session, lease.claim, Progress(step=7)))
         with pytest.raises(LeaseLost):
@@ -139,7 +155,7 @@ def test_a_job_taken_by_another_is_noticed_and_nothing_is_written(workshop: Work
 
 def test_the_thread_notices_it_by_itself(workshop: Workshop) -> None:
     _, claim = claim_job(workshop)
-    with HeldLease(workshop.resources, replace(claim, lease_token="stale"), time.time()) as lease:
+    with HeldLease(workshop.resources, replace(claim, lease_token="stale"), machine_seconds()) as lease:
         time.sleep(1.2)
         with pytest.raises(LeaseLost):
             lease.check()
@@ -148,7 +164,7 @@ def test_the_thread_notices_it_by_itself(workshop: Workshop) -> None:
 def test_without_the_database_the_job_is_held_until_the_deadline_and_no_longer(workshop: Workshop) -> None:
     _, claim = claim_job(workshop)
     resources = without_database(workshop)
-    with HeldLease(resources, claim, time.time() - 6) as lease:
+    with HeldLease(resources, claim, machine_seconds() - 6) as lease:
         lease.check()
         assert lease.try_write(lambda session: None) is False
         started = time.monotonic()
@@ -161,7 +177,7 @@ def test_a_write_goes_through_once_the_database_is_back(workshop: Workshop) -> N
     job_id, claim = claim_job(workshop)
     database = workshop.database
     resources = without_database(workshop)
-    with HeldLease(resources, claim, time.time()) as lease:
+    with HeldLease(resources, claim, machine_seconds()) as lease:
         assert lease.try_write(lambda session: None) is False
         resources.database = database
         lease.write(lambda session: record_progress(session, lease.claim, Progress(step=7)))
@@ -170,7 +186,7 @@ def test_a_write_goes_through_once_the_database_is_back(workshop: Workshop) -> N
 
 def test_settling_lets_go(workshop: Workshop) -> None:
     job_id, claim = claim_job(workshop)
-    with HeldLease(workshop.resources, claim, time.time()) as lease:
+    with HeldLease(workshop.resources, claim, machine_seconds()) as lease:
         lease.settle(lambda session: requeue(session, claim, "as the test says"))
         time.sleep(0.8)
     job: Job = get_job(workshop.database, job_id)
@@ -217,7 +233,7 @@ def test_an_export_s_lease_is_renewed_whatever_goes_wrong_on_the_way(workshop: W
         renew_export(session, claim, lease_seconds)
 
     monkeypatch.setattr("worker.held_lease.renew_export", renew)
-    with ExportLease(workshop.resources, claim, time.time()) as lease:
+    with ExportLease(workshop.resources, claim, machine_seconds()) as lease:
         time.sleep(2.2)
         lease.check_wanted()
     assert len(calls) >= 2
@@ -226,7 +242,7 @@ def test_an_export_s_lease_is_renewed_whatever_goes_wrong_on_the_way(workshop: W
 
 def test_an_export_taken_by_another_or_deleted_is_noticed_within_a_second(workshop: Workshop) -> None:
     claim = claim_model_export(workshop)
-    with ExportLease(workshop.resources, claim, time.time()) as lease:
+    with ExportLease(workshop.resources, claim, machine_seconds()) as lease:
         lease.check_wanted()
         with workshop.database.transaction() as session:
             session.delete(session.get_one(ModelExport, (claim.model_id, claim.format)))
@@ -237,7 +253,7 @@ def test_an_export_taken_by_another_or_deleted_is_noticed_within_a_second(worksh
 
 def test_without_the_database_an_export_is_let_go_of_before_another_may_claim_it(workshop: Workshop) -> None:
     claim = claim_model_export(workshop)
-    with ExportLease(without_database(workshop), claim, time.time() - 7) as lease:
+    with ExportLease(without_database(workshop), claim, machine_seconds() - 7) as lease:
         lease.check_wanted()
         time.sleep(1.5)
         with pytest.raises(LeaseLost):
@@ -248,7 +264,7 @@ def test_without_the_database_an_export_is_let_go_of_before_another_may_claim_it
 def test_a_worker_that_ends_lets_go_of_an_export_at_once_with_or_without_the_database(workshop: Workshop) -> None:
     claim = claim_model_export(workshop)
     for resources in (without_database(workshop), workshop.resources):
-        with ExportLease(resources, claim, time.time()) as lease:
+        with ExportLease(resources, claim, machine_seconds()) as lease:
             lease.check_wanted()
             resources.stopping.set()
             with pytest.raises(StopRequested):

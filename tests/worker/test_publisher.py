@@ -6,12 +6,13 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select, update
 
-from core.database import Database
+from core.database import Database, database_now
 from core.errors import InferenceFailed, InferenceUnavailable
 from core.inference_client import AdapterRefused
 from core.settings import Settings
@@ -24,6 +25,7 @@ from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, workshop_of
 from tests.worker.test_supervisor import train_next
 from worker import publisher, verification
+from worker.resources import Resources
 from worker.verification import Verifier
 
 
@@ -157,6 +159,11 @@ def test_checkpoints_become_servable_and_leave_the_servers_memory(workshop: Work
     assert {path.name for path in workshop.resources.settings.served_adapters_dir.iterdir()} == {models[None].serving_name}
 
 
+def make_due(workshop: Workshop) -> None:
+    with workshop.database.transaction() as session:
+        session.execute(update(Model).values(verify_after=None))
+
+
 def test_a_refused_adapter_is_tried_again_with_patience(workshop: Workshop, inference: ScriptedInference) -> None:
     job_id = workshop.add_job()
     train_next(workshop)
@@ -164,7 +171,7 @@ def test_a_refused_adapter_is_tried_again_with_patience(workshop: Workshop, infe
     inference.fails_times = 6  # three loads, and what would unload what may have been loaded
     assert verifier.verify_waiting() == 0
     assert verifier.verify_waiting() == 0, "not before its time"
-    verifier.not_before.clear()
+    make_due(workshop)
     assert verifier.verify_waiting() == 3
     assert models_of(workshop, job_id)[4].status == "servable"
 
@@ -182,10 +189,57 @@ def test_what_a_server_refuses_is_tried_ever_more_rarely(workshop: Workshop, mon
     verifier = Verifier(workshop.resources)
     delays = []
     for _ in range(13):
-        verifier.not_before.clear()
+        make_due(workshop)
         assert verifier.verify_waiting() == 0
-        delays.append(verifier.delays[models_of(workshop, job_id)[4].id])
-    assert delays == [min(longest, 3.0 * 2**number) for number in range(13)]
+        with workshop.database.reading() as session:
+            delays.append(session.scalar(select(Model.verify_after - database_now()).where(Model.id == models_of(workshop, job_id)[4].id)))
+    assert delays == [pytest.approx(min(longest, 3.0 * 2**number), abs=2.5) for number in range(13)]
+
+
+def test_two_workers_verify_no_model_twice(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would load it into every server, and the first to end would remove the files that the others serve."""
+    job_id = workshop.add_job()
+    train_next(workshop)
+    prove, proved, lock = verification.prove_on_servers, list[str](), threading.Lock()
+
+    def note(resources: Resources, model: Model) -> Verdict:
+        with lock:
+            proved.append(model.id)
+        time.sleep(0.3)
+        return prove(resources, model)
+
+    monkeypatch.setattr(verification, "prove_on_servers", note)
+    with ThreadPoolExecutor(3) as threads:
+        verdicts = [future.result() for future in [threads.submit(Verifier(workshop.resources).verify_waiting) for _ in range(3)]]
+    assert sum(verdicts) == 3
+    assert sorted(proved) == sorted(model.id for step, model in models_of(workshop, job_id).items() if step is not None)
+
+
+def test_an_error_that_nobody_foresaw_keeps_no_other_model_waiting(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = workshop.add_job()
+    train_next(workshop)
+    prove = verification.prove_on_servers
+
+    def break_down(resources: Resources, model: Model) -> Verdict:
+        if model.step == 4:
+            raise RuntimeError("nobody foresaw this")
+        return prove(resources, model)
+
+    monkeypatch.setattr(verification, "prove_on_servers", break_down)
+    verifier = Verifier(workshop.resources)
+    with pytest.raises(RuntimeError):
+        verifier.verify_waiting()
+    assert verifier.verify_waiting() == 2
+    assert {step: model.status for step, model in models_of(workshop, job_id).items() if step} == {4: "unverified", 8: "servable", 12: "servable"}
+
+
+def test_a_model_of_a_base_that_left_the_catalogue_waits_and_is_not_asked_for(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop.add_job()
+    train_next(workshop)
+    with workshop.database.transaction() as session:
+        session.execute(update(Model).values(base_model="gone"))
+    monkeypatch.setattr(verification, "prove_on_servers", None)
+    assert Verifier(workshop.resources).verify_waiting() == 0
 
 
 def test_a_model_deleted_meanwhile_stays_deleted_and_leaves_the_servers_memory(

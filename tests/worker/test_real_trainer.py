@@ -1,7 +1,6 @@
 """Validation, the real trainer on a tiny model, and publication: both sides of the run directory together."""
 
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from core.jobs.transitions import claim_for_training, claim_for_validation
 from core.settings import Settings
 from core.tables.jobs import Checkpoint, JobMetrics
 from core.tables.models import Model
+from sdft_engine.contract.machine_clock import machine_seconds
 from sdft_engine.contract.run_directory import Attestation
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, demonstration_file, workshop_of
@@ -36,12 +36,12 @@ def real_workshop(worker_settings: Callable[..., Settings], sqlite_database: Dat
 
 def run_job(workshop: Workshop, group: DeviceGroup = DeviceGroup(), **job: object) -> str:  # noqa: B008 (frozen)
     job_id = workshop.add_job("validating_files", **job)  # type: ignore[arg-type]
-    claimed_at = time.time()
+    claimed_at = machine_seconds()
     with workshop.database.transaction() as session:
         claim = claim_for_validation(session, 60)
     assert claim is not None
     validate(workshop.resources, claim, claimed_at)
-    claimed_at = time.time()
+    claimed_at = machine_seconds()
     with workshop.database.transaction() as session:
         claim = claim_for_training(session, 60)
     assert claim is not None, get_job(workshop.database, job_id).error

@@ -1,6 +1,7 @@
 """Attempts that are stopped: by a cancellation, a pause or a deploy."""
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +9,14 @@ from sqlalchemy import func, select
 
 from core.jobs.transitions import claim_for_training, request_cancellation, request_pause, resume
 from core.tables.jobs import Checkpoint
+from sdft_engine.contract.run_directory import StopReason
 from tests.fixtures.scripted_inference import ScriptedInference
 from tests.fixtures.scripted_model import state_after
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import ROWS, Workshop
-from tests.worker.test_supervisor import final_state, train_in_background, train_next, trainers, wait_for_step
+from tests.worker.test_supervisor import final_state, train_in_background, train_next, trainers, wait_for, wait_for_step
 from worker import supervisor
+from worker.held_lease import StopRequested
 
 
 def test_cancel_stops_at_a_step_boundary(workshop: Workshop) -> None:
@@ -110,3 +113,60 @@ def test_a_deploy_hands_the_job_back_uncharged_with_its_last_step(workshop: Work
     train_next(workshop)
     assert get_job(workshop.database, job_id).status == "succeeded"
     assert final_state(workshop, job_id, inference) == state_after(60, ROWS)
+
+
+def test_a_pause_taken_back_between_two_looks_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease's thread changes `stop` at any moment."""
+
+    class Lease:
+        reads = 0
+
+        def check(self) -> None:
+            pass
+
+        @property
+        def stop(self) -> str | None:
+            self.reads += 1
+            return "pause" if self.reads == 1 else None
+
+    looks = iter([False, False, True])
+    trainer = SimpleNamespace(exited=lambda: next(looks))
+    progress = SimpleNamespace(import_new=lambda: False)
+    nothing: Any = None
+    monkeypatch.setattr(supervisor, "WATCH_SECONDS", 0)
+    assert supervisor._watch(trainer, Lease(), progress, nothing) is None  # type: ignore[arg-type]
+
+
+def test_a_pause_taken_back_after_the_trainer_was_killed_for_it_charges_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", {"pause": 0.5})
+    workshop.script(at={"1": {"3": "hang"}})
+    job_id = workshop.add_job()
+    conclude = supervisor._conclude
+
+    def late(resources: Any, lease: Any, *arguments: Any) -> None:
+        with workshop.database.transaction() as session:
+            assert resume(session, job_id)
+        wait_for(lambda: lease.stop is None)
+        conclude(resources, lease, *arguments)
+
+    monkeypatch.setattr(supervisor, "_conclude", late)
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 2)
+    with workshop.database.transaction() as session:
+        assert request_pause(session, job_id)
+    thread.join(20)
+    job = get_job(workshop.database, job_id)
+    assert (job.status, job.lost_leases) == ("queued", 0)
+
+
+@pytest.mark.parametrize(("reason", "said"), [("requeue", "deploy"), ("pause", "The pause was taken back")])
+def test_a_job_handed_back_before_it_trained_is_told_why(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, reason: StopReason, said: str) -> None:
+    def stop(*arguments: Any) -> None:
+        raise StopRequested(reason)
+
+    monkeypatch.setattr(supervisor, "prepare_run", stop)
+    job_id = workshop.add_job()
+    train_next(workshop)
+    assert get_job(workshop.database, job_id).status == "queued"
+    (told,) = messages_of(workshop.database, job_id)
+    assert said in told

@@ -15,6 +15,7 @@ from core.tables.exports import ModelExport
 from core.tables.files import File
 from core.tables.jobs import Checkpoint
 from core.tables.models import Model
+from sdft_engine.contract.machine_clock import machine_seconds
 from tests.fixtures.faulty_proxy import EVERY, Fault, FaultyProxy, uploads
 from tests.fixtures.s3_server import Bucket
 from tests.fixtures.scripted_inference import ScriptedInference
@@ -186,7 +187,7 @@ def test_a_checkpoint_that_can_not_be_fetched_is_not_taken_for_damaged(remote: W
 def test_validation_waits_too(remote: Workshop, proxy: FaultyProxy) -> None:
     job_id = remote.add_job("validating_files")
     proxy.faults = [DOWN]
-    claimed_at = time.time()
+    claimed_at = machine_seconds()
     with remote.database.transaction() as session:
         claim = claim_for_validation(session, remote.resources.settings.lease_seconds)
     assert claim is not None
@@ -207,3 +208,72 @@ def test_a_training_file_that_storage_damaged_fails_the_job(remote: Workshop, bu
     job = get_job(remote.database, job_id)
     assert job.error is not None
     assert (job.status, job.error["code"]) == ("failed", "storage_damaged")
+
+
+HANGS = 25.0
+"""More than a worker that ends may wait for."""
+
+
+@pytest.fixture
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.held_lease.FINISH_SECONDS", 1.0)
+
+
+def silent(meant: Callable[[str, str], bool]) -> Fault:
+    return Fault("hang", EVERY, meant, seconds=HANGS)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize("phase", ["reading its files", "fetching its checkpoint", "storing a checkpoint", "publishing"])
+def test_a_worker_that_ends_lets_go_of_a_store_that_hangs(remote: Workshop, proxy: FaultyProxy, phase: str) -> None:
+    """Killed in the midst of it, it would leave the job to its lease, and charged."""
+    remote.script(step_seconds=0.1, at={"1": {"6": "kill"}} if phase == "fetching its checkpoint" else {})
+    job_id = remote.add_job()
+    if phase == "fetching its checkpoint":
+        train_next(remote)
+    charged = get_job(remote.database, job_id).lost_leases
+    meant = {
+        "reading its files": lambda method, path: "/files/" in path,
+        "fetching its checkpoint": lambda method, path: "/checkpoints/" in path,
+        "storing a checkpoint": lambda method, path: "/checkpoints/" in path,
+        "publishing": lambda method, path: method == "PUT" and "/models/" in path and checkpoint_steps(remote, job_id) == [4, 8, 12],
+    }[phase]
+    proxy.faults = [silent(meant)]
+    thread = train_in_background(remote)
+    wait_for(lambda: proxy.faults[0].times < EVERY)
+    remote.resources.stopping.set()
+    thread.join(8)
+    assert not thread.is_alive()
+    job = get_job(remote.database, job_id)
+    assert (job.status, job.lost_leases, job.lease_token) == ("queued", charged, None)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+def test_a_cancelled_job_does_not_wait_for_its_upload(remote: Workshop, proxy: FaultyProxy) -> None:
+    remote.script(step_seconds=0.1)
+    job_id = remote.add_job()
+    proxy.faults = [silent(uploads)]
+    thread = train_in_background(remote)
+    wait_for(lambda: proxy.faults[0].times < EVERY)
+    with remote.database.transaction() as session:
+        assert request_cancellation(session, job_id)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert get_job(remote.database, job_id).status == "cancelled"
+
+
+def test_a_worker_that_ends_lets_go_of_a_validation_that_hangs(remote: Workshop, proxy: FaultyProxy) -> None:
+    job_id = remote.add_job("validating_files")
+    proxy.faults = [silent(lambda method, path: True)]
+    claimed_at = machine_seconds()
+    with remote.database.transaction() as session:
+        claim = claim_for_validation(session, remote.resources.settings.lease_seconds)
+    assert claim is not None
+    thread = threading.Thread(target=validate, args=(remote.resources, claim, claimed_at))
+    thread.start()
+    wait_for(lambda: proxy.faults[0].times < EVERY)
+    remote.resources.stopping.set()
+    thread.join(8)
+    assert not thread.is_alive()
+    job = get_job(remote.database, job_id)
+    assert (job.status, job.lost_leases, job.lease_token) == ("validating_files", 0, None)

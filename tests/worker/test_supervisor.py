@@ -12,9 +12,10 @@ from sqlalchemy import delete, select, update
 
 from core.errors import StorageFull
 from core.jobs.transitions import claim_for_training, release_expired_leases, request_cancellation
-from core.storage import LocalStorage, StoredObject
+from core.storage import Check, LocalStorage, StoredObject
 from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
 from core.tables.models import Model
+from sdft_engine.contract.machine_clock import machine_seconds
 from tests.fixtures.scripted_inference import ScriptedInference
 from tests.fixtures.scripted_model import state_after
 from tests.rows import assert_sound, get_job, messages_of
@@ -24,7 +25,7 @@ from worker.supervisor import train
 
 
 def train_next(workshop: Workshop) -> None:
-    claimed_at = time.time()
+    claimed_at = machine_seconds()
     with workshop.database.transaction() as session:
         claim = claim_for_training(session, workshop.resources.settings.lease_seconds)
     assert claim is not None
@@ -214,7 +215,7 @@ def test_a_damaged_checkpoint_is_passed_over(workshop: Workshop, inference: Scri
     assert final_state(workshop, job_id, inference) == state_after(12, ROWS)
     with workshop.database.reading() as session:
         replaced = session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.step == 8)).one()
-    assert replaced.storage_key.endswith("/2-8.tar")
+    assert replaced.storage_key != newest.storage_key, "no key is written twice"
     assert workshop.resources.storage.exists(replaced.storage_key)
     assert not path.exists()
 
@@ -306,10 +307,14 @@ def test_a_bug_in_the_supervisor_fails_the_job_and_names_no_internals(workshop: 
 def test_a_full_disk_fails_the_job_and_says_so(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     write_file = LocalStorage.write_file
 
-    def full(storage: LocalStorage, key: str, path: Path) -> StoredObject:
-        if key.endswith("1-8.tar"):
+    states: list[str] = []
+
+    def full(storage: LocalStorage, key: str, path: Path, check: Check) -> StoredObject:
+        if key.startswith("checkpoints/"):
+            states.append(key)
+        if len(states) == 2:
             raise StorageFull("as the test says")
-        return write_file(storage, key, path)
+        return write_file(storage, key, path, check)
 
     monkeypatch.setattr(LocalStorage, "write_file", full)
     job_id = workshop.add_job()

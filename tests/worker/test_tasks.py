@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from core.database import Database
 from core.errors import Unavailable
@@ -17,6 +18,7 @@ from core.settings import Settings
 from core.tables.jobs import Job
 from tests.rows import get_job
 from tests.worker.conftest import RESOLVED, Workshop, workshop_of
+from tests.worker.test_supervisor import wait_for
 from worker import polling, tasks
 from worker.devices import DeviceGroup
 from worker.polling import Poll
@@ -121,15 +123,18 @@ def test_nothing_is_claimed_once_the_worker_is_to_end(shared_workshop: Workshop,
     assert work.done == []
 
 
-def test_slots_are_free_again_after_an_error(shared_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_nobody_foresaw_ends_the_search_with_a_line_in_the_log(shared_workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its slot is free again: there are fewer than searches here."""
+
     def broken(*arguments: object) -> None:
-        raise RuntimeError
+        raise PermissionError("an unreadable directory")
 
     monkeypatch.setattr(tasks, "train", broken)
-    for _ in range(5):
-        shared_workshop.add_job()
-        with pytest.raises(RuntimeError):
+    with capture_logs() as logs:
+        for _ in range(5):
+            shared_workshop.add_job()
             seek_work(shared_workshop.resources)
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["search_failed_unexpectedly"] * 5
 
 
 def test_the_poll_finds_work_nobody_was_told_of_and_is_not_held_up_by_it(shared_workshop: Workshop, work: Work) -> None:
@@ -173,7 +178,7 @@ def test_the_poll_survives_a_database_that_is_away(workshop: Workshop, work: Wor
     poll = Poll(workshop.resources)
     thread = threading.Thread(target=poll.run)
     thread.start()
-    time.sleep(1.5)
+    wait_for(lambda: bool(work.done), 20)
     workshop.resources.stopping.set()
     thread.join(10)
     poll.wait_for_searches()

@@ -16,6 +16,7 @@ from core.database import Database
 from core.jobs.transitions import claim_for_validation, request_cancellation
 from core.settings import Settings
 from core.tables.jobs import Job, JobEvent
+from sdft_engine.contract.machine_clock import machine_seconds
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, demonstration_file, demonstration_line, workshop_of
 from worker import validation
@@ -29,7 +30,7 @@ def sdft(**hyperparameters: Any) -> dict[str, Any]:
 
 
 def validate_next(workshop: Workshop) -> None:
-    claimed_at = time.time()
+    claimed_at = machine_seconds()
     with workshop.database.transaction() as session:
         claim = claim_for_validation(session, workshop.resources.settings.lease_seconds)
     assert claim is not None

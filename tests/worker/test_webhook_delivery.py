@@ -265,3 +265,19 @@ def test_stop_waits_for_what_is_being_sent(workshop: Workshop, monkeypatch: pyte
     assert not thread.is_alive()
     assert len(receiver.received) == 1
     assert [delivery.delivered_at is not None for delivery in deliveries_of(workshop.database, endpoint_id)] == [True, False]
+
+
+def test_an_error_that_nobody_foresaw_is_a_failed_attempt(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left unsettled it would be sent first again and again, and nothing else would reach its endpoint."""
+
+    def break_down(*arguments: object, **options: object) -> int:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(webhook_delivery, "send", break_down)
+    endpoint_id = add_endpoint(workshop.database, workshop.project_id)
+    tell(workshop)
+    deliver_next(workshop)
+    delivery = the_delivery(workshop, endpoint_id)
+    assert (delivery.attempts, delivery.lease_token, delivery.delivered_at) == (1, None, None)
+    assert delivery.last_error == "sending it failed with an internal error (RuntimeError)"
+    assert delivery.next_attempt_at is not None

@@ -343,7 +343,7 @@ def test_metrics_are_ascending_and_thinned(api_on_both: Api) -> None:
     job_id = api.create_job()["id"]
     with api.database.transaction() as session:
         for step in range(1, 101):
-            upsert_metrics(session, job_id, step, 1, {"step": step, "train_loss": 1 / step})
+            upsert_metrics(session, job_id, 1, {step: {"step": step, "train_loss": 1 / step}})
     path = f"{JOBS}/{job_id}/metrics"
     whole = api.client.get(path).json()
     assert whole["object"] == "list"

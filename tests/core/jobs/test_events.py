@@ -1,10 +1,10 @@
 import threading
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from core.database import Database
-from core.jobs.events import append_event, upsert_metrics
+from core.jobs.events import NewEvent, append_event, append_events, upsert_metrics
 from core.tables.jobs import JobEvent, JobMetrics
 from tests.rows import add_job, add_project, messages_of
 
@@ -14,16 +14,17 @@ def test_replayed_step_replaces_its_metrics(database: Database) -> None:
     other = add_job(database, add_project(database, "other"))
     with database.transaction() as session:
         for step in (1, 2, 3):
-            upsert_metrics(session, job_id, step, 1, {"train_loss": step / 10})
-        upsert_metrics(session, other, 2, 1, {"train_loss": 9.0})
+            upsert_metrics(session, job_id, 1, {step: {"train_loss": step / 10}})
+        upsert_metrics(session, other, 1, {2: {"train_loss": 9.0}})
     with database.transaction() as session:
-        upsert_metrics(session, job_id, 2, 2, {"train_loss": 0.5, "valid_loss": None})
+        upsert_metrics(session, job_id, 2, {2: {"train_loss": 0.5, "valid_loss": None}, 4: {"train_loss": 0.7}})
     with database.reading() as session:
         rows = session.scalars(select(JobMetrics).where(JobMetrics.job_id == job_id).order_by(JobMetrics.step)).all()
         assert [(row.step, row.attempt, row.metrics) for row in rows] == [
             (1, 1, {"train_loss": 0.1}),
             (2, 2, {"train_loss": 0.5, "valid_loss": None}),
             (3, 1, {"train_loss": 0.3}),
+            (4, 2, {"train_loss": 0.7}),
         ]
         assert session.get_one(JobMetrics, (other, 2)).metrics == {"train_loss": 9.0}
 
@@ -40,6 +41,18 @@ def test_events_keep_their_order_and_their_data(database: Database) -> None:
         second = session.scalars(select(JobEvent).where(JobEvent.message == "second")).one()
     assert second.id.startswith("ftevent-")
     assert (second.level, second.type, second.data) == ("warn", "metrics", {"step": 1, "text": "ü\u2028"})
+
+
+def test_many_events_at_once_keep_their_order_and_lock_the_job_once(database: Database) -> None:
+    job_id = add_job(database, add_project(database))
+    statements: list[str] = []
+    event.listen(database.engine, "before_cursor_execute", lambda connection, cursor, statement, *rest: statements.append(statement))
+    with database.transaction() as session:
+        append_events(session, job_id, [NewEvent(str(number)) for number in range(2500)])
+    assert messages_of(database, job_id) == [str(number) for number in range(2500)]
+    assert len([statement for statement in statements if "FROM fine_tuning_jobs" in statement]) == 1
+    if database.engine.dialect.name == "postgresql":  # to SQLite, which is not far away, each insert goes by itself
+        assert len(statements) < 50
 
 
 def test_events_of_one_job_become_visible_in_their_order(database: Database) -> None:

@@ -89,13 +89,3 @@ def test_only_leases_that_are_over_have_expired(database: Database, queued: str)
     with database.transaction() as session:
         leases.renew_lease(session, claim, 60)
     assert not seen(database, leases.lease_has_expired)
-
-
-def test_waiting_for_work(database: Database, project_id: str) -> None:
-    assert not seen(database, leases.waiting_for_work)
-    add_job(database, project_id)
-    assert seen(database, leases.waiting_for_work)
-    claim = train(database)
-    assert not seen(database, leases.waiting_for_work)
-    requeue(database, claim)
-    assert seen(database, leases.waiting_for_work)

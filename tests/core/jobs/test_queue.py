@@ -9,7 +9,7 @@ from sqlalchemy import func, select, update
 from core.database import Database
 from core.jobs import transitions
 from core.jobs.leases import Claim
-from core.jobs.queue import ProjectLoad, Waiting, forecast
+from core.jobs.queue import ProjectLoad, Waiting, forecast, work_waits
 from core.tables.jobs import Job
 from core.tables.projects import Project
 from tests.rows import add_job, add_project, succeed_job
@@ -117,3 +117,27 @@ def test_a_forecast_of_many_jobs_is_quick() -> None:
     projects = {f"p{number}": ProjectLoad(0, 3, None) for number in range(50)}
     waiting = [Waiting(f"j{number:05}", f"p{number % 50}", float(number), False) for number in range(5000)]
     assert len(set(forecast(waiting, projects))) == 5000
+
+
+def test_work_waits_where_a_claim_would_find_it(database: Database) -> None:
+    def waits() -> bool:
+        with database.reading() as session:
+            return work_waits(session, 1)
+
+    project = add_project(database)
+    assert not waits()
+    first = add_job(database, project)
+    assert waits()
+    with database.transaction() as session:
+        assert transitions.request_pause(session, first)
+    assert not waits()
+    add_job(database, project)
+    assert waits()
+    assert claim(database, 1) is not None
+    add_job(database, project)
+    assert not waits(), "its project has as many running jobs as it may"
+    validating = add_job(database, project, "validating_files")
+    assert waits()
+    with database.transaction() as session:
+        assert transitions.claim_for_validation(session, 60) is not None
+    assert not waits(), f"{validating} is held"

@@ -12,8 +12,10 @@ from core.jobs.announcements import announce
 from core.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from core.webhooks.deliveries import (
     GIVE_UP_SECONDS,
+    KEEP_SECONDS,
     DeliveryClaim,
     claim_delivery,
+    delete_old_deliveries,
     delivery_is_due,
     disable_endpoint,
     record_delivered,
@@ -159,7 +161,7 @@ def test_one_endpoint_is_sent_one_at_a_time(database: Database, project_id: str)
     quick = add_endpoint(database, project_id)
     add_delivery(database, project_id, event_type=FAILED)
     assert [must_claim(database).endpoint_id, must_claim(database).endpoint_id, claim(database)] == [slow, quick, None]
-    change(database, lease_until=1.0)
+    change(database, lease_until=1.0, next_attempt_at=1.0)
     assert must_claim(database).endpoint_id == slow
 
 
@@ -200,7 +202,7 @@ def test_both_secrets_sign_while_one_is_replaced(database: Database, project_id:
     assert must_claim(database).secrets == (new, old)
     with database.transaction() as session:
         session.execute(update(WebhookEndpoint).values(previous_secret_until=unix_now() - 60))
-    change(database, lease_until=1.0)
+    change(database, lease_until=1.0, next_attempt_at=1.0)
     assert must_claim(database).secrets == (new,)
 
 
@@ -241,3 +243,40 @@ def test_disabling_twice_keeps_the_first_reason(database: Database, project_id: 
         with database.transaction() as session:
             disable_endpoint(session, endpoint_id, reason)
     assert get_endpoint(database, endpoint_id).disabled_reason == "first"
+
+
+def test_a_delivery_that_nobody_settles_waits_behind_the_others_and_fails_in_time(database: Database, project_id: str) -> None:
+    """Whatever it is that ends its attempts without a word."""
+    endpoint_id = add_endpoint(database, project_id)
+    for _ in range(2):
+        add_delivery(database, project_id)
+    first = must_claim(database, lease_seconds=0)
+    second = must_claim(database, lease_seconds=0)
+    assert second.delivery_id != first.delivery_id
+    change(database, give_up_at=unix_now() - 1)
+    assert claim(database) is None
+    rows = deliveries_of(database, endpoint_id)
+    assert [row.failed_at is not None for row in rows] == [True, True]
+    assert {row.last_error for row in rows} == {"no worker brought an attempt to its end"}
+
+
+def test_what_was_over_long_ago_is_forgotten(database: Database, project_id: str) -> None:
+    endpoint_id = add_endpoint(database, project_id)
+    for _ in range(4):
+        add_delivery(database, project_id)
+    old, pending, young, another = deliveries_of(database, endpoint_id)
+    long_ago = unix_now() - KEEP_SECONDS - 60
+    with database.transaction() as session:
+        for row, columns in (
+            (old, {"created_at": long_ago, "next_attempt_at": None, "delivered_at": long_ago}),
+            (pending, {"created_at": long_ago}),
+            (young, {"next_attempt_at": None, "delivered_at": unix_now()}),
+            (another, {"created_at": long_ago, "next_attempt_at": None, "failed_at": long_ago}),
+        ):
+            session.execute(update(WebhookDelivery).where(WebhookDelivery.id == row.id).values(**columns))
+    deleted = []
+    for _ in range(3):
+        with database.transaction() as session:
+            deleted.append(delete_old_deliveries(session, 1))
+    assert deleted == [1, 1, 0]
+    assert {row.id for row in deliveries_of(database, endpoint_id)} == {pending.id, young.id}

@@ -1,0 +1,46 @@
+"""Work that hangs is let go of, and what it becomes is still told."""
+
+import threading
+import time
+
+import pytest
+from structlog.testing import capture_logs
+
+from tests.worker.test_supervisor import wait_for
+from worker.interruptible import interruptible
+
+
+class Stop(Exception):
+    pass
+
+
+def nothing() -> None:
+    pass
+
+
+def test_the_result_and_the_error_of_the_work_are_passed_on() -> None:
+    def fail() -> None:
+        raise TimeoutError("its own")
+
+    assert interruptible(lambda: 7, nothing) == 7
+    with pytest.raises(TimeoutError, match="its own"):
+        interruptible(fail, nothing)
+
+
+def test_work_that_hangs_is_left_within_a_second_and_its_end_is_logged() -> None:
+    go_on, began = threading.Event(), time.monotonic()
+
+    def hang() -> None:
+        go_on.wait(30)
+        raise OSError("the store gave up")
+
+    def check() -> None:
+        if time.monotonic() - began > 0.3:
+            raise Stop
+
+    with capture_logs() as logs:
+        with pytest.raises(Stop):
+            interruptible(hang, check)
+        assert time.monotonic() - began < 1
+        go_on.set()
+        wait_for(lambda: [entry["error"] for entry in logs if entry["event"] == "abandoned_work_ended"] == ["OSError: the store gave up"], 10)

@@ -13,6 +13,9 @@ from api.strict_json import JsonTooDeep
 from core.errors import BadRequest, MethodNotAllowed, NotFound, RequestTooLarge, ServiceError
 from sdft_engine.contract.quoting import shortened
 
+MAX_ERRORS_READ = 64
+"""Those of one place follow each other; the others are not told."""
+
 
 def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
@@ -31,6 +34,7 @@ def bad_request(errors: Sequence[Any], value: Any, prefix: str = "") -> BadReque
     A union reports one error for each of its members; they become one message, and the names of the members, which
     pydantic puts into the location, are left out of the param.
     """
+    errors = errors[:MAX_ERRORS_READ]
     first = _param_of(errors[0], value)
     messages = [_message_of(error) for error in errors if _param_of(error, value) == first]
     param = ".".join(part for part in (prefix, first) if part) or None
@@ -80,7 +84,7 @@ async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
         return render(BadRequest(f"{param}: {_message_of(first)}", code=str(first["type"]), param=param))
     if not rest and "json" not in request.headers.get("content-type", ""):
         return render(BadRequest("send the request as JSON, with the header content-type: application/json", code="invalid_content_type"))
-    errors = [{**each, "loc": each["loc"][1:]} for each in error.errors() if each["loc"][0] == "body"]
+    errors = [{**each, "loc": each["loc"][1:]} for each in error.errors()[:MAX_ERRORS_READ] if each["loc"][0] == "body"]
     return render(bad_request(errors, error.body))
 
 

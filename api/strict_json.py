@@ -1,4 +1,8 @@
-"""JSON as the standard has it: NaN, infinities, half surrogate pairs and endless nesting are refused where they arrive."""
+"""JSON as the standard has it: NaN, infinities, half surrogate pairs and endless nesting are refused where they arrive.
+
+Every list and object of a request also has a bound on the errors that it may cause: pydantic describes each wrong item, and a body
+of nothing else would keep the event loop busy for minutes.
+"""
 
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
@@ -6,7 +10,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
@@ -44,6 +48,36 @@ class StrictJsonRoute(APIRoute):
             return await handle(StrictJsonRequest(request.scope, request.receive))
 
         return handle_strictly
+
+
+FIRST_ERROR_ENDS = Field(fail_fast=True)
+"""For lists: what follows the first wrong item is not looked at."""
+MAX_FIELDS = 64
+"""Of an object all of whose fields are known: more than any has."""
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """For objects with free names. `Field(max_length=…)` counts only after every entry has been read."""
+
+    def count(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            raise PydanticCustomError("too_long", "may have at most {most} entries, not {found}", {"most": entries, "found": len(value)})
+        return value
+
+    return BeforeValidator(count)
+
+
+class KnownFields(BaseModel):
+    """A request's body in which unknown fields are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_enough(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError("too_long", "the body has {found} fields, and most of them are unknown", {"found": len(value)})
+        return value
 
 
 def _without_nul(value: str) -> str:

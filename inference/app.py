@@ -24,6 +24,8 @@ from inference.sampling import Server
 
 MAX_BODY_BYTES = 16 * 1024**2
 CLIENT_CLOSED_REQUEST = 499
+MAX_ERRORS_READ = 64
+"""Those of one place follow each other."""
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ async def _request_failed(_: Request, error: Exception) -> Response:
 
 async def _invalid_request(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
+    problems = error.errors()[:MAX_ERRORS_READ]
     if problems[0]["type"] == "json_invalid":
         return _json(400, error_body(f"the body is not valid JSON: {problems[0]['ctx']['error']}", "invalid_request_error", None, "json_invalid"))
     if not isinstance(error.body, dict):

@@ -6,12 +6,13 @@ Unknown fields are ignored, as vLLM does. Known fields that would change the ans
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from inference.errors import Unsupported
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_BIASES = 1024
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -60,7 +61,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
+FirstErrorEnds = Field(fail_fast=True)
+"""Of a list: pydantic would describe each of a million wrong items, while nobody else is answered."""
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], FirstErrorEnds]
+
+
+def _few_enough_biases(value: Any) -> Any:
+    """Before they are read, because each may be wrong."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"may have at most {MAX_BIASES:,} entries, not {len(value):,}")
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -78,15 +88,15 @@ class SamplingRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | Annotated[list[StopString], FirstErrorEnds, Field(max_length=MAX_STOP_STRINGS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: dict[str, Bias] | None = None
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_few_enough_biases)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -103,20 +113,20 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, JsonValue]] | None = None
+    content: str | Annotated[list[dict[str, JsonValue]], FirstErrorEnds] | None = None
 
 
 class ChatCompletionRequest(SamplingRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FirstErrorEnds, Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, JsonValue]] | None = None
+    tools: Annotated[list[dict[str, JsonValue]], FirstErrorEnds] | None = None
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Annotated[list[str], FirstErrorEnds] | TokenIds | Annotated[list[TokenIds], FirstErrorEnds]
     max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)

@@ -8,7 +8,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from api.strict_json import ObjectId
+from api.strict_json import FIRST_ERROR_ENDS, ObjectId, at_most
 
 NOT_FORWARDED = frozenset({"model", "user", "metadata", "store"})
 """Known fields that change no answer."""
@@ -70,7 +70,7 @@ Refused = Annotated[Any, AfterValidator(_refuse)]
 """A field of OpenAI's that would change the answer and can't be honoured."""
 Text = Annotated[str | None, BeforeValidator(_joined_text)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], FIRST_ERROR_ENDS]
 Strict = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
@@ -86,7 +86,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], FIRST_ERROR_ENDS] | None = None
     tool_call_id: str | None = None
 
 
@@ -97,9 +97,9 @@ class SamplingRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Annotated[StopString | list[StopString] | None, AfterValidator(_few_enough_stops)] = None
+    stop: Annotated[StopString | Annotated[list[StopString], FIRST_ERROR_ENDS] | None, AfterValidator(_few_enough_stops)] = None
     seed: int | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, float], at_most(MAX_BIASES)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     stream: bool | None = None
@@ -112,13 +112,13 @@ class SamplingRequest(BaseModel):
 
 
 class ChatRequest(SamplingRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FIRST_ERROR_ENDS, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: Annotated[dict[str, Any] | None, Compiled, AfterValidator(_known_format)] = None
-    tools: Annotated[list[dict[str, Any]] | None, Compiled] = None
+    tools: Annotated[Annotated[list[dict[str, Any]], FIRST_ERROR_ENDS] | None, Compiled] = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -135,7 +135,7 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Annotated[list[str], FIRST_ERROR_ENDS] | TokenIds | Annotated[list[TokenIds], FIRST_ERROR_ENDS]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None

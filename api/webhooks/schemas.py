@@ -2,33 +2,29 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from api.pagination import Identified
-from api.strict_json import WITHOUT_NUL
+from api.strict_json import FIRST_ERROR_ENDS, WITHOUT_NUL, KnownFields
 from core.tables.webhooks import WebhookEndpoint
 from core.webhooks.addresses import MAX_URL_LENGTH
 from core.webhooks.events import EVENT_TYPES
 from core.webhooks.signing import hint_of
 
 EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
-EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=len(EVENT_TYPES))]
+EventTypes = Annotated[list[EventType], FIRST_ERROR_ENDS, Field(min_length=1, max_length=len(EVENT_TYPES))]
 Name = Annotated[str, Field(min_length=1, max_length=256), WITHOUT_NUL]
 Url = Annotated[str, Field(max_length=MAX_URL_LENGTH), WITHOUT_NUL]
 
 
-class CreateEndpoint(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class CreateEndpoint(KnownFields):
     name: Name
     url: Url
     event_types: EventTypes
 
 
-class UpdateEndpoint(BaseModel):
+class UpdateEndpoint(KnownFields):
     """What is not given stays as it is."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: Name | None = None
     url: Url | None = None
@@ -36,15 +32,11 @@ class UpdateEndpoint(BaseModel):
     enabled: bool | None = None
 
 
-class RotateSecret(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class RotateSecret(KnownFields):
     keep_old_secret_active_for_24_hours: bool = False
 
 
-class TestEndpoint(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class TestEndpoint(KnownFields):
     event_type: EventType
 
 

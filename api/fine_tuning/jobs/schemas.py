@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.fine_tuning.jobs.queue_view import QueuePlace
 from api.pagination import Identified
-from api.strict_json import WITHOUT_NUL, ObjectId
+from api.strict_json import FIRST_ERROR_ENDS, WITHOUT_NUL, ObjectId, at_most
 from core.tables.jobs import Checkpoint, Job, JobEvent
 
 LARGEST_SEED = 2**31 - 1
@@ -28,8 +28,8 @@ class CreateJob(BaseModel):
     hyperparameters: dict[str, Any] | None = None
     suffix: Suffix | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
-    integrations: list[Any] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], at_most(MAX_METADATA)] | None = None
+    integrations: Annotated[list[Any], FIRST_ERROR_ENDS] | None = None
 
 
 class JobError(BaseModel):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.pagination import Identified
-from api.strict_json import WITHOUT_NUL
+from api.strict_json import FIRST_ERROR_ENDS, WITHOUT_NUL
 from core.projects import PROJECT_SCOPES
 from core.tables.projects import ApiKey, Scope
 
@@ -16,7 +16,7 @@ class CreateApiKey(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: Annotated[str, Field(min_length=1, max_length=100), WITHOUT_NUL]
-    scopes: Annotated[list[Scope], Field(min_length=1)] = list(PROJECT_SCOPES)
+    scopes: Annotated[list[Scope], FIRST_ERROR_ENDS, Field(min_length=1)] = list(PROJECT_SCOPES)
     expires_in_seconds: Annotated[int, Field(ge=1, le=LONGEST_LIFE_SECONDS)] | None = None
     expires_at: int | None = None
     """Unix seconds; or `expires_in_seconds`; or neither."""

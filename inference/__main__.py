@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 GRACEFUL_SHUTDOWN_SECONDS = 5
+MAX_CONNECTIONS = 900
+"""Beyond which requests are answered 503: 1,024 descriptors are a usual limit."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,7 +70,14 @@ def main() -> int:
     api_key = os.environ.get(arguments.api_key_env) or None
     app = create_app(engine, base_model_id=arguments.base_model, adapters_dir=arguments.adapters_dir, api_key=api_key, max_adapters=arguments.max_adapters)
     uvicorn.run(
-        app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS, server_header=False
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level=arguments.log_level,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+        server_header=False,
+        http="h11",  # bounds a request's headers, which httptools does not
+        limit_concurrency=MAX_CONNECTIONS,
     )
     return 0
 

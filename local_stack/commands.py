@@ -25,6 +25,8 @@ HEALTH_TIMEOUT_SECONDS = 2
 READINESS_TIMEOUT_SECONDS = 6
 """The API gives each of its probes 4."""
 PING_TIMEOUT_SECONDS = 1
+API_CONNECTIONS = 800
+"""Beyond which the API answers 503: 1,024 descriptors, a usual limit, have to do for its database and files too."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Stack:
         settings = self.settings
         words = ["api.app:app", "--host", settings.host, "--port", str(settings.port), "--env-file", str(self.service_env_path)]
         words += ["--log-level", settings.log_level, "--timeout-graceful-shutdown", "5"]
+        words += ["--http", "api.http_protocol:BoundedHttpProtocol", "--limit-concurrency", str(API_CONNECTIONS)]
         return self._process("api", self.python("uvicorn", *words), lambda: self.readiness() is not None, start_limit_seconds=120, stop_grace_seconds=8)
 
     def worker_process(self) -> ProcessSpec:

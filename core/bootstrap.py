@@ -1,5 +1,7 @@
 """`python -m core.bootstrap`: the first project and its key on a migrated but empty database, and a new key where the key's file
-is missing. Does nothing otherwise."""
+is missing. Does nothing otherwise.
+
+The key is printed to a terminal only: what else reads the output is a log, which is kept, copied and searched."""
 
 import argparse
 import sys
@@ -22,12 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write("the database has no tables yet: run `python -m migrations` first\n")
             return 1
         if plain_key := ensure_first_key(database, path):
-            sys.stderr.write(f"This server's first API key, shown once; it also stands in {path}:\n")
+            sys.stderr.write(f"This server's first API key stands in {path}\n")
         elif plain_key := replace_lost_key(database, path):
-            sys.stderr.write(f"{path} was missing, so a new API key was made and written there; it is shown once, and older keys stay valid:\n")
+            sys.stderr.write(f"{path} was missing, so a new API key was made and written there; older keys stay valid\n")
     finally:
         database.close()
-    if plain_key is not None:
+    if plain_key is not None and sys.stdout.isatty():
         sys.stdout.write(plain_key + "\n")
     return 0
 

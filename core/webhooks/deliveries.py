@@ -12,7 +12,7 @@ by the `webhook-id` what they have had already.
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import and_, case, exists, null, or_, select, update
+from sqlalchemy import and_, case, exists, func, null, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from core.database import database_now, unix_now
@@ -47,19 +47,29 @@ def delivery_is_due(session: Session) -> bool:
 
 
 def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | None:
-    """Hold the delivery that is due for longest, of an endpoint to which nothing is being sent: a slow one delays its own alone.
+    """Hold a delivery that is due, of an endpoint to which nothing is being sent: a slow one delays its own alone. Of the project to which
+    the fewest are being sent, so that many slow endpoints delay their own project's alone; among those the one that is due for longest.
 
     The endpoint is locked, and whether it is busy asked again once it is: another claim may have been committed since the first look.
     """
     sending = aliased(WebhookDelivery)
     busy = exists().where(sending.endpoint_id == WebhookDelivery.endpoint_id, sending.lease_until > database_now())
+    theirs = aliased(WebhookEndpoint)
+    being_sent = (
+        select(theirs.project_id, func.count().label("number"))
+        .join(sending, sending.endpoint_id == theirs.id)
+        .where(sending.lease_until > database_now())
+        .group_by(theirs.project_id)
+        .subquery()
+    )
     first = (
         select(WebhookDelivery.id)
         .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        .outerjoin(being_sent, being_sent.c.project_id == WebhookEndpoint.project_id)
         .where(DUE, ~busy)
-        .order_by(WebhookDelivery.next_attempt_at)
+        .order_by(func.coalesce(being_sent.c.number, 0), WebhookDelivery.next_attempt_at)
         .limit(1)
-        .with_for_update(skip_locked=True)
+        .with_for_update(of=(WebhookDelivery, WebhookEndpoint), skip_locked=True)
     )
     found = session.scalar(first)
     if found is None:

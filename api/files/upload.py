@@ -18,8 +18,9 @@ from api.files.service import get_file
 from api.idempotency import AlreadyCreated, Attempt, record_creation, refuse_repetition, sha256_of
 from api.state import ApiState
 from core.database import unix_now
-from core.errors import BadRequest
+from core.errors import AuthenticationFailed, BadRequest
 from core.ids import new_id
+from core.projects import valid_keys
 from core.storage import StoredObject, discard, verified
 from core.tables.files import File
 
@@ -30,7 +31,7 @@ LONGEST_NUMBER = 10
 """Digits. Python refuses to read numbers of some thousands."""
 
 
-async def receive_file(request: Request, state: ApiState, project_id: str, attempt: Attempt) -> File:
+async def receive_file(request: Request, state: ApiState, project_id: str, key_id: str, attempt: Attempt) -> File:
     """Store the uploaded file, or find the one that an earlier try of the request has stored. Blocking work happens in threads.
     Raises BadRequest, InvalidFile, RequestTooLarge."""
     upload = Upload(state)
@@ -39,7 +40,7 @@ async def receive_file(request: Request, state: ApiState, project_id: str, attem
         async for chunk in request.stream():
             await anyio.to_thread.run_sync(reader.feed, chunk)
         reader.finish()
-        return await anyio.to_thread.run_sync(partial(upload.finish, project_id, attempt))
+        return await anyio.to_thread.run_sync(partial(upload.finish, project_id, key_id, attempt))
     except AlreadyCreated as earlier:
         return await anyio.to_thread.run_sync(get_file, state, earlier.object_id)
     finally:
@@ -80,8 +81,10 @@ class Upload:
         if self._part == "purpose":
             self._purpose()
 
-    def finish(self, project_id: str, attempt: Attempt) -> File:
-        """Raises AlreadyCreated or AlreadyAnswered where an earlier try has done it; its bytes are the file's then."""
+    def finish(self, project_id: str, key_id: str, attempt: Attempt) -> File:
+        """Raises AlreadyCreated or AlreadyAnswered where an earlier try has done it; its bytes are the file's then.
+
+        Raises AuthenticationFailed where the key has become invalid since the upload began, which may have been long ago."""
         purpose, lifetime_seconds = self._purpose(), self._lifetime_seconds()
         if self._contents is None or self._filename is None:
             raise BadRequest("file: the form has no such part", code="missing", param="file")
@@ -105,6 +108,8 @@ class Upload:
             )
             creation = attempt.of_body(self._form_sha256(stored))
             with self._state.database.transaction() as session:
+                if key_id not in valid_keys(session, [key_id]):
+                    raise AuthenticationFailed("the key of this upload has expired or was revoked, or its project was archived, before its end")
                 refuse_repetition(session, creation)
                 session.add(file)
                 record_creation(session, creation, file.id, file_object(file))

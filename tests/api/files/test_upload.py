@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
-from core.database import Database
+from api.files import upload
+from core.database import Database, unix_now
 from core.errors import StorageFull, Unavailable
 from core.settings import Settings
 from core.storage import LocalWriter
+from core.tables.files import File
+from core.tables.projects import ApiKey, Project
 from tests.api.conftest import SETTINGS
 from tests.api.serving import EXAMPLE, Api, serve, training_lines, wait_for
 from tests.api.test_errors import assert_error
@@ -282,3 +286,24 @@ def test_uploads_at_the_same_time(live_api: Api) -> None:
         thread.join()
     assert len(set(ids)) == 8
     assert len(stored_files(live_api)) == 8
+
+
+@pytest.mark.parametrize("ended", ["key", "project"])
+def test_upload_whose_key_ends_meanwhile_leaves_nothing(api: Api, monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
+    """The key opened the door, and the body took its time."""
+    receive = upload.Upload.begin_part
+
+    def end_the_key(self: upload.Upload, name: str, filename: str | None) -> None:
+        with api.database.transaction() as session:
+            if ended == "key":
+                session.get_one(ApiKey, api.key.split("_")[1]).revoked_at = unix_now()
+            else:
+                session.get_one(Project, api.project_id).archived_at = unix_now()
+        receive(self, name, filename)
+
+    monkeypatch.setattr(upload.Upload, "begin_part", end_the_key)
+    answer = api.client.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("x", b"x")})
+    assert_error(answer, 401, "invalid_api_key")
+    with api.database.reading() as session:
+        assert session.scalars(select(File)).all() == []
+    assert [path for path in api.settings.storage_dir.rglob("*") if path.is_file()] == []

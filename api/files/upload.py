@@ -10,6 +10,8 @@ from functools import partial
 import anyio
 import anyio.to_thread
 from fastapi import Request
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from api.files.contents import AnyContents, Contents, TrainingContents
 from api.files.multipart import MultipartReader
@@ -22,6 +24,7 @@ from core.errors import AuthenticationFailed, BadRequest
 from core.ids import new_id
 from core.projects import valid_keys
 from core.storage import StoredObject, discard, verified
+from core.storage_condition import require_free_space
 from core.tables.files import File
 
 MAX_FIELD_BYTES = 8192
@@ -111,12 +114,21 @@ class Upload:
                 if key_id not in valid_keys(session, [key_id]):
                     raise AuthenticationFailed("the key of this upload has expired or was revoked, or its project was archived, before its end")
                 refuse_repetition(session, creation)
+                self._refuse_beyond_the_projects_share(session, project_id, stored.size_bytes)
                 session.add(file)
                 record_creation(session, creation, file.id, file_object(file))
         except BaseException:
             discard(self._state.storage, stored.key)
             raise
         return file
+
+    def _refuse_beyond_the_projects_share(self, session: Session, project_id: str, size_bytes: int) -> None:
+        most = self._state.settings.project_max_file_bytes
+        if most:
+            there: int = session.scalar(select(func.coalesce(func.sum(File.size_bytes), 0)).where(File.project_id == project_id)) or 0
+            if there + size_bytes > most:
+                message = f"file: the project's files have {there:,} bytes; with this one's {size_bytes:,} they would have more than {most:,}"
+                raise BadRequest(f"{message}; delete some first", code="project_storage_full", param="file")
 
     def abort(self) -> None:
         if self._contents is not None:
@@ -128,6 +140,7 @@ class Upload:
         return sha256_of(*fields, self._filename or "", stored.sha256)
 
     def _open_contents(self, for_training: bool) -> Contents:
+        require_free_space(self._state.settings, self._state.storage)
         writer = self._state.storage.open_writer(f"files/{self._file_id}")
         if for_training:
             return TrainingContents(writer, self._state.settings, compressed=_is_gzip(self._filename or ""))

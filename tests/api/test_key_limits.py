@@ -1,11 +1,12 @@
 from contextlib import ExitStack
 
+import httpx2
 import pytest
 
 from api.key_limits import HeldByKeys
 from core.errors import RateLimited
-
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+from tests.api.serving import Api, wait_for
+from tests.api.test_errors import assert_error
 
 
 def test_a_key_holds_so_many_and_others_are_not_counted() -> None:
@@ -40,3 +41,20 @@ def test_zero_is_no_limit() -> None:
     limit = HeldByKeys(0, "answers")
     with limit.held("a", 1000), limit.held("a", 1000):
         pass
+
+
+def test_a_key_has_so_many_streams_open(live_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a connection for as long as the job lasts."""
+    monkeypatch.setattr(live_api.state.streams_of_keys, "_most", 2)
+    url = f"{live_api.base_url}/v1/fine_tuning/jobs/{live_api.create_job()['id']}/events?stream=true"
+    with httpx2.Client(headers=live_api.headers, timeout=20) as client:
+        with client.stream("GET", url) as first, client.stream("GET", url) as second:
+            assert (first.status_code, second.status_code) == (200, 200)
+            assert_error(client.get(url), 429, "too_many_open")
+            assert client.get(url.removesuffix("?stream=true")).status_code == 200
+
+        def opens_again() -> bool:
+            with client.stream("GET", url) as again:
+                return again.status_code == 200
+
+        wait_for(opens_again)

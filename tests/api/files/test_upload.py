@@ -3,6 +3,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,4 +307,27 @@ def test_upload_whose_key_ends_meanwhile_leaves_nothing(api: Api, monkeypatch: p
     assert_error(answer, 401, "invalid_api_key")
     with api.database.reading() as session:
         assert session.scalars(select(File)).all() == []
+    assert [path for path in api.settings.storage_dir.rglob("*") if path.is_file()] == []
+
+
+def with_settings(api: Api, monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    changed = replace(api.state, settings=api.settings.model_copy(update=changes))
+    monkeypatch.setattr(api.app.state, "api", changed)
+
+
+def test_files_of_a_project_have_a_limit_together(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_settings(api, monkeypatch, project_max_file_bytes=100)
+    first = api.upload(b"x" * 60, purpose="user_data")
+    form = {"data": {"purpose": "user_data"}, "files": {"file": ("x", b"x" * 41)}}
+    assert "60" in assert_error(api.client.post("/v1/files", **form), 400, "project_storage_full", "file")
+    assert len([path for path in api.settings.storage_dir.rglob("*") if path.is_file()]) == 1
+    assert api.client.post("/v1/files", headers=api.other_headers, **form).status_code == 200
+    assert api.client.delete(f"/v1/files/{first}").status_code == 200
+    assert api.client.post("/v1/files", **form).status_code == 200
+
+
+def test_uploads_leave_free_space_to_the_others(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_settings(api, monkeypatch, min_free_bytes=2**60)
+    answer = api.client.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("x", b"x")})
+    assert_error(answer, 507, "storage_full")
     assert [path for path in api.settings.storage_dir.rglob("*") if path.is_file()] == []

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import httpx2
 import pytest
 from openai import APIError, Stream
 from openai.types.fine_tuning import FineTuningJobEvent
@@ -383,20 +382,3 @@ def test_created_jobs_first_event_is_streamed(api: Api) -> None:
         )
     with opened(api, job.id) as stream:
         assert next(stream).json["message"] == messages_of(api.database, job.id)[0]
-
-
-def test_a_key_has_so_many_streams_open(live_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes a connection for as long as the job lasts."""
-    monkeypatch.setattr(live_api.state.streams_of_keys, "_most", 2)
-    url = f"{live_api.base_url}/v1/fine_tuning/jobs/{live_api.create_job()['id']}/events?stream=true"
-    with httpx2.Client(headers=live_api.headers, timeout=20) as client:
-        with client.stream("GET", url) as first, client.stream("GET", url) as second:
-            assert (first.status_code, second.status_code) == (200, 200)
-            assert_error(client.get(url), 429, "too_many_open")
-            assert client.get(url.removesuffix("?stream=true")).status_code == 200
-
-        def opens_again() -> bool:
-            with client.stream("GET", url) as again:
-                return again.status_code == 200
-
-        wait_for(opens_again)

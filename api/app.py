@@ -26,6 +26,7 @@ from api.request_context import RequestContext
 from api.request_limits import RequestLimits
 from api.scopes import ScopeCheck
 from api.shutdown import called_when_told_to_stop
+from api.slow_bodies import SlowBodies
 from api.state import ApiState
 from api.trusted_hosts import TrustedHosts
 from api.webhooks import routes as webhooks
@@ -64,6 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     error_handlers.install(app)
     for resource in (jobs, completions, files, models, health, measurements, base_models, webhooks, projects, api_keys, audit_logs):  # the busiest first
         app.include_router(resource.router)
+    app.add_middleware(SlowBodies)
     app.add_middleware(RequestLimits, max_bytes=settings.max_request_bytes)
     app.add_middleware(ScopeCheck)
     if settings.rate_limit_requests_per_minute:

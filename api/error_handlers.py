@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from api.idempotency import AlreadyAnswered
 from api.strict_json import JsonTooDeep
-from core.errors import BadRequest, MethodNotAllowed, NotFound, RequestTooLarge, ServiceError
+from core.errors import BadRequest, MethodNotAllowed, NotFound, RequestTimeout, RequestTooLarge, ServiceError
 from sdft_engine.contract.quoting import shortened
 
 MAX_ERRORS_READ = 64
@@ -99,6 +99,8 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         return render(MethodNotAllowed(f"this route does not take this method: {where}", headers=headers))
     if isinstance(error, JsonTooDeep):
         return render(BadRequest(error.detail, code="json_too_deep"))
+    if error.status_code == 408:
+        return render(RequestTimeout(str(error.detail), headers=headers))
     if error.status_code == 413:
         return render(RequestTooLarge(str(error.detail), headers=headers))
     return render(BadRequest(str(error.detail), headers=headers))

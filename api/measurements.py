@@ -14,7 +14,7 @@ from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
 from api.state import State
-from core.database import unix_now
+from core.database import Database, unix_now
 from core.errors import Unavailable
 from core.logging import get_logger
 from core.tables.jobs import JOB_STATUSES, Job, JobMetrics
@@ -30,14 +30,18 @@ log = get_logger(__name__)
 
 
 @router.get("/metrics")
-def metrics(state: State) -> Response:
+async def metrics(state: State) -> Response:
+    return Response(await state.measurements.get(lambda: _measured_now(state.database)), media_type=CONTENT_TYPE_LATEST)
+
+
+def _measured_now(database: Database) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     try:
-        with state.database.reading() as session:
+        with database.reading() as session:
             registry.register(_Measured(measure_rows(session)))
     except Unavailable as error:  # the other measurements are wanted most while the database is down
         log.warning("rows_not_measured", error=error.message)
-    return Response(generate_latest() + generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    return generate_latest() + generate_latest(registry)
 
 
 def measure_rows(session: Session) -> list[Metric]:

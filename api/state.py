@@ -11,7 +11,9 @@ from api.caller import caller_of
 from api.completions.adapter_loading import AdapterLoading
 from api.fine_tuning.jobs.event_feed import EventFeed
 from api.fine_tuning.jobs.queue_view import QueueView
+from api.key_limits import HeldByKeys
 from api.probes import Probes
+from api.remembered import Remembered
 from api.storage_threads import StorageThreads
 from core.audit import Actor
 from core.database import Database
@@ -22,6 +24,7 @@ from core.settings import Settings
 from core.storage import Storage
 
 WEBHOOK_TESTS_AT_A_TIME = 8
+MEASUREMENTS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class ApiState:
     adapter_loading: AdapterLoading
     queue: QueueView
     event_feed: EventFeed
+    streams_of_keys: HeldByKeys
+    answers_of_keys: HeldByKeys
+    measurements: Remembered[bytes]
+    """Of /metrics, which asks for no key."""
     webhook_tests: anyio.CapacityLimiter
     storage_threads: StorageThreads
     probes: Probes
@@ -52,6 +59,9 @@ class ApiState:
             adapter_loading=AdapterLoading(storage, settings.served_adapters_dir, settings.attestation_tolerance),
             queue=QueueView(database, settings.project_max_running_jobs),
             event_feed=EventFeed(database),
+            streams_of_keys=HeldByKeys(settings.key_max_event_streams, "event streams"),
+            answers_of_keys=HeldByKeys(settings.key_max_answers, "answers"),
+            measurements=Remembered(MEASUREMENTS_SECONDS),
             webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
             storage_threads=StorageThreads(),
             probes=Probes(),
@@ -76,6 +86,12 @@ async def _project_of(request: Request) -> str:
     return caller.project_id
 
 
+async def _key_of(request: Request) -> str:
+    caller = caller_of(request.scope)
+    assert caller is not None, "a route without a key"
+    return caller.key_id
+
+
 async def _actor_of(request: Request) -> Actor:
     caller = caller_of(request.scope)
     assert caller is not None, "a route without a key changes nothing"
@@ -85,5 +101,7 @@ async def _actor_of(request: Request) -> Actor:
 State = Annotated[ApiState, Depends(_state_of)]
 ProjectId = Annotated[str, Depends(_project_of)]
 """The caller's project."""
+KeyId = Annotated[str, Depends(_key_of)]
+"""The caller's key."""
 RequestActor = Annotated[Actor, Depends(_actor_of)]
 """The caller, as the audit log names it."""

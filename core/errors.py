@@ -10,6 +10,7 @@ ServiceError (500 server_error)
 ├── NotFound (404 not_found)
 │   └── ModelNotFound (404 model_not_found)
 ├── MethodNotAllowed (405)
+├── RequestTimeout (408)
 ├── Conflict (409)                    never retried: `x-should-retry: false`
 ├── RequestTooLarge (413)
 ├── RangeNotSatisfiable (416)
@@ -99,6 +100,12 @@ class MethodNotAllowed(ServiceError):
     status = 405
     type = "invalid_request_error"
     default_code = "method_not_allowed"
+
+
+class RequestTimeout(ServiceError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
 
 
 class Conflict(ServiceError):

@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     max_lines: int = Field(1_000_000, ge=1, description="Most lines of a training file.")
     max_request_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON request body.")
     rate_limit_requests_per_minute: int = Field(6000, ge=0, description="Requests that one API key may send a minute to each API process; 0: any number.")
+    key_max_event_streams: int = Field(100, ge=0, description="Event streams that one API key may have open on each API process; 0: any number.")
+    key_max_answers: int = Field(128, ge=0, description="Answers (prompts times n) that one API key may have in work through each API process; 0: any number.")
+    project_max_file_bytes: int = Field(0, ge=0, description="Bytes that one project's files may have together; 0: any number.")
+    project_max_unfinished_jobs: int = Field(10_000, ge=0, description="Jobs of one project that have not ended; 0: any number.")
+    min_free_bytes: int = Field(512 * 1024**2, ge=0, description="Free space on the disk of storage that uploads leave to the database, checkpoints and logs.")
     min_training_examples: int = Field(10, ge=1, description="Fewest lines of a training file.")
 
     lease_seconds: float = Field(60, gt=0, description="How long a worker's claim on a job holds without a heartbeat.")

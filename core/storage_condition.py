@@ -4,11 +4,22 @@ import os
 import shutil
 from typing import Literal
 
+from core.errors import StorageFull
 from core.s3_storage import S3Storage
 from core.settings import Settings
 from core.storage import LocalStorage, Storage
 
 StorageCondition = Literal["ok", "unreachable", "not_writable", "full"]
+
+
+def require_free_space(settings: Settings, storage: Storage) -> None:
+    """Raises StorageFull where an upload would take what the database and checkpoints need. Nothing is known of a bucket's size."""
+    if isinstance(storage, S3Storage):
+        return
+    free = shutil.disk_usage(settings.storage_dir).free
+    if free < settings.min_free_bytes:
+        message = f"the server's disk has {free:,} bytes left, and uploads leave {settings.min_free_bytes:,} of them free; nothing was stored"
+        raise StorageFull(message)
 
 
 def storage_condition(settings: Settings, storage: Storage) -> StorageCondition:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 GRACEFUL_SHUTDOWN_SECONDS = 5
+MAX_CONNECTIONS = 900
+"""Beyond which requests are answered 503: 1,024 descriptors are a usual limit."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -80,7 +82,14 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     uvicorn.run(
-        app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS, server_header=False
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level=arguments.log_level,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+        server_header=False,
+        http="h11",  # bounds a request's headers, which httptools does not
+        limit_concurrency=MAX_CONNECTIONS,
     )
     return 0
 

@@ -13,6 +13,7 @@ import httpx2
 from kombu.exceptions import OperationalError
 
 from core.base_models import BaseModelEntry
+from core.child_environment import child_environment
 from core.doorbell import broker_answers, celery_application
 from core.inference_servers import InferenceServers
 from core.settings import Settings
@@ -25,6 +26,8 @@ HEALTH_TIMEOUT_SECONDS = 2
 READINESS_TIMEOUT_SECONDS = 6
 """The API gives each of its probes 4."""
 PING_TIMEOUT_SECONDS = 1
+API_CONNECTIONS = 800
+"""Beyond which the API answers 503: 1,024 descriptors, a usual limit, have to do for its database and files too."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,14 @@ class Stack:
         valkey.prepare_private_directory(self.valkey_socket.parent)
         command = valkey.server_command(program, valkey_dir, self.valkey_socket)
         spec = self._process("valkey", command, lambda: broker_answers(self.broker_url, HEALTH_TIMEOUT_SECONDS), start_limit_seconds=60, stop_grace_seconds=5)
-        return replace(spec, environment=_without_storage_keys(spec.environment))
+        return replace(spec, environment=child_environment(spec.environment))
 
     def inference_process(self) -> ProcessSpec:
         settings, entry, url = self.settings, self.served_model, httpx2.URL(self.settings.inference_urls[0])
         if settings.inference == "vllm":
             command = vllm.server_command(settings, entry, url.host, url.port or 80)
             spec = self._process("inference", command, self.inference_answers, start_limit_seconds=900, stop_grace_seconds=20)
-            inherited = {name: value for name, value in spec.environment.items() if not name.startswith("SDFT_")}  # passwords among them
-            return replace(spec, environment=_without_storage_keys(inherited) | vllm.server_environment(settings))
+            return replace(spec, environment=child_environment(spec.environment) | vllm.server_environment(settings))
         words = ["--base-model", entry.id, "--model-dir", str(entry.directory(settings.cache_dir)), "--host", url.host, "--port", str(url.port)]
         sent = settings.inference_adapters == "upload"
         words += ["--uploads-dir", str(settings.uploaded_adapters_dir)] if sent else ["--adapters-dir", str(settings.served_adapters_dir)]
@@ -123,12 +125,14 @@ class Stack:
         words += ["--threads", str(settings.inference_threads)] if settings.inference_threads else []
         command = self.python("inference", *words)
         spec = self._process("inference", command, self.inference_answers, start_limit_seconds=300, stop_grace_seconds=12)
-        return replace(spec, environment=_without_storage_keys(spec.environment))
+        key = {name: value for name, value in spec.environment.items() if name == "SDFT_INFERENCE_API_KEY"}
+        return replace(spec, environment=child_environment(spec.environment) | key)
 
     def api_process(self) -> ProcessSpec:
         settings = self.settings
         words = ["api.app:app", "--host", settings.host, "--port", str(settings.port), "--env-file", str(self.service_env_path)]
         words += ["--log-level", settings.log_level, "--timeout-graceful-shutdown", "5"]
+        words += ["--http", "api.http_protocol:BoundedHttpProtocol", "--limit-concurrency", str(API_CONNECTIONS)]
         return self._process("api", self.python("uvicorn", *words), lambda: self.readiness() is not None, start_limit_seconds=120, stop_grace_seconds=8)
 
     def worker_process(self) -> ProcessSpec:
@@ -164,8 +168,3 @@ class Stack:
     def _process(self, name: str, argv: list[str], is_ready: Callable[[], bool], *, start_limit_seconds: float, stop_grace_seconds: float) -> ProcessSpec:
         log_path = self.logs_dir / f"{name}.log"
         return ProcessSpec(name, argv, self.environment, self.settings.data_dir, log_path, is_ready, start_limit_seconds, stop_grace_seconds)
-
-
-def _without_storage_keys(environment: dict[str, str]) -> dict[str, str]:
-    """For those who store nothing there: an inference server reads adapters from a directory alone."""
-    return {name: value for name, value in environment.items() if not name.startswith(("SDFT_S3_", "AWS_"))}

@@ -49,8 +49,7 @@ def run_up(data_dir: Path | None, host: str | None, port: int | None, inference:
             say(f"note: {name} is no setting" + (f"; is {nearest} meant?" if nearest else ""))
         if problem := directory_problem(settings.data_dir):
             raise StackError(f"data directory {settings.data_dir}: {problem}; choose another with --data-dir")
-        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with data_directory_lock(settings.data_dir), _stop_signals() as stop_requested:
+        with _closed_to_others(settings.data_dir), data_directory_lock(settings.data_dir), _stop_signals() as stop_requested:
             _serve(settings, stop_requested)
     except StackError as error:
         say(f"error: {error}")
@@ -61,6 +60,20 @@ def run_up(data_dir: Path | None, host: str | None, port: int | None, inference:
     except StopRequested:
         say("stopped before everything was up")
     return 0
+
+
+@contextlib.contextmanager
+def _closed_to_others(data_dir: Path) -> Iterator[None]:
+    """Makes the data directory, which nobody else may enter: its database holds webhooks' secrets, its storage training data. Nor may
+    anybody else read what this process and its children write meanwhile."""
+    before = os.umask(0o077)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        if data_dir.stat().st_uid == os.getuid():
+            data_dir.chmod(0o700)
+        yield
+    finally:
+        os.umask(before)
 
 
 def missing_training_packages() -> list[str]:

@@ -12,7 +12,7 @@ from core.logging import get_logger
 from core.settings import Settings
 from sdft_engine.contract.errors import BaseModelError
 from sdft_engine.contract.prompts import ChatFormat
-from worker.engine_process import run_to_end
+from worker.engine_process import downloading_environment, run_to_end
 
 PREPARE_COMMAND = (sys.executable, "-m", "sdft_engine.prepare_base_model")
 KEPT_TOKENIZERS = 4
@@ -55,7 +55,7 @@ def _chat_format(directory: Path, prepared_at: int) -> ChatFormat:
 def _prepare(entry: BaseModelEntry, settings: Settings, check: Callable[[], None]) -> None:
     command = [*PREPARE_COMMAND, *entry.preparation_arguments(settings.cache_dir)]
     log.info("preparing_base_model", base_model=entry.id, directory=str(entry.directory(settings.cache_dir)))
-    ended = run_to_end(command, settings, check)
+    ended = run_to_end(command, downloading_environment(settings), check)
     if ended.status != 0:
         log.error("base_model_unusable", base_model=entry.id, exit_status=ended.status, output=ended.output[-4000:])
         said = ended.output.splitlines()[-1] if ended.output else "no reason given"

@@ -37,7 +37,7 @@ from core.tables.models import Model
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DiskFull
 from sdft_engine.contract.machine_clock import machine_seconds
 from worker.base_models import load_base_model
-from worker.engine_process import run_to_end
+from worker.engine_process import engine_environment, run_to_end
 from worker.held_lease import ExportLease, StopRequested
 from worker.interruptible import interruptible
 from worker.resources import Resources
@@ -158,7 +158,7 @@ class Exporter:
     def _write_weights(self, model: Model, base: BaseModelEntry, adapter_dir: Path, out_dir: Path, format: str, check: Callable[[], None]) -> Path:
         words = ["--format", format, "--base", str(base.directory(self._resources.settings.cache_dir)), "--adapter", str(adapter_dir)]
         words += ["--out", str(out_dir), "--name", model_file_name(model.id), "--parent", str(os.getpid())]
-        ended = run_to_end([*EXPORT_COMMAND, *words], self._resources.settings, check)
+        ended = run_to_end([*EXPORT_COMMAND, *words], engine_environment(self._resources.settings), check)
         if ended.status == 0:
             return out_dir
         code, message = _error_in_last_line(ended.output)

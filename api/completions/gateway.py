@@ -5,7 +5,7 @@ No database session is held while the inference server works. A client that leav
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
 import anyio.to_thread
@@ -29,15 +29,18 @@ Result = TypeVar("Result")
 log = get_logger(__name__)
 
 
-async def answer(request: Request, state: ApiState, project_id: str, path: str, wanted: SamplingRequest) -> Response:
-    """The inference server's answer at `path`, whole or streamed, under the model's public id."""
+async def answer(request: Request, state: ApiState, project_id: str, key_id: str, path: str, wanted: SamplingRequest) -> Response:
+    """The inference server's answer at `path`, whole or streamed, under the model's public id. Raises RateLimited where the key has too
+    many answers in work."""
     model = await anyio.to_thread.run_sync(find_served_model, state, project_id, wanted.model)
     body = wanted.forwarded(model.serving_name)
     if model.temperature is not None:
         body.setdefault("temperature", model.temperature)
+    held = state.answers_of_keys.held(key_id, wanted.answers)
     if wanted.stream:
-        return await _unless_disconnected(request, _streamed(state, model, path, body))
-    return JSONResponse(await _unless_disconnected(request, _whole(state, model, path, body)))
+        return await _unless_disconnected(request, _streamed(state, model, path, body, held))
+    with held:
+        return JSONResponse(await _unless_disconnected(request, _whole(state, model, path, body)))
 
 
 async def _whole(state: ApiState, model: ServedModel, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +59,7 @@ async def _whole(state: ApiState, model: ServedModel, path: str, body: dict[str,
     return {**found.body, "model": model.public_id}
 
 
-async def _streamed(state: ApiState, model: ServedModel, path: str, body: dict[str, Any]) -> Response:
+async def _streamed(state: ApiState, model: ServedModel, path: str, body: dict[str, Any], held: AbstractContextManager[None]) -> Response:
     """Returns once an inference server has accepted the request, so that a refusal still gets its own status."""
 
     async def ask(client: InferenceClient) -> tuple[int, AsyncIterator[bytes]]:
@@ -71,11 +74,13 @@ async def _streamed(state: ApiState, model: ServedModel, path: str, body: dict[s
             raise error
         return status, chunks
 
-    async with AsyncExitStack() as opened:
+    async with AsyncExitStack() as ended, AsyncExitStack() as opened:
+        ended.enter_context(held)
         status, chunks = await _first_answer(state, model, ask)
         if status != 200:
             raise translated(status, await _json_of(chunks), model)
-        return StreamedAnswer(chunks, model, opened.pop_all())
+        ended.push_async_exit(opened.pop_all())
+        return StreamedAnswer(chunks, model, ended.pop_all())
 
 
 async def _first_answer(state: ApiState, model: ServedModel, ask: Callable[[InferenceClient], Awaitable[Result]]) -> Result:

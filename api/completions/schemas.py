@@ -106,6 +106,11 @@ class SamplingRequest(BaseModel):
     stream_options: StreamOptions | None = None
     user: str | None = None
 
+    @property
+    def answers(self) -> int:
+        """How many are to be written."""
+        return self.n or 1
+
     def forwarded(self, serving_name: str) -> dict[str, Any]:
         """The inference server's request."""
         return {"model": serving_name, **self.model_dump(exclude=set(NOT_FORWARDED), exclude_none=True)}
@@ -145,7 +150,11 @@ class CompletionRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _few_enough_answers(self) -> "CompletionRequest":
-        prompts = len(self.prompt) if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int) else 1
-        if prompts * (self.n or 1) > MAX_ANSWERS:
+        if self.answers > MAX_ANSWERS:
             raise PydanticCustomError("too_long", "prompt: prompts times n may be at most 1,024")
         return self
+
+    @property
+    def answers(self) -> int:
+        prompts = len(self.prompt) if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int) else 1
+        return prompts * (self.n or 1)

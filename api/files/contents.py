@@ -52,24 +52,29 @@ class TrainingContents(AnyContents):
 
     def __init__(self, writer: ObjectWriter, settings: Settings, *, compressed: bool) -> None:
         super().__init__(writer, settings.max_file_bytes)
-        self._gunzip = Gunzip() if compressed else None
+        self._gunzip = Gunzip(settings.max_file_bytes) if compressed else None
         self._reader = DatasetReader(DatasetLimits(max_line_bytes=settings.max_line_bytes, max_lines=settings.max_lines))
-        self._unfinished_line = b""
+        self._unfinished_line = bytearray()  # grows in place: pieces may be of a byte each
         self.example_count = 0
 
     def write(self, data: bytes) -> None:
         for piece in self._gunzip.feed(data) if self._gunzip else (data,):
             super().write(piece)
-            *lines, rest = (self._unfinished_line + piece).split(b"\n")
-            for line in lines:
-                self._read_line(line)
-            self._unfinished_line = rest[: self._reader.limits.max_line_bytes + 1]  # enough to know that it is too long
+            end, newline, following = piece.partition(b"\n")
+            if newline:
+                self._read_line(bytes(self._unfinished_line) + end)
+                self._unfinished_line.clear()
+                *lines, end = following.split(b"\n")
+                for line in lines:
+                    self._read_line(line)
+            room = self._reader.limits.max_line_bytes + 1 - len(self._unfinished_line)  # enough to know that it is too long
+            self._unfinished_line += end[:room]
 
     def commit(self) -> StoredObject:
         if self._gunzip:
             self._gunzip.finish()
         if self._unfinished_line:
-            self._read_line(self._unfinished_line)
+            self._read_line(bytes(self._unfinished_line))
         self._refuse_problems()
         return super().commit()
 

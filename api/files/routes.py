@@ -10,15 +10,15 @@ from api.files.schemas import DeletedFile, FileObject, file_object
 from api.files.upload import receive_file
 from api.idempotency import CreationAttempt
 from api.pagination import After, Page, page_of
-from api.state import ProjectId, RequestActor, State
+from api.state import KeyId, ProjectId, RequestActor, State
 from core.storage import StoredObject
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
 @router.post("")
-async def create_file(request: Request, state: State, project_id: ProjectId, attempt: CreationAttempt) -> FileObject:
-    return file_object(await receive_file(request, state, project_id, attempt))
+async def create_file(request: Request, state: State, project_id: ProjectId, key_id: KeyId, attempt: CreationAttempt) -> FileObject:
+    return file_object(await receive_file(request, state, project_id, key_id, attempt))
 
 
 @router.get("")

@@ -9,6 +9,8 @@ import hashlib
 import anyio
 import anyio.to_thread
 from fastapi import Request
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from api.files.contents import AnyContents, Contents, TrainingContents
 from api.files.multipart import MultipartReader
@@ -17,9 +19,11 @@ from api.files.service import get_file
 from api.idempotency import AlreadyCreated, Attempt, record_creation, refuse_repetition, sha256_of
 from api.state import ApiState
 from core.database import unix_now
-from core.errors import BadRequest, StorageFull
+from core.errors import AuthenticationFailed, BadRequest, StorageFull
 from core.ids import new_id
+from core.projects import valid_keys
 from core.storage import StoredObject, discard, verified
+from core.storage_condition import require_free_space
 from core.tables.files import File
 
 MAX_FIELD_BYTES = 8192
@@ -29,7 +33,7 @@ LONGEST_NUMBER = 10
 """Digits. Python refuses to read numbers of some thousands."""
 
 
-async def receive_file(request: Request, state: ApiState, project_id: str, attempt: Attempt) -> File:
+async def receive_file(request: Request, state: ApiState, project_id: str, key_id: str, attempt: Attempt) -> File:
     """Store the uploaded file, or find the one that an earlier try of the request has stored. Blocking work happens in threads.
     Raises BadRequest, InvalidFile, RequestTooLarge."""
     upload = Upload(state)
@@ -38,7 +42,7 @@ async def receive_file(request: Request, state: ApiState, project_id: str, attem
         async for chunk in request.stream():
             await state.storage_threads.run(reader.feed, chunk)
         reader.finish()
-        return await state.storage_threads.run(upload.finish, project_id, attempt)
+        return await state.storage_threads.run(upload.finish, project_id, key_id, attempt)
     except AlreadyCreated as earlier:
         return await anyio.to_thread.run_sync(get_file, state, earlier.object_id)
     finally:
@@ -85,8 +89,10 @@ class Upload:
         if self._part == "purpose":
             self._purpose()
 
-    def finish(self, project_id: str, attempt: Attempt) -> File:
-        """Raises AlreadyCreated or AlreadyAnswered where an earlier try has done it; its bytes are the file's then."""
+    def finish(self, project_id: str, key_id: str, attempt: Attempt) -> File:
+        """Raises AlreadyCreated or AlreadyAnswered where an earlier try has done it; its bytes are the file's then.
+
+        Raises AuthenticationFailed where the key has become invalid since the upload began, which may have been long ago."""
         purpose, lifetime_seconds = self._purpose(), self._lifetime_seconds()
         if self._contents is None or self._filename is None:
             raise BadRequest("file: the form has no such part", code="missing", param="file")
@@ -111,7 +117,10 @@ class Upload:
             )
             creation = attempt.of_body(self._form_sha256(stored))
             with self._state.database.transaction() as session:
+                if key_id not in valid_keys(session, [key_id]):
+                    raise AuthenticationFailed("the key of this upload has expired or was revoked, or its project was archived, before its end")
                 refuse_repetition(session, creation)
+                self._refuse_beyond_the_projects_share(session, project_id, stored.size_bytes)
                 session.add(file)
                 record_creation(session, creation, file.id, file_object(file))
                 committing = True
@@ -121,6 +130,14 @@ class Upload:
                 discard(self._state.storage, stored.key)
             raise
         return file
+
+    def _refuse_beyond_the_projects_share(self, session: Session, project_id: str, size_bytes: int) -> None:
+        most = self._state.settings.project_max_file_bytes
+        if most:
+            there: int = session.scalar(select(func.coalesce(func.sum(File.size_bytes), 0)).where(File.project_id == project_id)) or 0
+            if there + size_bytes > most:
+                message = f"file: the project's files have {there:,} bytes; with this one's {size_bytes:,} they would have more than {most:,}"
+                raise BadRequest(f"{message}; delete some first", code="project_storage_full", param="file")
 
     def abort(self) -> None:
         if self._contents is not None:
@@ -132,6 +149,7 @@ class Upload:
         return sha256_of(*fields, self._filename or "", stored.sha256)
 
     def _open_contents(self, for_training: bool) -> Contents:
+        require_free_space(self._state.settings, self._state.storage)
         writer = self._state.storage.open_writer(f"files/{self._file_id}")
         if for_training:
             return TrainingContents(writer, self._state.settings, compressed=_is_gzip(self._filename or ""))

@@ -11,9 +11,10 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, or_, select, text
+from sqlalchemy import Select, and_, func, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
+from core.database import database_now
 from core.jobs.leases import claimable
 from core.tables.jobs import Job
 from core.tables.projects import Project
@@ -56,6 +57,16 @@ def next_queued(max_running: int | None) -> Select[str]:
     limit = func.coalesce(Project.max_running_jobs, max_running)
     candidates = candidates.where(or_(limit.is_(None), number < limit))
     return candidates.order_by(Job.attempt == 0, number, Project.last_claimed_at.asc().nulls_first(), Job.created_at, Job.id)
+
+
+def next_to_validate() -> Select[str]:
+    """The jobs whose files wait to be validated, the next one first: of the project with the fewest jobs that are validated at the moment
+    or wait validated for their training, so that nobody's job stands behind a thousand of another project's."""
+    other = aliased(Job)
+    in_hand = or_(other.status == "queued", and_(other.status == "validating_files", other.lease_until > database_now()))
+    ready = select(other.project_id, func.count().label("number")).where(in_hand).group_by(other.project_id).subquery()
+    candidates = claimable("validating_files").outerjoin(ready, ready.c.project_id == Job.project_id)
+    return candidates.order_by(func.coalesce(ready.c.number, 0), Job.created_at, Job.id)
 
 
 def work_waits(session: Session, max_running: int | None) -> bool:

@@ -25,8 +25,8 @@ from core.database import database_now, unix_now
 from core.ids import new_id
 from core.jobs.announcements import announce
 from core.jobs.events import Level, append_event
-from core.jobs.leases import EXPIRED, Claim, claimable, take_lease, update_held
-from core.jobs.queue import keep_claims_apart, next_queued
+from core.jobs.leases import EXPIRED, Claim, take_lease, update_held
+from core.jobs.queue import keep_claims_apart, next_queued, next_to_validate
 from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.projects import Project
 from core.webhooks.events import CANCELLED, FAILED, SUCCEEDED
@@ -89,8 +89,8 @@ def create(
 
 
 def claim_for_validation(session: Session, lease_seconds: float) -> Claim | None:
-    """Take the oldest job whose files wait to be validated. Returns None when there is none."""
-    return take_lease(session, claimable("validating_files").order_by(Job.created_at, Job.id), "validating_files", lease_seconds, {})
+    """Take the job whose files are validated next (core.jobs.queue). Returns None when there is none."""
+    return take_lease(session, next_to_validate(), "validating_files", lease_seconds, {})
 
 
 def claim_for_training(session: Session, lease_seconds: float, max_running: int | None = None) -> Claim | None:

@@ -20,8 +20,8 @@ HOST_NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a
 NUMBER = re.compile(r"(.*\.)?(0x[0-9a-f]*|[0-9]+)")
 """A host that ends in one is an IPv4 address to some resolvers, in forms such as 127.1 and 0x7f.1."""
 
-REFUSED_V4 = (IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"))
-"""Protocol assignments and relays of 6to4, part of which `is_global` calls public."""
+REFUSED_V4 = (IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"), IPv4Network("168.63.129.16/32"))
+"""Protocol assignments and relays of 6to4, part of which `is_global` calls public, and the host's own service on Azure's machines."""
 GLOBAL_UNICAST = IPv6Network("2000::/3")
 REFUSED_V6 = (IPv6Network("2001::/23"), IPv6Network("2001:db8::/32"), IPv6Network("2002::/16"), IPv6Network("3fff::/20"))
 """Tunnels to IPv4 (Teredo, 6to4), protocol assignments and documentation."""

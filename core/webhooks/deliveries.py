@@ -50,7 +50,8 @@ def delivery_is_due(session: Session) -> bool:
 
 
 def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | None:
-    """Hold the delivery that is due for longest, of an endpoint to which nothing is being sent: a slow one delays its own alone.
+    """Hold a delivery that is due, of an endpoint to which nothing is being sent: a slow one delays its own alone. Of the project to which
+    the fewest are being sent, so that many slow endpoints delay their own project's alone; among those the one that is due for longest.
 
     The endpoint is locked, and whether it is busy asked again once it is: another claim may have been committed since the first look.
     What nobody settled after its last claim waits behind the others then, and fails after its day as any other.
@@ -58,13 +59,22 @@ def claim_delivery(session: Session, lease_seconds: float) -> DeliveryClaim | No
     _fail_those_out_of_time(session)
     sending = aliased(WebhookDelivery)
     busy = exists().where(sending.endpoint_id == WebhookDelivery.endpoint_id, sending.lease_until > database_now())
+    theirs = aliased(WebhookEndpoint)
+    being_sent = (
+        select(theirs.project_id, func.count().label("number"))
+        .join(sending, sending.endpoint_id == theirs.id)
+        .where(sending.lease_until > database_now())
+        .group_by(theirs.project_id)
+        .subquery()
+    )
     first = (
         select(WebhookDelivery.id)
         .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        .outerjoin(being_sent, being_sent.c.project_id == WebhookEndpoint.project_id)
         .where(DUE, ~busy)
-        .order_by(WebhookDelivery.next_attempt_at)
+        .order_by(func.coalesce(being_sent.c.number, 0), WebhookDelivery.next_attempt_at)
         .limit(1)
-        .with_for_update(skip_locked=True)
+        .with_for_update(of=(WebhookDelivery, WebhookEndpoint), skip_locked=True)
     )
     found = session.scalar(first)
     if found is None:

@@ -1,9 +1,15 @@
 """/metrics: what rows say, and the process's counters."""
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy.orm import Session
 
+from api import measurements
 from core.database import unix_now
 from core.jobs.events import upsert_metrics
 from core.workers import tell_presence
@@ -13,6 +19,7 @@ from tests.rows import add_job
 
 def measured(api: Api) -> dict[tuple[str, ...], float]:
     """Every sample of /metrics: its name and the values of its labels."""
+    api.state.measurements._known = None  # as a second later
     families = text_string_to_metric_families(api.client.get("/metrics").text)
     return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
 
@@ -81,3 +88,20 @@ def test_the_newest_step_of_each_running_job(api_on_both: Api) -> None:
     samples = measured(api)
     assert (samples["sdft_step_seconds", "small", "0.5"], samples["sdft_step_seconds", "small", "1"], samples["sdft_step_seconds", "big", "1"]) == (2, 4, 9)
     assert (samples["sdft_trainer_peak_memory_bytes", "small"], samples["sdft_trainer_peak_memory_bytes", "big"]) == (30, 99)
+
+
+def test_many_who_ask_at_once_cost_one_look_at_the_database(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs a key for it."""
+    looks = []
+
+    def counted(session: Session) -> list[Metric]:
+        looks.append(session)
+        time.sleep(0.1)
+        return []
+
+    monkeypatch.setattr(measurements, "measure_rows", counted)
+    monkeypatch.setattr(api.state.measurements, "_seconds", 60.0)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: api.client.get("/metrics"), range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(looks) == 1

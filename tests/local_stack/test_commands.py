@@ -203,7 +203,7 @@ def test_vllm_is_told_none_of_the_service_s_secrets_but_its_key(vllm_stack: Stac
 
 @pytest.mark.parametrize("which", ["stack", "vllm_stack"])
 def test_the_keys_of_the_storage_are_for_api_and_worker_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
-    keys = {"SDFT_S3_SECRET_ACCESS_KEY": "canary", "AWS_SECRET_ACCESS_KEY": "canary"}
+    keys = {"SDFT_S3_SECRET_ACCESS_KEY": "canary", "AWS_SECRET_ACCESS_KEY": "canary", "OPENAI_API_KEY": "canary", "SDFT_DATABASE_URL": "canary"}
     stack: Stack = request.getfixturevalue(which)
     for name, value in keys.items():
         monkeypatch.setenv(name, value)

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -153,7 +154,7 @@ def test_start_refuse_a_second_and_stop(start_up: StartUp, data_dir: Path, port:
     assert url == f"http://127.0.0.1:{port}"
     assert httpx2.get(f"{url}/healthz").status_code == 200
     key = (data_dir / "admin.key").read_text().strip()
-    assert up.said(key), "the first key is shown once"
+    assert not up.said(key), "this is no terminal, and may be a log"
     models = httpx2.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"})
     assert "smollm2-135m-instruct" in models.text
     assert set(find_leftovers(data_dir)) == {"valkey", "inference", "api", "worker"}
@@ -209,3 +210,16 @@ def _answers(url: str) -> bool:
         return httpx2.get(f"{url}/healthz").status_code == 200
     except httpx2.HTTPError:
         return False
+
+
+def test_a_data_directory_that_was_open_is_closed_to_others(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir(mode=0o755)
+    before = os.umask(0o022)
+    try:
+        with stack_up._closed_to_others(data_dir):
+            (data_dir / "database.sqlite3").touch()
+        assert os.umask(0o022) == 0o022, "as it was"
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (data_dir, data_dir / "database.sqlite3")] == [0o700, 0o600]

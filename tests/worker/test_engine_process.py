@@ -7,7 +7,7 @@ from pydantic import SecretStr
 
 from core.settings import Settings
 from core.tables.jobs import Job
-from worker.engine_process import engine_environment
+from worker.engine_process import downloading_environment, engine_environment
 from worker.run_preparation import sampler_key
 
 
@@ -36,8 +36,25 @@ def test_the_service_s_own_secrets_stay_with_it(monkeypatch: pytest.MonkeyPatch)
     for name, value in {"STORAGE_URL": "s3://bucket", "S3_ACCESS_KEY_ID": "secret", "S3_SECRET_ACCESS_KEY": "secret"}.items():
         monkeypatch.setenv(f"SDFT_{name}", value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "secret")
+    for name in ("AWS_SESSION_TOKEN", "OPENAI_API_KEY", "HF_TOKEN", "PGPASSWORD", "VLLM_API_KEY", "https_proxy", "SOMETHING_UNHEARD_OF"):
+        monkeypatch.setenv(name, "secret")
     assert not [value for value in environment().values() if value == "secret" or "password" in value]
+
+
+def test_what_says_where_things_are_and_how_to_compute_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PATH", "LC_ALL", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "PYTHONPATH", "NCCL_DEBUG", "HF_HOME", "PYTORCH_CUDA_ALLOC_CONF", "MKL_NUM_THREADS")
+    for name in names:
+        monkeypatch.setenv(name, "kept")
+    assert {environment().get(name) for name in names} == {"kept"}
+
+
+def test_base_models_are_fetched_with_the_operator_s_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "https_proxy", "SDFT_S3_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "given")
+    monkeypatch.setenv("SDFT_S3_ACCESS_KEY_ID", "given")
+    monkeypatch.setenv("SDFT_STORAGE_URL", "s3://bucket")
+    fetching = downloading_environment(Settings())
+    assert [name for name, value in sorted(fetching.items()) if value == "given"] == ["HF_TOKEN", "https_proxy"]
 
 
 @pytest.mark.parametrize(("sampler", "expected"), [("vllm", {"SAMPLER_API_KEY": "secret"}), ("auto", {})])

@@ -3,7 +3,7 @@
 import secrets
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from api.files.service import files_of
@@ -17,7 +17,7 @@ from core.jobs import transitions
 from core.logging import get_logger
 from core.settings import Settings
 from core.tables.files import File
-from core.tables.jobs import Job
+from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.models import Model
 from core.tracing import current_trace_parent
 from sdft_engine.contract.probes import MAX_FILE_BYTES as MAX_RETENTION_BYTES
@@ -49,6 +49,7 @@ def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creati
         raise BadRequest(message, code="unsupported_parameter", param="method.sdft.sampler")
     with state.database.transaction() as session:
         refuse_repetition(session, creation)
+        _refuse_too_many(session, project_id, settings.project_max_unfinished_jobs)
         base_model, parent_model = _resolve_model(session, settings, project_id, request.model)
         if settings.inference == "vllm":
             _refuse_unservable_rank(session, settings.vllm_max_lora_rank, parent_model, method, request)
@@ -79,6 +80,12 @@ def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creati
     log.info("job_created", job_id=job.id)
     state.doorbell.ring()
     return job
+
+
+def _refuse_too_many(session: Session, project_id: str, most: int) -> None:
+    unfinished = select(func.count()).where(Job.project_id == project_id, Job.status.not_in(TERMINAL_STATUSES))
+    if most and (session.scalar(unfinished) or 0) >= most:
+        raise BadRequest(f"this project has {most:,} jobs that have not ended; wait or cancel some first", code="too_many_unfinished_jobs")
 
 
 def _resolve_model(session: Session, settings: Settings, project_id: str, name: str) -> tuple[str, str | None]:

@@ -7,6 +7,7 @@ events were sent, and with an error where it has to be taken up again: by its id
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import anyio.to_thread
@@ -15,11 +16,12 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from sqlalchemy import select
 from starlette.types import Receive, Scope, Send
 
+from api.error_handlers import render
 from api.fine_tuning.jobs.event_feed import End
 from api.fine_tuning.jobs.event_frames import DONE, error_frame, event_frame
 from api.state import ApiState
 from core.database import Database
-from core.errors import BadRequest, ServiceError
+from core.errors import BadRequest, RateLimited, ServiceError
 from core.tables.jobs import TERMINAL_STATUSES, Job, JobEvent
 from sdft_engine.contract.quoting import quoted
 
@@ -35,19 +37,23 @@ def stream_events(state: ApiState, job: Job, *, after: str | None, last_event_id
     page = _read_page(state.database, job.id, position)
     if last_event_id is not None and page.ended and not page.frames:
         return Response(status_code=204)  # what a browser's EventSource takes for "don't come back"
-    return EventStream(_frames(state, job.id, page, key_id))
+    return EventStream(_frames(state, job.id, page, key_id), nullcontext() if key_id is None else state.streams_of_keys.held(key_id))
 
 
 class EventStream(EventSourceResponse):
-    """Lets go of the feed however the response ends."""
+    """Lets go of the feed however the response ends. Answers 429 instead where its key has too many of them open."""
 
-    def __init__(self, frames: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes, None], held: AbstractContextManager[None]) -> None:
         super().__init__(frames, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._frames = frames
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with self._held:
+                await super().__call__(scope, receive, send)
+        except RateLimited as error:
+            await render(error)(scope, receive, send)
         finally:
             await self._frames.aclose()
 

@@ -3,6 +3,7 @@
 from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
+from api.organization.acting_key import lasting_admin_keys, refuse_lockout, require_acting_key
 from api.organization.api_keys.schemas import LONGEST_LIFE_SECONDS, CreateApiKey
 from api.organization.projects.service import active_project
 from api.pagination import unknown_cursor
@@ -36,18 +37,22 @@ def create(state: ApiState, actor: Actor, project_id: str, request: CreateApiKey
     """The key's row, and the key itself. Raises BadRequest on an expiry that can't be, Conflict where the project is archived."""
     expires_at = _expiry(request)
     with state.database.transaction() as session:
+        require_acting_key(session, actor)
         active_project(session, project_id)
         plain_key = create_key(session, project_id, request.name, expires_at, request.scopes, actor)
         return session.get_one(ApiKey, key_id_of(plain_key)), plain_key
 
 
 def revoke(state: ApiState, actor: Actor, project_id: str, key_id: str) -> None:
-    """Raises NotFound, and Conflict on the key of the request itself: it may be the last one that can make others."""
+    """Raises NotFound, and Conflict on the key of the request itself and on the last one that can always make others."""
     with state.database.transaction() as session:
+        require_acting_key(session, actor)
         key = _find(session, _keys_of(project_id).with_for_update(), key_id)
         if key.id == actor.key_id:
             raise Conflict("a key can't revoke itself; use another one with the scope admin", code="own_key", param="key_id")
+        before = lasting_admin_keys(session)
         revoke_key(session, key, actor)
+        refuse_lockout(session, before)
 
 
 def _keys_of(project_id: str) -> Select[ApiKey]:

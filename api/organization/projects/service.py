@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from api.organization.acting_key import lasting_admin_keys, refuse_lockout, require_acting_key
 from api.organization.projects.schemas import CreateProject, UpdateProject
 from api.pagination import unknown_cursor
 from api.state import ApiState
@@ -33,6 +34,7 @@ def list_projects(state: ApiState, *, after: str | None, limit: int, include_arc
 def create(state: ApiState, actor: Actor, request: CreateProject) -> Project:
     """Raises BadRequest on a name that can't be one, Conflict on one that is taken."""
     with _refusing_taken_names(request.name), state.database.transaction() as session:
+        require_acting_key(session, actor)
         return create_project(session, request.name, max_running_jobs=request.max_running_jobs, actor=actor)
 
 
@@ -42,6 +44,7 @@ def update(state: ApiState, actor: Actor, project_id: str, request: UpdateProjec
     if "max_running_jobs" in request.model_fields_set:
         changes["max_running_jobs"] = request.max_running_jobs
     with _refusing_taken_names(request.name), state.database.transaction() as session:
+        require_acting_key(session, actor)
         project = active_project(session, project_id)
         if project.name == FIRST_PROJECT and request.name not in (None, FIRST_PROJECT):
             raise _first_project_stays("renamed")
@@ -55,13 +58,16 @@ def update(state: ApiState, actor: Actor, project_id: str, request: UpdateProjec
 def archive(state: ApiState, actor: Actor, project_id: str) -> Project:
     """Does nothing where it is archived already. Raises Conflict where nobody could undo it."""
     with state.database.transaction() as session:
+        require_acting_key(session, actor)
         project = _locked(session, project_id)
         if project.name == FIRST_PROJECT:
             raise _first_project_stays("archived")
         if actor.key_id is not None and session.get_one(ApiKey, actor.key_id).project_id == project_id:
             raise Conflict(f"the key of this request belongs to the project {project.name}; archive it with a key of another one", code="own_project")
         if project.archived_at is None:
+            before = lasting_admin_keys(session)
             archive_project(session, project, actor)
+            refuse_lockout(session, before)
     return project
 
 

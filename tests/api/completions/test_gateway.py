@@ -332,3 +332,18 @@ def test_an_adapter_whose_proof_was_interrupted_is_not_there_for_another_api_pro
     assert tuned.serving_name not in inference.loaded
     first.join()
     assert inference.loaded == {tuned.serving_name}
+
+
+def test_one_key_does_not_take_every_place(live_api: Api, http: httpx2.Client, inference: InferenceStub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams count until they end; another key is answered meanwhile."""
+    monkeypatch.setattr(live_api.state.answers_of_keys, "_most", 3)
+    inference.endless = True
+    with http.stream("POST", CHAT, json=body(stream=True, n=2)) as first:
+        assert first.status_code == 200
+        for more in ({"n": 2}, {"n": 2, "stream": True}):
+            assert_error(http.post(CHAT, json=body(**more)), 429, "too_many_open")
+        assert_error(http.post("/v1/completions", json={"model": "tiny", "prompt": ["a", "b"]}), 429, "too_many_open")
+        with http.stream("POST", CHAT, json=body(stream=True, n=2), headers=live_api.other_headers) as other:
+            assert other.status_code == 200
+    inference.endless = False
+    wait_for(lambda: http.post(CHAT, json=body(n=3)).status_code == 200)

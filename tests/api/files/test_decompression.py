@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.files.decompression import PIECE_BYTES, Gunzip
-from core.errors import InvalidFile
+from api.files.decompression import MAX_MEMBERS, PIECE_BYTES, Gunzip
+from core.errors import InvalidFile, RequestTooLarge
+
+MAX_BYTES = 64 << 20
 
 
 def gunzip(compressed: bytes, chunk_bytes: int = 65_536) -> bytes:
-    stream = Gunzip()
+    stream = Gunzip(MAX_BYTES)
     found = b"".join(piece for start in range(0, len(compressed), chunk_bytes) for piece in stream.feed(compressed[start : start + chunk_bytes]))
     stream.finish()
     return found
@@ -48,7 +50,7 @@ def test_bomb_is_noticed_before_it_fills_memory() -> None:
     sizes: list[int] = []
     tracemalloc.start()
     with pytest.raises(InvalidFile) as caught:
-        sizes.extend(len(piece) for piece in Gunzip().feed(bomb))
+        sizes.extend(len(piece) for piece in Gunzip(MAX_BYTES).feed(bomb))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert caught.value.code == "compression_ratio"
@@ -60,3 +62,18 @@ def test_short_repetitive_files_are_no_bomb() -> None:
     content = b'{"messages": []}\n' * 200_000
     assert len(content) / len(gzip.compress(content)) > 100
     assert gunzip(gzip.compress(content)) == content
+
+
+def test_empty_members_yield_nothing_and_are_counted() -> None:
+    empty = gzip.compress(b"")
+    stream = Gunzip(MAX_BYTES)
+    assert list(stream.feed(empty * MAX_MEMBERS)) == []
+    with pytest.raises(InvalidFile, match="members"):
+        list(stream.feed(empty))
+
+
+def test_input_that_yields_nothing_has_a_limit_too() -> None:
+    stream = Gunzip(1000)
+    assert list(stream.feed(gzip.compress(b"x"))) == [b"x"]
+    with pytest.raises(RequestTooLarge):
+        list(stream.feed(b"\x00" * 1000))  # padding

@@ -26,7 +26,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def api_on_small_disk(make_settings: Callable[..., Settings], sqlite_url: str, valkey: str, small_disk: Path) -> Iterator[Api]:
-    with serve(make_settings(redis_url=valkey, inference_urls=["http://127.0.0.1:1"], **SETTINGS)) as opened:
+    with serve(make_settings(redis_url=valkey, inference_urls=["http://127.0.0.1:1"], min_free_bytes=0, **SETTINGS)) as opened:
         yield opened
 
 

@@ -4,16 +4,21 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from core.database import Database
+from api.files import upload
+from core.database import Database, unix_now
 from core.errors import StorageFull, Unavailable
 from core.settings import Settings
 from core.storage import LocalWriter
+from core.tables.files import File
+from core.tables.projects import ApiKey, Project
 from tests.api.conftest import SETTINGS
 from tests.api.serving import EXAMPLE, Api, serve, training_lines, wait_for
 from tests.api.test_errors import assert_error
@@ -305,3 +310,47 @@ def test_uploads_at_the_same_time(live_api: Api) -> None:
         thread.join()
     assert len(set(ids)) == 8
     assert len(stored_files(live_api)) == 8
+
+
+@pytest.mark.parametrize("ended", ["key", "project"])
+def test_upload_whose_key_ends_meanwhile_leaves_nothing(api: Api, monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
+    """The key opened the door, and the body took its time."""
+    receive = upload.Upload.begin_part
+
+    def end_the_key(self: upload.Upload, name: str, filename: str | None) -> None:
+        with api.database.transaction() as session:
+            if ended == "key":
+                session.get_one(ApiKey, api.key.split("_")[1]).revoked_at = unix_now()
+            else:
+                session.get_one(Project, api.project_id).archived_at = unix_now()
+        receive(self, name, filename)
+
+    monkeypatch.setattr(upload.Upload, "begin_part", end_the_key)
+    answer = api.client.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("x", b"x")})
+    assert_error(answer, 401, "invalid_api_key")
+    with api.database.reading() as session:
+        assert session.scalars(select(File)).all() == []
+    assert [path for path in api.settings.storage_dir.rglob("*") if path.is_file()] == []
+
+
+def with_settings(api: Api, monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    changed = replace(api.state, settings=api.settings.model_copy(update=changes))
+    monkeypatch.setattr(api.app.state, "api", changed)
+
+
+def test_files_of_a_project_have_a_limit_together(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_settings(api, monkeypatch, project_max_file_bytes=100)
+    first = api.upload(b"x" * 60, purpose="user_data")
+    form = {"data": {"purpose": "user_data"}, "files": {"file": ("x", b"x" * 41)}}
+    assert "60" in assert_error(api.client.post("/v1/files", **form), 400, "project_storage_full", "file")
+    assert len([path for path in api.settings.storage_dir.rglob("*") if path.is_file()]) == 1
+    assert api.client.post("/v1/files", headers=api.other_headers, **form).status_code == 200
+    assert api.client.delete(f"/v1/files/{first}").status_code == 200
+    assert api.client.post("/v1/files", **form).status_code == 200
+
+
+def test_uploads_leave_free_space_to_the_others(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_settings(api, monkeypatch, min_free_bytes=2**60)
+    answer = api.client.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("x", b"x")})
+    assert_error(answer, 507, "storage_full")
+    assert [path for path in api.settings.storage_dir.rglob("*") if path.is_file()] == []

@@ -2,6 +2,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -297,3 +298,14 @@ def test_parent_of_an_unfinished_job_cannot_be_deleted(api_on_both: Api) -> None
 def test_a_job_that_wants_vllm_where_there_is_none_is_told_what_the_operator_sets(api: Api) -> None:
     message = refuse(api, 400, "unsupported_parameter", "method.sdft.sampler", method={"type": "sdft", "sdft": {"sampler": "vllm"}})
     assert "SDFT_INFERENCE=vllm" in message
+
+
+def test_unfinished_jobs_of_a_project_have_a_limit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = api.settings.model_copy(update={"project_max_unfinished_jobs": 2})
+    monkeypatch.setattr(api.app.state, "api", replace(api.state, settings=settings))
+    file_id = api.upload()
+    jobs = [api.create_job(training_file=file_id) for _ in range(2)]
+    body = {"model": "tiny", "training_file": file_id}
+    assert_error(api.client.post("/v1/fine_tuning/jobs", json=body), 400, "too_many_unfinished_jobs")
+    assert api.client.post(f"/v1/fine_tuning/jobs/{jobs[0]['id']}/cancel").status_code == 200
+    assert api.client.post("/v1/fine_tuning/jobs", json=body).status_code == 200

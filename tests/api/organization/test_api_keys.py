@@ -1,5 +1,6 @@
 import hashlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -110,6 +111,53 @@ def test_revoked_key_is_gone_within_seconds(api_on_both: Api, monkeypatch: pytes
 def test_a_key_cannot_revoke_itself(api: Api) -> None:
     assert_error(call(api, "DELETE", f"/{api.admin_key.split('_')[1]}"), 409, "own_key", "key_id")
     assert call(api, "GET").status_code == 200
+
+
+def test_a_revoked_key_that_is_still_remembered_changes_nothing(api_on_both: Api) -> None:
+    """Neither keys nor projects: else it would make itself another key within the seconds in which it opens the door."""
+    api = api_on_both
+    key = create(api, scopes=["admin", "read"])
+    headers = bearer(key["value"])
+    keys, projects = f"/v1/organization/projects/{api.project_id}/api_keys", "/v1/organization/projects"
+    assert api.client.get(projects, headers=headers).status_code == 200
+    assert call(api, "DELETE", f"/{key['id']}").status_code == 200
+    assert api.client.get(projects, headers=headers).status_code == 200, "the test is worth something while the key is remembered"
+    for method, path, body in (
+        ("POST", keys, {"name": "another", "scopes": ["admin"]}),
+        ("DELETE", f"{keys}/{api.admin_key.split('_')[1]}", None),
+        ("POST", projects, {"name": "another"}),
+        ("POST", f"{projects}/{api.other_project_id}", {"name": "renamed"}),
+        ("POST", f"{projects}/{api.other_project_id}/archive", None),
+    ):
+        assert_error(api.client.request(method, path, headers=headers, json=body), 401, "invalid_api_key")
+    assert api.client.get(f"{projects}/{api.other_project_id}", headers=api.admin_headers).json()["status"] == "active"
+
+
+def test_two_keys_that_revoke_each_other_at_once(api_on_both: Api) -> None:
+    api = api_on_both
+    first, second = (create(api, scopes=["admin"]) for _ in range(2))
+    path = f"/v1/organization/projects/{api.project_id}/api_keys"
+    for acting in (first, second):
+        assert api.client.get(path, headers=bearer(acting["value"])).status_code == 200
+    with ThreadPoolExecutor(2) as pool:
+        pairs = ((first, second), (second, first))
+        answers = list(pool.map(lambda pair: api.client.delete(f"{path}/{pair[1]['id']}", headers=bearer(pair[0]["value"])), pairs))
+    assert sorted(answer.status_code for answer in answers) == [200, 401]
+
+
+def test_the_last_lasting_admin_key_stays(api_on_both: Api) -> None:
+    """An admin key that expires may not leave the server without one that does not: by revoking it or by archiving its project."""
+    api = api_on_both
+    last = api.admin_key.split("_")[1]
+    expiring = create(api, scopes=["admin"], expires_in_seconds=3600)
+    projects = "/v1/organization/projects"
+    headers = bearer(expiring["value"])
+    assert_error(api.client.delete(f"{projects}/{api.project_id}/api_keys/{last}", headers=headers), 409, "last_admin_key")
+    assert call(api, "GET", f"/{last}").status_code == 200
+    other = call(api, "POST", project_id=api.other_project_id, json={"name": "x", "scopes": ["admin"]}).json()
+    assert api.client.delete(f"{projects}/{api.project_id}/api_keys/{last}", headers=headers).status_code == 200
+    assert_error(api.client.post(f"{projects}/{api.other_project_id}/archive", headers=headers), 409, "last_admin_key")
+    assert api.client.get(projects, headers=bearer(other["value"])).status_code == 200
 
 
 def test_keys_are_listed_by_project_newest_first_in_pages(api_on_both: Api) -> None:

@@ -377,3 +377,21 @@ def test_finished_or_unknown_jobs_can_not_be_paused_or_resumed(database: Databas
         assert not change(database, "ftjob-unknown")
     assert get_job(database, job_id).status == status
     assert messages_of(database, job_id) == []
+
+
+def test_one_project_s_many_jobs_are_not_validated_before_everybody_s(database: Database) -> None:
+    """However long they have waited: the others' turn comes after one that is being validated, and after one that waits validated."""
+    many, few = add_project(database, "many"), add_project(database, "few")
+    for number in range(5):
+        add_job(database, many, "validating_files", created_at=number)
+    late = add_job(database, few, "validating_files", created_at=100)
+    with database.transaction() as session:
+        first = transitions.claim_for_validation(session, 60)
+    assert first is not None
+    assert first.job_id != late
+    with database.transaction() as session:
+        transitions.finish_validation(session, first, {}, 10)
+    with database.transaction() as session:
+        second = transitions.claim_for_validation(session, 60)
+    assert second is not None
+    assert second.job_id == late

@@ -280,3 +280,16 @@ def test_what_was_over_long_ago_is_forgotten(database: Database, project_id: str
             deleted.append(delete_old_deliveries(session, 1))
     assert deleted == [1, 1, 0]
     assert {row.id for row in deliveries_of(database, endpoint_id)} == {pending.id, young.id}
+
+
+def test_a_project_with_many_deliveries_does_not_go_before_everybody(database: Database) -> None:
+    """The next claim is of the project to which the fewest are being sent, whoever has waited longer."""
+    many, few = add_project(database, "many"), add_project(database, "few")
+    for _ in range(3):
+        add_endpoint(database, many)
+    add_delivery(database, many)
+    endpoint = add_endpoint(database, few)
+    add_delivery(database, few)
+    with database.transaction() as session:
+        claims = [claim_delivery(session, 60) for _ in range(4)]
+    assert [claim is not None and claim.endpoint_id == endpoint for claim in claims] == [False, True, False, False]

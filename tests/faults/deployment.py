@@ -29,7 +29,7 @@ from core.tables.models import Model
 from local_stack.commands import Stack
 from local_stack.processes import Child, ProcessSpec
 from tests.rows import assert_all_sound
-from worker import garbage_collection
+from worker import garbage_collection, old_directories
 from worker.garbage_collection import Collector
 from worker.resources import Resources
 from worker.stored_objects import OBJECT_PREFIXES
@@ -186,6 +186,7 @@ class Deployment:
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(garbage_collection, "GRACE_SECONDS", 0.0)
+            patch.setattr(old_directories, "ABANDONED_SECONDS", 0.0)
             Collector(resources).collect()
 
     def assert_sound(self) -> None:
@@ -220,8 +221,9 @@ class Deployment:
         assert named - stored == set(), "rows without their object"
 
     def _assert_nothing_temporary(self) -> None:
-        left = [path for path in self.settings.data_dir.rglob("*") if path.is_file() and (path.suffix == ".tmp" or ".tmp" in path.parts)]
-        assert left == []
+        """What is written under another name first has one that begins with a dot, or is in such a directory."""
+        paths = (path.relative_to(self.settings.data_dir) for path in self.settings.data_dir.rglob("*") if path.is_file())
+        assert [path for path in paths if any(part.startswith(".") for part in path.parts)] == [], "temporary files"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, told: Callable[[], str] = lambda: "") -> None:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,8 +31,13 @@ def count(deployment: Deployment, table: Any) -> int:
         return session.scalar(select(func.count()).select_from(table)) or 0
 
 
+def temporary_files(deployment: Deployment) -> list[Path]:
+    return list((deployment.settings.storage_dir / ".tmp").iterdir())
+
+
 def begun_upload(deployment: Deployment) -> socket.socket:
     """An upload of which a megabyte has arrived, and more is to come."""
+    before = len(temporary_files(deployment))
     address = urlsplit(deployment.url)
     key = deployment.settings.admin_key_path.read_text().strip()
     fields = ['name="purpose"\r\n\r\nfine-tune', 'name="file"; filename="l.jsonl"\r\n\r\n']
@@ -39,7 +46,7 @@ def begun_upload(deployment: Deployment) -> socket.socket:
     head = "\r\n".join([*lines, "Content-Length: 99999999", "", ""])
     connection = socket.create_connection((address.hostname or "", address.port or 0))
     connection.sendall(head.encode() + content)
-    wait_for(lambda: any((deployment.settings.storage_dir / ".tmp").iterdir()), 20)
+    wait_for(lambda: len(temporary_files(deployment)) > before, 20)
     return connection
 
 
@@ -50,9 +57,10 @@ def test_6_an_upload_that_is_cut_off_leaves_nothing_and_can_be_repeated(deployme
     deployment.start("api")
     assert count(deployment, File) == 0
     begun_upload(deployment).close()
-    wait_for(lambda: count(deployment, File) == 0 and len(list((deployment.settings.storage_dir / ".tmp").iterdir())) <= 1, 20)
+    wait_for(lambda: len(temporary_files(deployment)) == 1, 20)  # that of the API that was killed, which a worker sweeps
     file_id = deployment.upload()
     assert deployment.client.files.content(file_id).read() == LINES
+    assert [file.id for file in deployment.client.files.list()] == [file_id]
 
 
 @pytest.mark.parametrize("fault", ["after_ring", "before_ring"], ids=["7_before_the_response", "8_before_the_nudge"])
@@ -113,7 +121,8 @@ def test_20_a_killed_inference_server_is_told_of_and_its_adapters_come_back(depl
         thread.start()
     for thread in threads:
         thread.join()
-    assert statuses == [200] * 6, "loaded again from the database's word, once, for all who ask"
+    assert statuses == [200] * 6, "loaded again from the database's word"
+    assert (deployment.stack.logs_dir / "api.log").read_text().count('"event": "adapter_loading"') == 1, "once, for all who ask"
 
 
 def chat_status(client: OpenAI, model: str) -> int:
@@ -126,26 +135,43 @@ def chat_status(client: OpenAI, model: str) -> int:
     return 200
 
 
-def test_13_an_exhausted_database_is_a_503_that_passes(postgres_url: str, make_deployment: Callable[..., Deployment]) -> None:
-    """Another program holds the table that every request reads."""
+@pytest.mark.parametrize(
+    ("application", "said"),
+    [(None, "the database can't be reached or is busy"), ("tests.fixtures.api_with_a_small_pool:app", "no database connection became free in time")],
+    ids=["locked", "no_connection_left"],
+)
+def test_13_an_exhausted_database_is_a_503_that_passes(
+    postgres_url: str, make_deployment: Callable[..., Deployment], application: str | None, said: str
+) -> None:
+    """Another program holds the table that every request reads, so that each waits for it: in a thread or, where there are fewer, for
+    a connection."""
     deployment = make_deployment(postgres_url)
-    deployment.start("valkey", "api")
+    deployment.start("valkey")
+    deployment.start("api", application=application, PYTHONPATH=str(ROOT))
     job_id = deployment.create_job()
     client = deployment.client
     with deployment.database.transaction() as session:
         session.connection().exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         session.connection().exec_driver_sql("LOCK TABLE fine_tuning_jobs IN ACCESS EXCLUSIVE MODE")
         with ThreadPoolExecutor(120) as threads:
-            asked = [threads.submit(poll_status, client, job_id) for _ in range(120)]
+            asked = [threads.submit(poll, client, job_id) for _ in range(120)]
             refused = [future.result(120) for future in asked]
-    assert {status for status, _ in refused} == {503}
-    assert all(retry_after is not None for _, retry_after in refused)
-    wait_for(lambda: poll_status(client, job_id)[0] == 200, 20)
+    assert {answer.status for answer in refused} == {503}
+    assert all(answer.retry_after is not None for answer in refused)
+    assert any(said in answer.message for answer in refused)
+    wait_for(lambda: poll(client, job_id).status == 200, 20)
 
 
-def poll_status(client: OpenAI, job_id: str) -> tuple[int, str | None]:
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    retry_after: str | None = None
+    message: str = ""
+
+
+def poll(client: OpenAI, job_id: str) -> Answer:
     try:
         client.with_options(timeout=100).fine_tuning.jobs.retrieve(job_id)
     except APIStatusError as error:
-        return error.status_code, error.response.headers.get("retry-after")
-    return 200, None
+        return Answer(error.status_code, error.response.headers.get("retry-after"), error.message)
+    return Answer(200)

@@ -190,6 +190,25 @@ def test_reconnects_leave_no_gap_and_repeat_nothing(api: Api) -> None:
     assert connections > 5
 
 
+def test_streams_of_one_job_at_different_places(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of them still lacks, another has read before it follows the job. The feed looks rarely here, and has just looked."""
+    monkeypatch.setattr(event_feed, "POLL_SECONDS", 2.0)
+    job_id, claim = start_job(api)
+    with opened(api, job_id) as first:
+        received = [next(first)]
+        tell(api, job_id, "given by the feed")
+        received.append(next(first))
+        tell(api, job_id, "read at once by the second")
+        with opened(api, job_id) as second:
+            received_by_second = [next(second) for _ in range(3)]
+            finish(api, claim)
+            received += first
+            received_by_second += second
+    ids = [event["id"] for event in listed(api, job_id)]
+    assert [event.id for event in received] == [*ids, None]
+    assert [event.id for event in received_by_second] == [*ids, None]
+
+
 @contextmanager
 def uncommitted(api: Api, job_id: str, message: str) -> Iterator[None]:
     """An event whose sequence is taken, and which becomes visible when the block ends."""

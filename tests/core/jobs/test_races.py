@@ -10,7 +10,7 @@ import pytest
 from core.database import Database
 from core.jobs import leases, transitions
 from core.jobs.leases import Claim, LeaseLost
-from tests.rows import add_job, add_project, assert_sound, get_job, succeed_job
+from tests.rows import TERMINAL_MESSAGES, add_job, add_project, assert_sound, get_job, messages_of, succeed_job
 
 RACES = 200
 
@@ -83,6 +83,7 @@ def test_cancel_racing_completion_gives_one_ending(database: Database, project_i
 
         side_by_side(complete, lambda job_id=job_id: _cancel(database, job_id))  # type: ignore[misc]
         assert_sound(database, job_id)
+        assert messages_of(database, job_id)[-1].startswith(TERMINAL_MESSAGES), "a cancellation was accepted after the end"
         endings[get_job(database, job_id).status] += 1
     assert set(endings) <= {"succeeded", "cancelled"}
     assert sum(endings.values()) == RACES

@@ -34,7 +34,7 @@ LEAST_AMONG_MANY = 0.5
 """Nothing that a poll does grows with the number of jobs, but the queue's order, which is read once a second."""
 LEAST_OF_HASHING = 0.05
 """Every byte is also sent, received, searched for a boundary and written, by two processes."""
-NO_RATE_LIMIT = {"rate_limit_requests_per_minute": 100_000_000}
+NO_RATE_LIMIT = {"rate_limit_requests_per_minute": 100_000_000, "project_max_unfinished_jobs": 0}
 """One that nobody reaches: its work is done for every request."""
 
 

@@ -32,7 +32,7 @@ class Reading:
 
 def event_streams(database: str, seconds: float, streams: int) -> Measured:
     """Readers follow jobs that run from before they came until after the jobs were cancelled."""
-    with service_on(database, training_slots=JOBS, rate_limit_requests_per_minute=100_000_000) as service:
+    with service_on(database, training_slots=JOBS, rate_limit_requests_per_minute=100_000_000, key_max_event_streams=0) as service:
         service.start("valkey", "api", "worker", worker=SCRIPTED_WORKER, LOAD_STEP_SECONDS=str(STEP_SECONDS))
         with client_of(service) as client:
             file_id = upload(client)

@@ -101,7 +101,16 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
 
 def packs(weight: Tensor) -> bool:
     """Whether `pack` can take this weight."""
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and onednn_is_available()
+    return weight.device.type == "cpu" and onednn_is_available() and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _packs_bfloat16()))
+
+
+@lru_cache
+def _packs_bfloat16() -> bool:
+    """CPUs without AVX-512 don't: torch raises there."""
+    try:
+        return torch.equal(packed_linear(x := torch.eye(4, dtype=torch.bfloat16), pack(x)), x)
+    except RuntimeError:
+        return False
 
 
 def packed_is_faster(x: Tensor) -> bool:

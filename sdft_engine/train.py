@@ -176,7 +176,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    faulthandler.register(signal.SIGUSR1)
     run = RunDirectory(parse_arguments().run_dir.resolve())
     if not run.path.is_dir():
         sys.stderr.write(f"{run.path} is not a directory\n")
@@ -207,4 +206,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     sys.exit(main())

@@ -59,7 +59,7 @@ def test_no_key_and_nothing_that_a_user_wrote_is_in_a_log(make_settings: Callabl
             assert client.get(path, headers=bearer(good)).status_code in (400, 404)
         file = client.post("/v1/files", headers=bearer(good), data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", training_lines())}).json()
         with database.transaction() as session:
-            session.execute(text("drop table fine_tuning_jobs"))
+            session.execute(text("alter table fine_tuning_jobs drop column suffix"))
         job = {"model": "tiny", "training_file": file["id"], "metadata": {"said": SAID}, "suffix": SAID}
         assert client.post("/v1/fine_tuning/jobs", headers=bearer(good), json=job).status_code == 500
     database.close()

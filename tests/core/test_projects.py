@@ -294,7 +294,7 @@ def test_bootstrap_replaces_a_lost_key_and_says_so(database_url: str, database: 
     assert project_of(database, second_key.strip()) is not None
     assert second.stdout == ""
     (line,) = second.stderr.splitlines()
-    assert line.startswith(f"{tmp_path / 'admin.key'} was missing, so a new API key was made")
+    assert line.startswith(f"{tmp_path / 'admin.key'} was missing or unknown to the database, so a new API key was made")
 
 
 @pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--no-such-option", 2)])

@@ -205,5 +205,5 @@ def test_nothing_is_discarded_of_an_upload_that_is_under_way(storage: Storage) -
 def test_copy_into_aborts_what_fails(storage: Storage, tmp_path: Path) -> None:
     writer = storage.open_writer("files/a")
     with pytest.raises(FileNotFoundError):
-        copy_into(writer, tmp_path / "missing")
+        copy_into(writer, tmp_path / "missing", lambda: None)
     assert keys_in(storage) == []

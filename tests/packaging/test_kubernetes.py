@@ -11,7 +11,7 @@ from fastapi.routing import iter_route_contexts
 from sqlalchemy import text
 
 from api.app import app
-from api.health import PROBE_SECONDS
+from api.probes import PROBE_SECONDS
 from core.base_models import DEFAULT_BASE_MODELS
 from core.database import Database
 from core.settings import Settings

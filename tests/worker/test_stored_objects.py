@@ -23,8 +23,8 @@ def flip(monkeypatch: pytest.MonkeyPatch) -> Flip:
     write_file = LocalStorage.write_file
 
     def begin(prefix: str) -> None:
-        def write_and_flip(storage: LocalStorage, key: str, path: Path) -> StoredObject:
-            stored = write_file(storage, key, path)
+        def write_and_flip(storage: LocalStorage, key: str, path: Path, check: Callable[[], None] = lambda: None) -> StoredObject:
+            stored = write_file(storage, key, path, check)
             if key.startswith(prefix):
                 content = bytearray(storage.path_of(key).read_bytes())
                 content[len(content) // 2] ^= 1

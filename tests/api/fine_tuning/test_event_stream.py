@@ -67,13 +67,8 @@ def listed(api: Api, job_id: str) -> list[dict[str, Any]]:
 
 def streamed(api: Api, job_id: str) -> Stream[FineTuningJobEvent]:
     """As the stock client asks for it."""
-    return api.openai.get(
-        f"/fine_tuning/jobs/{job_id}/events",
-        cast_to=FineTuningJobEvent,
-        stream=True,
-        stream_cls=Stream[FineTuningJobEvent],
-        options={"params": {"stream": "true"}},
-    )
+    path, wanted = f"/fine_tuning/jobs/{job_id}/events", Stream[FineTuningJobEvent]
+    return api.openai.get(path, cast_to=FineTuningJobEvent, stream=True, stream_cls=wanted, options={"params": {"stream": "true"}})
 
 
 def test_past_events_then_live_ones_then_the_end(api: Api) -> None:
@@ -277,7 +272,7 @@ def test_waiting_streams_hold_no_database_connection(api: Api) -> None:
         assert {next(stream).json["message"] for stream in streams} == {"for all"}
         wait_for(lambda: api.state.database.engine.pool.checkedout() == 0)  # type: ignore[attr-defined]
     wait_for(lambda: not feed._subscriptions)
-    assert "sdft_event_streams 0.0" in api.client.get("/metrics").text
+    wait_for(lambda: "sdft_event_streams 0.0" in api.client.get("/metrics").text)
     finish(api, claim)
 
 

@@ -254,6 +254,7 @@ def test_deliveries_are_counted(api: Api) -> None:
     with api.database.transaction() as session:
         first, second, _ = session.scalars(select(WebhookDelivery))
         first.delivered_at, second.failed_at = 1.0, 1.0
+        first.next_attempt_at = second.next_attempt_at = None
     lines = api.client.get("/metrics").text.splitlines()
     for status in ("pending", "delivered", "failed"):
         assert f'sdft_webhook_deliveries{{status="{status}"}} 1.0' in lines

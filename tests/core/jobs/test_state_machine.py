@@ -59,7 +59,7 @@ class Jobs(RuleBasedStateMachine):
         return claim
 
     def change(self, claim: Claim, action: Any, *arguments: Any) -> None:
-        """Apply a transition; it must succeed exactly if the claim is alive."""
+        """Apply a transition; it must succeed exactly if the claim is alive, and let go of the job unless it is a renewal."""
         alive = self.held.get(claim.job_id) == claim
         try:
             with self.database.transaction() as session:
@@ -67,7 +67,8 @@ class Jobs(RuleBasedStateMachine):
             assert alive, "a stale claim was accepted"
         except LeaseLost:
             assert not alive, "a living claim was refused"
-        if alive and get_job(self.database, claim.job_id).lease_token is None:
+        if alive and action is not leases.renew_lease:
+            assert get_job(self.database, claim.job_id).lease_token is None, "its holder could not let go of it"
             del self.held[claim.job_id]
 
     @rule(claim=claims)

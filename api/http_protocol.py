@@ -19,6 +19,10 @@ ROOM_FOR_REFUSALS = 64
 """Connections above the limit of concurrency that are told so; those beyond are closed at once, to keep descriptors for the database."""
 
 
+ALIVE_PATH = b"/healthz"
+"""Answered above the limit of concurrency too: whoever asks whether the process lives would end a busy one."""
+
+
 class HeadTooLarge(Exception):
     """Raised within the parser, which makes it an invalid request."""
 
@@ -69,7 +73,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._unusable_bytes = 0
         self._cancel_deadline()
-        super().on_headers_complete()
+        limit = self.limit_concurrency
+        if self.url == ALIVE_PATH:
+            self.limit_concurrency = None
+        try:
+            super().on_headers_complete()
+        finally:
+            self.limit_concurrency = limit
 
     def on_body(self, body: bytes) -> None:
         self._unusable_bytes = 0

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PATIENCE_SECONDS = 60.0
-"""Waited for a body altogether, and one second more for each of these bytes that came:"""
+"""Waited for the next part of a body at most, and of that one second for each of these bytes that came before:"""
 BYTES_PER_SECOND = 4096
 
 
@@ -34,7 +34,7 @@ class SlowBodies:
             except TimeoutError:
                 message_text = f"the body came too slowly: in {PATIENCE_SECONDS:g} s and more, less than {BYTES_PER_SECOND:,} bytes a second"
                 raise HTTPException(408, message_text, headers={"connection": "close"}) from None  # the one kind that FastAPI lets pass
-            left_seconds += len(message.get("body", b"")) / BYTES_PER_SECOND - (clock() - asked)
+            left_seconds = min(PATIENCE_SECONDS, left_seconds + len(message.get("body", b"")) / BYTES_PER_SECOND - (clock() - asked))
             complete = not message.get("more_body", False)
             return message
 

@@ -41,7 +41,7 @@ def sdft(version: Annotated[bool, typer.Option("--version", callback=_print_vers
 
 @app.command()
 def up(data_dir: DataDir = None, host: Host = None, port: Port = None, inference: Inference = None) -> None:
-    """Start the whole service on this machine, and keep it running until Ctrl-C, which may take up to 35 s to stop it."""
+    """Start the whole service on this machine, and keep it running until Ctrl-C, which may take a minute to stop it."""
     from local_stack.up import run_up  # only here: the other commands must start fast
 
     raise typer.Exit(run_up(data_dir, host, port, inference))

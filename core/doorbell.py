@@ -73,7 +73,12 @@ class Doorbell:
             if self._is_publishing:
                 return
             self._is_publishing = True
-        threading.Thread(target=self._publish_pending, name="doorbell", daemon=True).start()
+        try:
+            threading.Thread(target=self._publish_pending, name="doorbell", daemon=True).start()
+        except RuntimeError:  # no thread is to be had now; the polls find the job
+            log.exception("doorbell_not_rung")
+            with self._lock:
+                self._is_publishing = False
 
     def close(self) -> None:
         """What has not been published yet is left to the workers' polls."""

@@ -132,7 +132,10 @@ class InferenceClient:
         it takes no files."""
         if not self.sends_files:
             return set()
-        names = _json_of(self._ask("GET", FILES_PATH, UNLOAD_TIMEOUT_SECONDS)).get("names")
+        answer = self._ask("GET", FILES_PATH, UNLOAD_TIMEOUT_SECONDS)
+        if answer.status_code in PASSING_STATUSES:
+            raise InferenceUnavailable(f"the inference server can't say what it was sent ({answer.status_code}): {_message_of(answer)}")
+        names = _json_of(answer).get("names")
         if not isinstance(names, list):
             raise InferenceFailed(TAKES_NO_FILES)
         return {str(name) for name in names}

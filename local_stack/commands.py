@@ -140,7 +140,7 @@ class Stack:
         words = ["--workdir", str(settings.data_dir), "-A", "worker.app", "worker", "--hostname", self.worker_name, "--pool", "threads"]
         words += ["--loglevel", settings.log_level, "--without-gossip", "--without-mingle"]
         command = self.python("celery", *words)
-        return self._process("worker", command, self._worker_answers, start_limit_seconds=120, stop_grace_seconds=30)
+        return self._process("worker", command, self._worker_answers, start_limit_seconds=120, stop_grace_seconds=35)
 
     def readiness(self) -> list[str] | None:
         """What the API says doesn't work yet; None where it can't answer requests."""

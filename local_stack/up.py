@@ -100,7 +100,7 @@ def _serve(settings: Settings, stop_requested: threading.Event) -> None:
         print(f"ready: {service_url(settings.host, settings.port)}", flush=True)
         supervisor.run()
     finally:
-        say("stopping, which can take 35 s; a job that trains goes on from its last checkpoint at the next start")
+        say("stopping, which can take a minute; a job that trains goes on from its last checkpoint at the next start")
         supervisor.stop()
         stop_leftovers(settings.data_dir, say)
 

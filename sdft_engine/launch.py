@@ -5,6 +5,7 @@ torchrun starts makes the same request of torchrun.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def main() -> int:
         die_with_parent()
         if os.getppid() != supervisor:  # it died before the request was made
             return EXIT_LEASE_EXPIRED
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # torchrun would end; the trainers it starts say what they do
     os.execv(sys.executable, [*TORCHRUN, f"--nproc-per-node={processes}", "-m", "sdft_engine.train", str(run.path)])
 
 

@@ -218,10 +218,11 @@ class RemoteSampler:
             )
 
     def _forget(self, name: str) -> None:
+        timeout = httpx2.Timeout(LOAD_SECONDS, connect=CONNECT_SECONDS)
         with suppress(httpx2.HTTPError):  # it frees memory only, and a server that is away has forgotten it anyway
-            self._http.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=LOAD_SECONDS)
+            self._http.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=timeout)
             if self._config.upload:
-                self._http.delete(f"{FILES_PATH}/{name}", timeout=LOAD_SECONDS)
+                self._http.delete(f"{FILES_PATH}/{name}", timeout=timeout)
         shutil.rmtree(self._config.adapters_dir / name, ignore_errors=True)
 
     def _choice(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """An uploaded file's bytes on their way into storage: counted, hashed, and for training files checked line by line."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from api.files.decompression import Gunzip
@@ -7,6 +8,8 @@ from core.errors import InvalidFile, RequestTooLarge
 from core.settings import Settings
 from core.storage import ObjectWriter, StoredObject
 from sdft_engine.contract.dataset import DatasetLimits, DatasetReader, summarise_problems
+
+LOOK_AT_SPACE_BYTES = 8 * 1024**2
 
 
 class Contents(Protocol):
@@ -25,17 +28,23 @@ class Contents(Protocol):
 
 
 class AnyContents:
-    """Bytes that are only counted. Raises RequestTooLarge beyond `max_bytes`."""
+    """Bytes that are only counted. Raises RequestTooLarge beyond `max_bytes`, and what `require_space` raises, which is asked again and
+    again: other uploads fill the disk too."""
 
     example_count: int | None = None
 
-    def __init__(self, writer: ObjectWriter, max_bytes: int) -> None:
+    def __init__(self, writer: ObjectWriter, max_bytes: int, require_space: Callable[[], None]) -> None:
         self._writer = writer
         self._max_bytes = max_bytes
+        self._require_space = require_space
+        self._look_at = LOOK_AT_SPACE_BYTES
 
     def write(self, data: bytes) -> None:
         if self._writer.size_bytes + len(data) > self._max_bytes:
             raise RequestTooLarge(f"the file is larger than {self._max_bytes:,} bytes", code="file_too_large", param="file")
+        if self._writer.size_bytes + len(data) > self._look_at:
+            self._require_space()
+            self._look_at = self._writer.size_bytes + len(data) + LOOK_AT_SPACE_BYTES
         self._writer.write(data)
 
     def commit(self) -> StoredObject:
@@ -50,8 +59,8 @@ class TrainingContents(AnyContents):
 
     example_count: int
 
-    def __init__(self, writer: ObjectWriter, settings: Settings, *, compressed: bool) -> None:
-        super().__init__(writer, settings.max_file_bytes)
+    def __init__(self, writer: ObjectWriter, settings: Settings, require_space: Callable[[], None], *, compressed: bool) -> None:
+        super().__init__(writer, settings.max_file_bytes, require_space)
         self._gunzip = Gunzip(settings.max_file_bytes) if compressed else None
         self._reader = DatasetReader(DatasetLimits(max_line_bytes=settings.max_line_bytes, max_lines=settings.max_lines))
         self._unfinished_line = bytearray()  # grows in place: pieces may be of a byte each

@@ -5,6 +5,7 @@ the object is complete; whatever fails before the row's commit leaves neither.
 """
 
 import hashlib
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -64,7 +65,7 @@ class Upload:
 
     @property
     def is_open(self) -> bool:
-        """Whether storage has been written to."""
+        """Whether storage has been written to, and nothing is committed yet."""
         return self._contents is not None
 
     def begin_part(self, name: str, filename: str | None) -> None:
@@ -99,7 +100,8 @@ class Upload:
         if purpose == "fine-tune" and not isinstance(self._contents, TrainingContents):
             self._contents = self._checked_again(self._contents)
         compressed = purpose == "fine-tune" and _is_gzip(self._filename)
-        stored = self._contents.commit()
+        stored, example_count = self._contents.commit(), self._contents.example_count
+        self._contents = None  # nothing is left to abort
         committing = False
         try:
             now = unix_now()
@@ -111,7 +113,7 @@ class Upload:
                 size_bytes=stored.size_bytes,
                 sha256=stored.sha256,
                 storage_key=stored.key,
-                example_count=self._contents.example_count,
+                example_count=example_count,
                 created_at=now,
                 expires_at=None if lifetime_seconds is None else now + lifetime_seconds,
             )
@@ -149,11 +151,13 @@ class Upload:
         return sha256_of(*fields, self._filename or "", stored.sha256)
 
     def _open_contents(self, for_training: bool) -> Contents:
-        require_free_space(self._state.settings, self._state.storage)
+        settings = self._state.settings
+        require_space = partial(require_free_space, settings, self._state.storage)
+        require_space()
         writer = self._state.storage.open_writer(f"files/{self._file_id}")
         if for_training:
-            return TrainingContents(writer, self._state.settings, compressed=_is_gzip(self._filename or ""))
-        return AnyContents(writer, self._state.settings.max_file_bytes)
+            return TrainingContents(writer, settings, require_space, compressed=_is_gzip(self._filename or ""))
+        return AnyContents(writer, settings.max_file_bytes, require_space)
 
     def _checked_again(self, contents: Contents) -> Contents:
         """The same bytes through the checks, once the purpose is known."""

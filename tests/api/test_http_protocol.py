@@ -131,6 +131,9 @@ def test_connections_beyond_the_limit_are_told_so_and_then_closed_at_once() -> N
         with connect(port) as refused:
             refused.sendall(REQUEST + b"\r\n")
             assert everything(refused).startswith(b"HTTP/1.1 503 ")
+        with connect(port) as probe:
+            probe.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert everything(probe).startswith(b"HTTP/1.1 200 "), "else a busy process would be ended"
         held += [connect(port) for _ in range(ROOM_FOR_REFUSALS)]
         with connect(port) as closed:
             assert everything(closed) == b""

@@ -52,8 +52,11 @@ def test_body_in_small_pieces_does_not_begin_the_wait_anew(monkeypatch: pytest.M
 
 
 def test_bytes_that_come_buy_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slow_bodies, "PATIENCE_SECONDS", 0.1)
-    assert answer_to((0, FIRST | {"body": b"x" * 40_960}), (0.3, LAST))[0]["status"] == 200
+    """But never more than the patience that there is with a beginning: much that came at once buys no hours of silence."""
+    monkeypatch.setattr(slow_bodies, "PATIENCE_SECONDS", 0.5)
+    much = FIRST | {"body": b"x" * 40_960}
+    assert answer_to(*[(0.2, much)] * 4, (0.2, LAST))[0]["status"] == 200
+    assert answer_to((0, much), (5, LAST))[0]["status"] == 408
 
 
 def test_client_is_awaited_after_its_body(monkeypatch: pytest.MonkeyPatch) -> None:

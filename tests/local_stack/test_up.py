@@ -134,7 +134,7 @@ def test_what_stopping_does_to_a_job_is_said_with_care(data_dir: Path, port: int
     monkeypatch.setattr(stack_up, "_prepare", lambda *_: None)
     monkeypatch.setattr(stack_up, "_launch", stop_at_once)
     assert stack_up.run_up(data_dir, None, port) == 0
-    assert "stopping, which can take 35 s; a job that trains goes on from its last checkpoint at the next start\n" in capsys.readouterr().err
+    assert "stopping, which can take a minute; a job that trains goes on from its last checkpoint at the next start\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

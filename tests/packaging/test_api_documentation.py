@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from fastapi.routing import iter_route_contexts
+from pydantic_core.core_schema import ErrorType
 
 from api.app import app
 from core import errors
@@ -69,3 +71,12 @@ def test_every_code_of_a_failed_job_is_documented() -> None:
     assert engine <= documented
     sources = "".join(path.read_text() for room in ("worker", "core/jobs") for path in (ROOT / room).glob("*.py"))
     assert set(re.findall(r"""(?:code=|"code": )"(\w+)\"""", sources)) <= documented
+
+
+def test_every_code_that_stands_as_a_literal_is_documented() -> None:
+    """pydantic's own codes are documented as such."""
+    paths = [path for room in ("api", "core") for path in (ROOT / room).rglob("*.py")]
+    literals = {code for path in paths for code in re.findall(r'code="([a-z_]+)"', path.read_text())}
+    assert len(literals) > 30
+    of_pydantic = set(get_args(ErrorType))
+    assert sorted(code for code in literals - of_pydantic if f"`{code}`" not in TEXT) == []

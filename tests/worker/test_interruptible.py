@@ -2,11 +2,12 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
-from structlog.testing import capture_logs
 
 from tests.worker.test_supervisor import wait_for
+from worker import interruptible as interruptible_module
 from worker.interruptible import interruptible
 
 
@@ -27,7 +28,9 @@ def test_the_result_and_the_error_of_the_work_are_passed_on() -> None:
         interruptible(fail, nothing)
 
 
-def test_work_that_hangs_is_left_soon_and_its_end_is_logged() -> None:
+def test_work_that_hangs_is_left_soon_and_its_end_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[str, str]] = []
+    monkeypatch.setattr(interruptible_module, "log", SimpleNamespace(info=lambda event, error: logged.append((event, error))))
     go_on, began = threading.Event(), time.monotonic()
 
     def hang() -> None:
@@ -38,9 +41,8 @@ def test_work_that_hangs_is_left_soon_and_its_end_is_logged() -> None:
         if time.monotonic() - began > 0.3:
             raise Stop
 
-    with capture_logs() as logs:
-        with pytest.raises(Stop):
-            interruptible(hang, check)
-        assert time.monotonic() - began < 20
-        go_on.set()
-        wait_for(lambda: [entry["error"] for entry in logs if entry["event"] == "abandoned_work_ended"] == ["OSError: the store gave up"], 10)
+    with pytest.raises(Stop):
+        interruptible(hang, check)
+    assert time.monotonic() - began < 20
+    go_on.set()
+    wait_for(lambda: logged == [("abandoned_work_ended", "OSError: the store gave up")], 10)

@@ -17,7 +17,7 @@ from core.jobs import transitions
 from core.logging import get_logger
 from core.settings import Settings
 from core.tables.files import File
-from core.tables.jobs import TERMINAL_STATUSES, Job
+from core.tables.jobs import UNFINISHED_STATUSES, Job
 from core.tables.models import Model
 from core.tracing import current_trace_parent
 from sdft_engine.contract.probes import MAX_FILE_BYTES as MAX_RETENTION_BYTES
@@ -83,7 +83,7 @@ def _create_job(state: ApiState, project_id: str, actor: Actor, creation: Creati
 
 
 def _refuse_too_many(session: Session, project_id: str, most: int) -> None:
-    unfinished = select(func.count()).where(Job.project_id == project_id, Job.status.not_in(TERMINAL_STATUSES))
+    unfinished = select(func.count()).where(Job.project_id == project_id, Job.status.in_(UNFINISHED_STATUSES))
     if most and (session.scalar(unfinished) or 0) >= most:
         raise BadRequest(f"this project has {most:,} jobs that have not ended; wait or cancel some first", code="too_many_unfinished_jobs")
 

@@ -4,7 +4,6 @@ from typing import Annotated
 from fastapi import Depends, Request
 from sqlalchemy import bindparam, select
 
-from api.caller import caller_of
 from api.fine_tuning.jobs.schemas import MAX_METADATA
 from api.state import ProjectId, State
 from core.errors import BadRequest, NotFound
@@ -31,14 +30,7 @@ async def _metadata_filter(request: Request) -> dict[str, str]:
     return wanted
 
 
-async def _key_id(request: Request) -> str | None:
-    caller = caller_of(request.scope)
-    return None if caller is None else caller.key_id
-
-
 OwnedJob = Annotated[Job, Depends(_owned_job)]
 """The job of the path, of the caller's project; 404 otherwise."""
 MetadataFilter = Annotated[dict[str, str], Depends(_metadata_filter)]
 """`metadata[k]=v` of the query, as the OpenAI client writes it."""
-KeyId = Annotated[str | None, Depends(_key_id)]
-"""The public part of the caller's key, whom the authentication let in."""

@@ -7,7 +7,7 @@ events were sent, and with an error where it has to be taken up again: by its id
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import anyio.to_thread
@@ -29,7 +29,7 @@ KEEPALIVE_SECONDS = 15.0
 PAGE = 500
 
 
-def stream_events(state: ApiState, job: Job, *, after: str | None, last_event_id: str | None, key_id: str | None) -> Response:
+def stream_events(state: ApiState, job: Job, *, after: str | None, last_event_id: str | None, key_id: str) -> Response:
     """The response, with its first page read. Raises BadRequest on an event that this job does not have."""
     if after is not None:
         raise BadRequest("after: a stream goes on after the event that the header Last-Event-ID names", code="invalid_value", param="after")
@@ -37,7 +37,7 @@ def stream_events(state: ApiState, job: Job, *, after: str | None, last_event_id
     page = _read_page(state.database, job.id, position)
     if last_event_id is not None and page.ended and not page.frames:
         return Response(status_code=204)  # what a browser's EventSource takes for "don't come back"
-    return EventStream(_frames(state, job.id, page, key_id), nullcontext() if key_id is None else state.streams_of_keys.held(key_id))
+    return EventStream(_frames(state, job.id, page, key_id), state.streams_of_keys.held(key_id))
 
 
 class EventStream(EventSourceResponse):
@@ -69,7 +69,7 @@ class _Page:
     """And the job has ended."""
 
 
-async def _frames(state: ApiState, job_id: str, page: _Page, key_id: str | None) -> AsyncGenerator[bytes, None]:
+async def _frames(state: ApiState, job_id: str, page: _Page, key_id: str) -> AsyncGenerator[bytes, None]:
     try:
         yield page.frames
         while not page.is_last:

@@ -4,12 +4,12 @@ from fastapi import APIRouter, Header, Query, Response
 
 from api.fine_tuning.jobs import service
 from api.fine_tuning.jobs.creation import create_job
-from api.fine_tuning.jobs.dependencies import KeyId, MetadataFilter, OwnedJob
+from api.fine_tuning.jobs.dependencies import MetadataFilter, OwnedJob
 from api.fine_tuning.jobs.event_stream import stream_events
 from api.fine_tuning.jobs.schemas import CheckpointObject, CreateJob, EventObject, JobObject, MetricsList, checkpoint_object, event_object
 from api.idempotency import IsLaterTry, JsonCreation
 from api.pagination import After, Page, page_of
-from api.state import ProjectId, RequestActor, State
+from api.state import KeyId, ProjectId, RequestActor, State
 from api.strict_json import StrictJsonRoute
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)

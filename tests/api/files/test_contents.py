@@ -22,7 +22,7 @@ LINES = [GOOD, GOOD.ljust(LONGEST), GOOD.ljust(LONGEST + 1), GOOD.ljust(3 * LONG
 
 def open_contents(make_settings: MakeSettings, tmp_path: Path, *, compressed: bool = False, **overrides: int) -> TrainingContents:
     writer = LocalStorage(tmp_path / "storage").open_writer("files/x")
-    return TrainingContents(writer, make_settings(max_line_bytes=LONGEST, **overrides), compressed=compressed)
+    return TrainingContents(writer, make_settings(max_line_bytes=LONGEST, **overrides), lambda: None, compressed=compressed)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -82,7 +82,7 @@ def test_as_many_lines_as_are_allowed(make_settings: MakeSettings, tmp_path: Pat
 def test_small_pieces_of_a_long_line_are_not_joined_again_and_again(make_settings: MakeSettings, tmp_path: Path) -> None:
     """Of 1 MB, for each of 200,000 pieces: minutes. A form's carriage returns split a chunk into as many."""
     writer = LocalStorage(tmp_path / "storage").open_writer("files/x")
-    contents = TrainingContents(writer, make_settings(), compressed=False)
+    contents = TrainingContents(writer, make_settings(), lambda: None, compressed=False)
     contents.write(b"x" * 1_000_000)
     started = time.process_time()
     for _ in range(200_000):

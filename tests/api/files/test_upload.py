@@ -1,18 +1,20 @@
 import gzip
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.files import upload
+from api.files import contents, upload
 from core.database import Database, unix_now
 from core.errors import StorageFull, Unavailable
 from core.settings import Settings
@@ -347,6 +349,17 @@ def test_files_of_a_project_have_a_limit_together(api: Api, monkeypatch: pytest.
     assert api.client.post("/v1/files", headers=api.other_headers, **form).status_code == 200
     assert api.client.delete(f"/v1/files/{first}").status_code == 200
     assert api.client.post("/v1/files", **form).status_code == 200
+
+
+def test_an_upload_ends_when_the_disk_is_filled_meanwhile(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By others that began while there was room too."""
+    free = iter([2**40, 5])
+    monkeypatch.setattr(contents, "LOOK_AT_SPACE_BYTES", 100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    answer = api.client.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("x", b"x" * 900_000)})
+    assert_error(answer, 507, "storage_full")
+    assert [path for path in api.settings.storage_dir.rglob("*") if path.is_file()] == []
+    assert next(free, None) is None
 
 
 def test_uploads_leave_free_space_to_the_others(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

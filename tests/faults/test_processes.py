@@ -59,6 +59,7 @@ def test_4_a_frozen_worker_s_trainer_stops_itself_and_the_stale_attempt_writes_n
     frozen_at = time.monotonic()
     wait_for(lambda: deployment.trainers(job_id) == [], LEASE_SECONDS)
     assert time.monotonic() - frozen_at < LEASE_SECONDS, "before anybody else may claim it"
+    assert not (deployment.settings.runs_dir / job_id / "attempt-1" / "result.json").exists(), "it trained to its end instead"
     deployment.start("worker2")
     wait_for(lambda: deployment.job(job_id).attempt == 2, 60)
     deployment.signal("worker", signal.SIGCONT)

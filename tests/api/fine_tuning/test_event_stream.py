@@ -190,18 +190,15 @@ def test_streams_of_one_job_at_different_places(api: Api, monkeypatch: pytest.Mo
     monkeypatch.setattr(event_feed, "POLL_SECONDS", 2.0)
     job_id, claim = start_job(api)
     with opened(api, job_id) as first:
-        received = [next(first)]
         tell(api, job_id, "given by the feed")
-        received.append(next(first))
+        received = [next(first), next(first)]
         tell(api, job_id, "read at once by the second")
         with opened(api, job_id) as second:
             received_by_second = [next(second) for _ in range(3)]
             finish(api, claim)
-            received += first
-            received_by_second += second
+            received, received_by_second = [*received, *first], [*received_by_second, *second]
     ids = [event["id"] for event in listed(api, job_id)]
-    assert [event.id for event in received] == [*ids, None]
-    assert [event.id for event in received_by_second] == [*ids, None]
+    assert [event.id for event in received] == [event.id for event in received_by_second] == [*ids, None]
 
 
 @contextmanager

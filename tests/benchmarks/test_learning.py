@@ -1,6 +1,7 @@
 """benchmarks.learning: its table and verdicts by hand, what it skips, and a short run of the real thing."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,7 +160,8 @@ def test_a_short_run_of_the_real_model(tmp_path: Path) -> None:
     sdft = ["SDFT", "SDFT, frozen teacher", "SDFT, reverse", "SDFT, anchored"]
     names = ["teacher", "oracle retrieval", *sdft, "SFT, lr 0.001", "offline distillation", "CPT", "SFT, then restoration"]
     command = [sys.executable, "-m", "benchmarks.learning", "--short", "--out", str(tmp_path), "--arms", *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # of the tests, which run side by side
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     rows = from_json(tmp_path / "results.json")
     assert rows.keys() == {"base", *names}

@@ -47,7 +47,7 @@ def test_a_job_interrupted_on_one_machine_goes_on_on_another(machines: tuple[Dep
         assert second.ended("worker") == 0
     first.start("worker")
     job = first.wait_for_end(job_id)
-    assert (job.attempt, job.lost_leases) == (2, 1 if how == "killed" else 0)
+    assert (job.attempt, job.lost_leases) == (2, 0), "a loss is forgiven once a new checkpoint is stored"
     assert any("resumed at step" in message for message in first.messages(job_id))
     undisturbed = first.create_job(file_id)
     first.wait_for_end(undisturbed)

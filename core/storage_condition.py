@@ -28,15 +28,15 @@ def require_free_space(settings: Settings, storage: Storage) -> None:
 
 def storage_condition(settings: Settings, storage: Storage) -> StorageCondition:
     """`unreachable`: the bucket, or a disk that is not mounted. `full`: the local disk has less free space than the largest file that may
-    be uploaded, or than uploads have to leave; a bucket's service needs the former too, for adapters on their way to
-    inference servers. Asks the directory, or the one in which it will be made."""
+    be uploaded and what uploads have to leave; a bucket's service needs the former too, for adapters on their way to inference servers.
+    Asks the directory, or the one in which it will be made."""
     wanted = settings.served_adapters_dir if isinstance(storage, S3Storage) else settings.storage_dir
     directory = next(parent for parent in (wanted, *wanted.parents) if os.path.exists(parent))
     if isinstance(storage, LocalStorage) and not storage.temporary_dir.is_dir():
         return "unreachable"
     if not os.access(directory, os.W_OK | os.X_OK):
         return "not_writable"
-    needed = max(settings.max_file_bytes, 0 if isinstance(storage, S3Storage) else settings.min_free_bytes)
+    needed = settings.max_file_bytes + (0 if isinstance(storage, S3Storage) else settings.min_free_bytes)
     if shutil.disk_usage(directory).free < needed:
         return "full"
     return "unreachable" if isinstance(storage, S3Storage) and storage.problem() else "ok"

@@ -21,8 +21,15 @@ def test_room_is_room_for_the_largest_upload(make_settings: MakeSettings, tmp_pa
     assert condition(make_settings()) == "ok", "also before the directory is made"
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    assert condition(make_settings(max_file_bytes=1000)) == "ok"
-    assert condition(make_settings(max_file_bytes=1001)) == "full"
+    assert condition(make_settings(max_file_bytes=1000, min_free_bytes=0)) == "ok"
+    assert condition(make_settings(max_file_bytes=1001, min_free_bytes=0)) == "full"
+
+
+def test_room_is_beside_what_uploads_leave(make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert condition(make_settings(max_file_bytes=600, min_free_bytes=400)) == "ok"
+    assert condition(make_settings(max_file_bytes=600, min_free_bytes=401)) == "full"
 
 
 def test_a_directory_that_cannot_be_written(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

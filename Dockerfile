@@ -5,7 +5,7 @@
 #   docker build --target vllm -t sdft-vllm .
 # `api` has no torch; it also runs the migrations. `worker` and `inference` take the default build of torch of the package index,
 # with CUDA. For a smaller one without, name the index that carries the CPU builds: --build-arg PIP_EXTRA_INDEX_URL=<url>.
-# All run as an ordinary user on a read-only root: they write to /data, /cache and /tmp only.
+# All run as an ordinary user on a read-only root: they write to /data, /cache and /tmp only, inference servers not to /data.
 
 FROM python:3.11-slim AS build
 WORKDIR /source
@@ -30,7 +30,7 @@ ENV PYTHONUNBUFFERED=1 \
     SDFT_DATA_DIR=/data \
     SDFT_CACHE_DIR=/cache
 # Named volumes take the owner of the directory that they are mounted on.
-RUN useradd --uid 10001 --create-home sdft && install -d -o sdft -g sdft -m 0750 /data /cache
+RUN useradd --uid 10001 --create-home sdft && install -d -o sdft -g sdft -m 0750 /data /data/served_adapters /cache
 COPY constraints.txt /requirements/
 COPY --from=build /requirements/base.txt /requirements/
 RUN pip install -c /requirements/constraints.txt -r /requirements/base.txt
@@ -82,7 +82,7 @@ FROM python:3.11-slim AS vllm
 ARG PIP_EXTRA_INDEX_URL
 ARG VLLM_PACKAGE=vllm
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 10001 --create-home sdft && install -d -o sdft -g sdft -m 0750 /data /cache
+RUN useradd --uid 10001 --create-home sdft && install -d -o sdft -g sdft -m 0750 /data /data/served_adapters /cache
 ENV PYTHONUNBUFFERED=1 \
     PYTHONSAFEPATH=1 \
     PIP_NO_CACHE_DIR=1 \

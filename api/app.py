@@ -12,6 +12,7 @@ from fastapi.telemetry import TelemetryConfig
 from api import error_handlers, health, measurements
 from api.authentication import Authentication
 from api.completions import routes as completions
+from api.descriptors import allow_enough_descriptors
 from api.files import routes as files
 from api.files.service import delete_expired_files
 from api.fine_tuning import base_models
@@ -49,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         configure_logging(settings)
         _adopt_server_logs()
         start_tracing("sdft-api")
+        allow_enough_descriptors()
         app.state.api = state = ApiState.open(settings)
         await anyio.to_thread.run_sync(_refuse_another_schema, state)
         expiring = asyncio.create_task(_delete_what_expires(state))

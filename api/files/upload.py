@@ -26,6 +26,7 @@ from core.projects import valid_keys
 from core.storage import StoredObject, discard, verified
 from core.storage_condition import require_free_space
 from core.tables.files import File
+from core.tables.projects import Project
 
 MAX_FIELD_BYTES = 8192
 MAX_FILENAME_LENGTH = 255
@@ -136,6 +137,7 @@ class Upload:
     def _refuse_beyond_the_projects_share(self, session: Session, project_id: str, size_bytes: int) -> None:
         most = self._state.settings.project_max_file_bytes
         if most:
+            session.execute(select(Project.id).where(Project.id == project_id).with_for_update(key_share=True))  # one upload of it at a time
             there: int = session.scalar(select(func.coalesce(func.sum(File.size_bytes), 0)).where(File.project_id == project_id)) or 0
             if there + size_bytes > most:
                 message = f"file: the project's files have {there:,} bytes; with this one's {size_bytes:,} they would have more than {most:,}"

@@ -1,6 +1,6 @@
 """Every command of docker-compose.yml, run as a real process in its order, against a real Postgres and Valkey.
 
-Only what a container changes is replaced: the interpreter, the two volumes, host names and ports.
+Only what a container changes is replaced: the interpreter, the volumes, host names and ports.
 """
 
 import os

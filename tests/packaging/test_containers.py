@@ -113,6 +113,15 @@ def test_the_environment_makes_valid_settings(name: str, monkeypatch: pytest.Mon
     assert settings.cache_dir in {Path(volume.partition(":")[2]) for volume in SERVICES[name]["volumes"]}
 
 
+@pytest.mark.parametrize("name", SERVICES)
+def test_keys_and_training_data_are_for_those_who_use_the_database(name: str) -> None:
+    """Everything else of the data directory is kept from the inference servers, and what they serve can't be changed by them."""
+    adapters = f"adapters:{Settings(data_dir=Path('/data')).served_adapters_dir}"
+    assert set(SERVICES[name]["volumes"]) == {"cache:/cache"} | (
+        {"data:/data", adapters} if name in USE_THE_DATABASE else set() if name == "prepare-base-model" else {f"{adapters}:ro"}
+    )
+
+
 @pytest.mark.parametrize("name", [name for name in SERVICES if name != "vllm"])
 def test_every_module_that_is_started_exists(name: str) -> None:
     modules = python_modules_of(command_of(SERVICES[name]))

@@ -49,7 +49,7 @@ class End:
 class Subscription:
     """One stream of a job's events. `position` belongs to the feed's thread, the rest to the stream's event loop."""
 
-    def __init__(self, job_id: str, position: int, key_id: str | None) -> None:
+    def __init__(self, job_id: str, position: int, key_id: str) -> None:
         self.job_id = job_id
         self.position = position
         self.key_id = key_id
@@ -94,7 +94,7 @@ class EventFeed:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def subscribed(self, job_id: str, position: int, key_id: str | None) -> Iterator[Subscription]:
+    def subscribed(self, job_id: str, position: int, key_id: str) -> Iterator[Subscription]:
         """In an event loop: the events after `position`. `key_id`: the key whose revocation ends the stream."""
         subscription = Subscription(job_id, position, key_id)
         with self._lock:
@@ -169,9 +169,9 @@ class EventFeed:
             return
         self._keys_checked_at = time.monotonic()
         with self._lock:
-            followed = [subscription for subscription in self._subscriptions if subscription.key_id is not None]
+            followed = list(self._subscriptions)
         with self._database.reading() as session:
-            valid = valid_keys(session, {subscription.key_id for subscription in followed if subscription.key_id})
+            valid = valid_keys(session, {subscription.key_id for subscription in followed})
         end = End(AuthenticationFailed("the key of this stream has expired or was revoked"))
         self._give([(subscription, b"", end) for subscription in followed if subscription.key_id not in valid])
 

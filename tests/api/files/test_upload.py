@@ -4,7 +4,8 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -349,6 +350,23 @@ def test_files_of_a_project_have_a_limit_together(api: Api, monkeypatch: pytest.
     assert api.client.post("/v1/files", headers=api.other_headers, **form).status_code == 200
     assert api.client.delete(f"/v1/files/{first}").status_code == 200
     assert api.client.post("/v1/files", **form).status_code == 200
+
+
+def test_two_uploads_at_once_share_the_limit(api_on_both: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    api, together = api_on_both, threading.Barrier(2)
+    with_settings(api, monkeypatch, project_max_file_bytes=100)
+    record_creation = upload.record_creation
+
+    def after_the_count(*arguments: Any) -> None:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(1)  # for the other's count, if it comes that far
+        record_creation(*arguments)
+
+    monkeypatch.setattr(upload, "record_creation", after_the_count)
+    form = {"data": {"purpose": "user_data"}, "files": {"file": ("x", b"x" * 60)}}
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(lambda _: api.client.post("/v1/files", **form).status_code, range(2)))
+    assert sorted(answers) == [200, 400]
 
 
 def test_an_upload_ends_when_the_disk_is_filled_meanwhile(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,17 +156,18 @@ class Engine:
                 _settle(departure.done, departure.remove)
 
     def _drop_cancelled(self) -> None:
-        for submission, index in self._running:
-            if submission.is_given_up(index):
-                self._batch.remove(submission.sequences[index])
-        self._forget_ended()
+        given_up = [(s, index) for s, index in self._running if s.is_given_up(index)]
+        for submission, index in given_up:
+            self._batch.remove(submission.sequences[index])
         with self._wake:
+            self._running = [each for each in self._running if each not in given_up]
             remaining = ((s, deque(index for index in indices if not s.is_given_up(index))) for s, indices in self._waiting)
             self._waiting = deque((s, indices) for s, indices in remaining if indices)
 
-    def _forget_ended(self) -> None:
+    def _forget_finished(self) -> None:
+        """Those that the batch has let go. One whose client left while it was in a step is still there, and has to be taken out of it."""
         with self._wake:
-            self._running = [(s, index) for s, index in self._running if not s.has_ended(index)]
+            self._running = [(s, index) for s, index in self._running if s.sequences[index].finish_reason is None]
 
     def _admit(self) -> None:
         newcomers = self._take_newcomers()
@@ -215,7 +216,7 @@ class Engine:
         self._deliver(stepped)
 
     def _deliver(self, advanced: list[tuple[Submission, int]]) -> None:
-        self._forget_ended()  # first: who sees the last token may count on the place being free
+        self._forget_finished()  # first: who sees the last token may count on the place being free
         for submission in {id(s): s for s, _ in advanced}.values():
             submission.deliver()
 

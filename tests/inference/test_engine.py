@@ -11,6 +11,8 @@ import torch
 from inference.engine import FAILURES_BEFORE_UNHEALTHY, Engine
 from inference.errors import AdapterGone, Overloaded, RequestFailed
 from inference.submission import Submission
+from sdft_engine.generation import DecodingBatch
+from sdft_engine.lora import LoraShape
 from sdft_engine.model import LanguageModel, load_base_model
 from sdft_engine.sampling import Decoding, SamplingParams
 from tests.inference.serving import held
@@ -93,6 +95,33 @@ def test_a_request_for_many_answers_does_not_starve_a_later_one(model: LanguageM
             await tasks[1]
             assert sum(sequence.finish_reason is not None for sequence in many.sequences) <= 2
             assert len(await tasks[0]) == 20
+
+    run(work())
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_step_harms_nobody(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapter may leave with it: what is still decoded with one that is gone would fail everybody's answers."""
+    step = DecodingBatch.step
+
+    async def work() -> None:
+        left, others = submission(length=300, adapter="leaving"), submission(length=100)
+
+        def left_at_its_end(batch: DecodingBatch) -> None:
+            step(batch)
+            if left.sequences[0] in batch.active:
+                left.cancel()
+
+        monkeypatch.setattr(DecodingBatch, "step", left_at_its_end)
+        with running(model) as engine:
+            await asyncio.wrap_future(engine.call(lambda: model.adapters.add("leaving", LoraShape(2, 4), trainable=False)))
+            with held(engine):
+                engine.submit(left)
+                task = asyncio.create_task(token_ids(engine, others))
+                await eventually(lambda: engine.load == (0, 2))
+            await eventually(lambda: left.ended)
+            await asyncio.wrap_future(engine.remove_adapter("leaving", lambda: model.adapters.remove("leaving")))
+            assert len((await task)[0]) == 100
+            assert len(left.sequences[0].token_ids) == 2, "nobody waits for the rest"
 
     run(work())
 

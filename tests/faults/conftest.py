@@ -14,6 +14,10 @@ from tests.faults.deployment import BASE, Deployment
 
 LEASE_SECONDS = 6.0
 
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+on_postgres = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+"""For faults to which the database is no party: one of both will do, and CI has little time."""
+
 
 @pytest.fixture
 def make_deployment(tiny_model_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Deployment]]:

@@ -163,13 +163,13 @@ PROTECTIONS = (
         14,
         "an upload that fills the disk is removed and told of",
         (Edit("core/storage.py", "        if is_disk_full(error):\n", "        if False:\n"),),
-        "tests/faults/test_training.py::test_14_a_disk_that_is_full_at_an_upload_is_told_and_spares_what_was_stored[sqlite]",
+        "tests/faults/test_training.py::test_14_a_disk_that_is_full_at_an_upload_is_told_and_spares_what_was_stored[postgres]",
     ),
     Protection(
         15,
         "a checkpoint's hash is compared when it is fetched",
         (Edit("core/storage.py", "        if digest.hexdigest() != sha256:\n", "        if False:\n"),),
-        "tests/faults/test_training.py::test_15_a_damaged_checkpoint_is_passed_over[sqlite-one_bit]",
+        "tests/faults/test_training.py::test_15_a_damaged_checkpoint_is_passed_over[one_bit-postgres]",
     ),
     Protection(
         16,
@@ -229,7 +229,7 @@ PROTECTIONS = (
         20,
         "one load at a time of an adapter",
         (Edit("api/completions/adapter_loading.py", "        if task is None:\n", "        if True:\n"),),
-        "tests/faults/test_api.py::test_20_a_killed_inference_server_is_told_of_and_its_adapters_come_back[sqlite]",
+        "tests/faults/test_api.py::test_20_a_killed_inference_server_is_told_of_and_its_adapters_come_back[postgres]",
     ),
     Protection(
         21,

@@ -49,9 +49,7 @@ def test_a_job_interrupted_on_one_machine_goes_on_on_another(machines: tuple[Dep
     job = first.wait_for_end(job_id)
     assert (job.attempt, job.lost_leases) == (2, 0), "a loss is forgiven once a new checkpoint is stored"
     assert any("resumed at step" in message for message in first.messages(job_id))
-    undisturbed = first.create_job(file_id)
-    first.wait_for_end(undisturbed)
-    assert first.losses(job_id) == first.losses(undisturbed)
+    assert first.losses(job_id) == first.undisturbed_losses(file_id)
     question: Any = [{"role": "user", "content": "Which lamp is lamp 3?"}]
     assert first.client.chat.completions.create(model=str(job.fine_tuned_model), messages=question, max_tokens=3).choices
     assert not (first.settings.storage_dir / "files").exists(), "nothing but the bucket was written to"
@@ -128,6 +126,4 @@ def test_16_a_bucket_that_fails_delays_a_job_and_never_lets_it_succeed_unstored(
     job = deployment.wait_for_end(job_id)
     assert (job.attempt, job.lost_leases) == (1, 0)
     proxy.faults = []
-    undisturbed = deployment.create_job(file_id)
-    deployment.wait_for_end(undisturbed)
-    assert deployment.losses(job_id) == deployment.losses(undisturbed)
+    assert deployment.losses(job_id) == deployment.undisturbed_losses(file_id)

@@ -24,9 +24,7 @@ def test_1_a_killed_trainer_resumes_and_the_loss_goes_on_exactly(deployment: Dep
     job = deployment.wait_for_end(disturbed)
     assert (job.attempt, job.lost_leases) == (2, 0), "the loss is forgiven once a new checkpoint is stored"
     assert any("resumed at step" in message for message in deployment.messages(disturbed))
-    undisturbed = deployment.create_job(file_id)
-    deployment.wait_for_end(undisturbed)
-    assert deployment.losses(disturbed) == deployment.losses(undisturbed)
+    assert deployment.losses(disturbed) == deployment.undisturbed_losses(file_id)
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["2_main_process", "3_main_process_and_trainer"])

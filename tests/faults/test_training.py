@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 
 from core.tables.jobs import Checkpoint
+from tests.faults.conftest import on_postgres, on_sqlite
 from tests.faults.deployment import Deployment, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -40,6 +41,7 @@ def fill(directory: Path, leave_bytes: int) -> Path:
     return path
 
 
+@on_sqlite
 def test_14_a_disk_that_is_full_at_a_checkpoint_fails_the_job_and_spares_what_was_stored(
     database_url: str, mount_small_disk: Callable[[Path, int], None], make_deployment: Callable[..., Deployment]
 ) -> None:
@@ -59,6 +61,7 @@ def test_14_a_disk_that_is_full_at_a_checkpoint_fails_the_job_and_spares_what_wa
     deployment.wait_for_end(deployment.create_job(n_epochs=2))
 
 
+@on_postgres
 def test_14_a_disk_that_is_full_at_an_upload_is_told_and_spares_what_was_stored(
     database_url: str, mount_small_disk: Callable[[Path, int], None], make_deployment: Callable[..., Deployment]
 ) -> None:
@@ -75,6 +78,7 @@ def test_14_a_disk_that_is_full_at_an_upload_is_told_and_spares_what_was_stored(
     deployment.upload()
 
 
+@on_postgres
 @pytest.mark.parametrize("damage", ["truncated", "one_bit"])
 def test_15_a_damaged_checkpoint_is_passed_over(deployment: Deployment, damage: str) -> None:
     file_id = deployment.upload()
@@ -96,11 +100,10 @@ def test_15_a_damaged_checkpoint_is_passed_over(deployment: Deployment, damage: 
     told = f"The checkpoint of step {checkpoints[-1].step} is damaged or gone; the one of step {checkpoints[-2].step} is tried"
     assert told in deployment.messages(job_id)
     assert any(f"resumed at step {checkpoints[-2].step}" in message for message in deployment.messages(job_id))
-    undisturbed = deployment.create_job(file_id)
-    deployment.wait_for_end(undisturbed)
-    assert deployment.losses(job_id) == deployment.losses(undisturbed)
+    assert deployment.losses(job_id) == deployment.undisturbed_losses(file_id)
 
 
+@on_sqlite
 def test_17_numbers_that_are_none_fail_the_job_once_and_say_what_to_change(deployment: Deployment, tmp_path: Path) -> None:
     """A base model with one weight that is no number."""
     prepared = deployment.settings.base_models[0].directory(deployment.settings.cache_dir)
@@ -117,6 +120,7 @@ def test_17_numbers_that_are_none_fail_the_job_once_and_say_what_to_change(deplo
     assert "learning_rate" in error["message"]
 
 
+@on_sqlite
 def test_17_too_little_memory_fails_the_job_once_and_says_what_to_change(deployment: Deployment) -> None:
     """The trainer may have as much memory as it holds with the model loaded, and a little more."""
     deployment.signal("worker", 15)

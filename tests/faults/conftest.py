@@ -16,7 +16,7 @@ LEASE_SECONDS = 6.0
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgres = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
-"""For faults to which the database is no party: one of both will do, and CI has little time."""
+"""Claims and leases are tried on both databases. For other faults one of both will do: CI has little time."""
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def make_deployment(tiny_model_dir: Path, tmp_path: Path) -> Iterator[Callable[.
 
 @pytest.fixture
 def deployment(database_url: str, make_deployment: Callable[..., Deployment]) -> Deployment:
-    """Everything is up, on SQLite and on Postgres."""
+    """Everything is up, on SQLite and on Postgres where the test does not say on which."""
     found = make_deployment(database_url)
     found.start("valkey", "inference", "api", "worker")
     return found

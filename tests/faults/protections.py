@@ -87,7 +87,7 @@ PROTECTIONS = (
         5,
         "supervisors are told that their worker ends",
         (Edit("worker/held_lease.py", '        if self._resources.stopping.is_set():\n            return "requeue"\n', ""),),
-        f"{PROCESSES}::test_5_a_deploy_saves_a_checkpoint_and_charges_nothing[sqlite]",
+        f"{PROCESSES}::test_5_a_deploy_saves_a_checkpoint_and_charges_nothing[postgres]",
     ),
     Protection(
         6,
@@ -102,26 +102,26 @@ PROTECTIONS = (
             Edit("api/fine_tuning/jobs/creation.py", "        refuse_repetition(session, creation)\n", ""),
             Edit("api/fine_tuning/jobs/creation.py", "        record_creation(session, creation, job.id, job_object(job, None))\n", ""),
         ),
-        "tests/faults/test_api.py::test_a_job_whose_creation_killed_the_api_is_there_once_and_runs[sqlite-7_before_the_response]",
+        "tests/faults/test_api.py::test_a_job_whose_creation_killed_the_api_is_there_once_and_runs[7_before_the_response-postgres]",
     ),
     Protection(
         8,
         "workers look for jobs that no message told of",
         (POLL_FOR_WORK,),
-        "tests/faults/test_api.py::test_a_job_whose_creation_killed_the_api_is_there_once_and_runs[sqlite-8_before_the_nudge]",
+        "tests/faults/test_api.py::test_a_job_whose_creation_killed_the_api_is_there_once_and_runs[8_before_the_nudge-postgres]",
     ),
     Protection(9, "the same", (POLL_FOR_WORK,), "tests/faults/test_broker.py::test_9_jobs_whose_nudges_were_flushed_run_once_each[sqlite]"),
     Protection(
         10,
         "a broker that hangs is spoken to in a thread of its own",
         (Edit("core/doorbell.py", 'threading.Thread(target=self._publish_pending, name="doorbell", daemon=True).start()', "self._publish_pending()"),),
-        "tests/faults/test_broker.py::test_10_a_broker_that_hangs_holds_up_no_request_and_no_job[sqlite]",
+        "tests/faults/test_broker.py::test_10_a_broker_that_hangs_holds_up_no_request_and_no_job[postgres]",
     ),
     Protection(
         10,
         "workers look for jobs while the broker is away",
         (POLL_FOR_WORK,),
-        "tests/faults/test_broker.py::test_10_without_the_broker_jobs_are_created_and_start_soon_after_it_is_back[sqlite-down]",
+        "tests/faults/test_broker.py::test_10_without_the_broker_jobs_are_created_and_start_soon_after_it_is_back[down-sqlite]",
     ),
     Protection(
         11,
@@ -235,7 +235,7 @@ PROTECTIONS = (
         21,
         "a stream goes on after Last-Event-ID",
         (Edit("api/fine_tuning/jobs/event_stream.py", "JobEvent.sequence > position", "JobEvent.sequence >= position"),),
-        "tests/faults/test_event_stream.py::test_21_no_event_is_missed_or_read_twice_however_often_the_connection_breaks[sqlite]",
+        "tests/faults/test_event_stream.py::test_21_no_event_is_missed_or_read_twice_however_often_the_connection_breaks[postgres]",
     ),
     Protection(
         22,

@@ -65,6 +65,7 @@ def test_6_an_upload_that_is_cut_off_leaves_nothing_and_can_be_repeated(deployme
     assert [file.id for file in deployment.client.files.list()] == [file_id]
 
 
+@on_postgres
 @pytest.mark.parametrize("fault", ["after_ring", "before_ring"], ids=["7_before_the_response", "8_before_the_nudge"])
 def test_a_job_whose_creation_killed_the_api_is_there_once_and_runs(deployment: Deployment, fault: str) -> None:
     """The stock client sends a request that was cut off again by itself, and says so."""
@@ -85,6 +86,7 @@ def test_a_job_whose_creation_killed_the_api_is_there_once_and_runs(deployment: 
     assert deployment.wait_for_end(job.id).attempt == 1
 
 
+@on_sqlite
 def test_19_a_storm_of_pauses_leaves_the_same_training(deployment: Deployment) -> None:
     file_id = deployment.upload()
     job_id = deployment.create_job(file_id)

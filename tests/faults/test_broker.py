@@ -16,6 +16,7 @@ from core.doorbell import celery_application, publish
 from core.jobs.leases import Claim
 from core.jobs.transitions import claim_for_training
 from core.tables.jobs import TERMINAL_STATUSES, Job
+from tests.faults.conftest import on_postgres, on_sqlite
 from tests.faults.deployment import ROOT, Deployment, wait_for
 from tests.rows import add_job, add_project
 
@@ -43,6 +44,7 @@ def test_9_jobs_whose_nudges_were_flushed_run_once_each(deployment: Deployment) 
     assert Counter((job.status, job.attempt, job.lost_leases) for job in jobs) == {("succeeded", 1, 0): 100}
 
 
+@on_sqlite
 @pytest.mark.parametrize("trouble", ["down", "full"])
 def test_10_without_the_broker_jobs_are_created_and_start_soon_after_it_is_back(deployment: Deployment, trouble: str) -> None:
     file_id = deployment.upload()
@@ -66,6 +68,7 @@ def test_10_without_the_broker_jobs_are_created_and_start_soon_after_it_is_back(
     deployment.wait_for_end(after)
 
 
+@on_postgres
 def test_10_a_broker_that_hangs_holds_up_no_request_and_no_job(deployment: Deployment) -> None:
     """It takes connections and what is sent, and never answers."""
     file_id = deployment.upload()
@@ -85,6 +88,7 @@ def test_10_a_broker_that_hangs_holds_up_no_request_and_no_job(deployment: Deplo
     deployment.wait_for_end(after)
 
 
+@on_postgres
 def test_11_the_same_nudge_fifty_times_is_one_claim(deployment: Deployment) -> None:
     job_id = deployment.create_job(n_epochs=2)
     application = celery_application(deployment.settings.model_copy(update={"redis_url": deployment.stack.broker_url}))

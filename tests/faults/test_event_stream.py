@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from core.tables.jobs import JobEvent
+from tests.faults.conftest import on_postgres
 from tests.faults.deployment import Deployment, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -51,6 +52,7 @@ class Reader:
                 return
 
 
+@on_postgres
 def test_21_no_event_is_missed_or_read_twice_however_often_the_connection_breaks(deployment: Deployment) -> None:
     job_id = deployment.create_job(checkpoint_every_steps=10)
     readers = [Reader(deployment, job_id, seed) for seed in (3, 4)]  # each stands somewhere else

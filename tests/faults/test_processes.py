@@ -9,12 +9,13 @@ import pytest
 from sqlalchemy import select
 
 from core.tables.jobs import Checkpoint
-from tests.faults.conftest import LEASE_SECONDS
+from tests.faults.conftest import LEASE_SECONDS, on_postgres, on_sqlite
 from tests.faults.deployment import Deployment, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@on_sqlite
 def test_1_a_killed_trainer_resumes_and_the_loss_goes_on_exactly(deployment: Deployment) -> None:
     file_id = deployment.upload()
     disturbed = deployment.create_job(file_id)
@@ -66,6 +67,7 @@ def test_4_a_frozen_worker_s_trainer_stops_itself_and_the_stale_attempt_writes_n
     wait_for(lambda: "attempt_abandoned" in deployment.log_of("worker"), 20)
 
 
+@on_postgres
 def test_5_a_deploy_saves_a_checkpoint_and_charges_nothing(deployment: Deployment) -> None:
     job_id = deployment.create_job(checkpoint_every_steps=1000)
     deployment.wait_for_step(job_id, 30)

@@ -12,7 +12,7 @@ from core.jobs import leases, transitions
 from core.jobs.leases import Claim, LeaseLost
 from tests.rows import TERMINAL_MESSAGES, add_job, add_project, assert_sound, get_job, messages_of, succeed_job
 
-RACES = 200
+RACES = 1000
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_cancel_racing_completion_gives_one_ending(database: Database, project_i
 
 @pytest.mark.slow
 def test_cancel_racing_a_requeue_never_leaves_a_stuck_job(database: Database, project_id: str) -> None:
-    for _ in range(RACES):
+    for _ in range(RACES // 5):
         job_id = add_job(database, project_id)
         claim = _claim(database)
 
@@ -107,7 +107,7 @@ def test_cancel_racing_a_requeue_never_leaves_a_stuck_job(database: Database, pr
 @pytest.mark.slow
 def test_late_holder_racing_the_release_of_its_lease(database: Database, project_id: str) -> None:
     """Either the holder's result or the requeue counts, never both."""
-    for _ in range(RACES // 2):
+    for _ in range(RACES // 10):
         job_id = add_job(database, project_id)
         with database.transaction() as session:
             claim = transitions.claim_for_training(session, -1)

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from sqlalchemy import inspect
+from sqlalchemy.exc import OperationalError
 
-from core.database import Database
+from core.database import Database, database_unusable
 from core.projects import ensure_first_key, replace_lost_key
 from core.settings import get_settings
 
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"This server's first API key stands in {path}\n")
         elif plain_key := replace_lost_key(database, path):
             sys.stderr.write(f"{path} was missing or unknown to the database, so a new API key was made and written there; older keys stay valid\n")
+    except OperationalError as error:
+        sys.stderr.write(f"{database_unusable(error)}\n")
+        return 1
     finally:
         database.close()
     if plain_key is not None and sys.stdout.isatty():

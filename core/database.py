@@ -41,6 +41,7 @@ thread of the API one by one, and its clients would hear nothing instead of a 50
 SQLITE_BUSY_SECONDS = 10
 """That a transaction waits for SQLite's one write lock."""
 
+DATABASE_REMEDY = "start it, make role and database (createuser, createdb), or correct SDFT_DATABASE_URL"
 
 log = get_logger(__name__)
 
@@ -148,6 +149,12 @@ def _unavailable_when_exhausted() -> Iterator[None]:
         if getattr(error.orig, "sqlite_errorname", None) == "SQLITE_FULL" or isinstance(error.orig, psycopg.errors.DiskFull):
             raise StorageFull("the database's disk is full; nothing was stored") from error
         raise Unavailable("the database can't be reached or is busy") from error
+
+
+def database_unusable(error: OperationalError) -> str:
+    """For people who started a command: the database's own words, and what to do."""
+    said = " ".join(str(error.orig).split())[:500]
+    return f"the database can't be used: {said}; {DATABASE_REMEDY}"
 
 
 def _is_own_mistake(error: OperationalError | InternalError) -> bool:

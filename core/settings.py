@@ -157,7 +157,7 @@ class Settings(BaseSettings):
     def _usable_devices(cls, value: list[str] | None) -> list[str] | None:
         """`cpu` may stand there several times, for as many processes."""
         if value == []:
-            raise ValueError("it names no device; leave it out to use all, or set SDFT_TRAINING_SLOTS=0 to train nothing")
+            raise ValueError("it names no device; leave it out to use all, or set SDFT_DEVICE=cpu and SDFT_TRAINING_SLOTS=0 to train nothing")
         names = [name for name in value or [] if name != "cpu"]
         if len(set(names)) != len(names) or (names and len(names) != len(value or [])):
             raise ValueError("a device stands there twice, or GPUs beside cpu")

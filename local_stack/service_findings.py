@@ -8,6 +8,7 @@ import psycopg
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from core.database import DATABASE_REMEDY
 from core.doorbell import broker_answers
 from core.inference_client import FILES_PATH
 from core.schema_revision import HEAD, describe_misfit, fit_of
@@ -58,7 +59,7 @@ def _postgres(url: URL) -> Finding:
             row = connection.execute("select version_num from alembic_version").fetchone() if migrated and may_create else None
     except psycopg.Error as error:
         said = " ".join(str(error).split())
-        return Finding(what, f"it can't be used: {said}", "start it, make role and database (createuser, createdb), or correct SDFT_DATABASE_URL")
+        return Finding(what, f"it can't be used: {said}", DATABASE_REMEDY)
     if not may_create:
         mend = f'as its owner: GRANT USAGE, CREATE ON SCHEMA "{schema or "public"}" TO "{url.username}"'
         return Finding(what, f"the user {url.username} may make no tables in its schema, which migrations do", mend)

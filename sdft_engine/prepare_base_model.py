@@ -55,6 +55,8 @@ def prepare_base_model(base_model_id: str, source: str, revision: str | None, di
 
 def _convert(base_model_id: str, source: str, revision: str | None, destination: Path) -> None:
     if source.startswith("hub:"):
+        if revision is None:
+            raise BaseModelError(f"base model {base_model_id}: {source} needs a revision (--revision COMMIT), since what a hub serves by default changes")
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(source.removeprefix("hub:"), revision=revision, allow_patterns=SAFE_PATTERNS))

@@ -11,7 +11,7 @@ from alembic.util import CommandError
 from sqlalchemy import CheckConstraint, inspect, select, text
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
-from core.database import Database
+from core.database import DATABASE_REMEDY, Database
 from core.tables.jobs import JOB_STATUSES
 from core.tables.models import MODEL_STATUSES, Model
 from core.tables.projects import SCOPES, ApiKey
@@ -147,7 +147,19 @@ def test_database_of_a_newer_program_is_refused(database_url: str, tmp_path: Pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "can't be migrated" in errors
+    assert "start that version, or restore the backup" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("module", ["migrations", "core.bootstrap"])
+def test_a_database_that_is_away_is_named_with_what_mends_it(module: str, tmp_path: Path) -> None:
+    variables = {"SDFT_DATABASE_URL": "postgresql://sdft:hidden@127.0.0.1:1/sdft", "SDFT_DATA_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-m", module], env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("the database can't be used: ")
+    assert line.endswith(DATABASE_REMEDY)
+    assert "hidden" not in line
 
 
 def test_unknown_argument_is_refused(sqlite_url: str, tmp_path: Path) -> None:

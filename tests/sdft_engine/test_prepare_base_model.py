@@ -149,6 +149,12 @@ def test_a_hub_source_takes_the_pinned_revision_and_safe_files_only(source: Path
     assert not [pattern for pattern in patterns if pattern.endswith((".py", ".bin", ".pt", ".pkl", "*"))]
 
 
+def test_a_hub_source_without_a_revision_is_refused(target: Path) -> None:
+    with pytest.raises(BaseModelError, match="--revision"):
+        prepare_base_model("tiny", "hub:owner/tiny", None, target)
+    assert not target.exists()
+
+
 def failing_link(number: int) -> Callable[..., None]:
     """Works twice, then fails."""
     count = iter(range(100))

@@ -65,7 +65,7 @@ def test_14_a_disk_that_is_full_at_a_checkpoint_fails_the_job_and_spares_what_wa
 def test_14_a_disk_that_is_full_at_an_upload_is_told_and_spares_what_was_stored(
     database_url: str, mount_small_disk: Callable[[Path, int], None], make_deployment: Callable[..., Deployment]
 ) -> None:
-    deployment = make_deployment(database_url)
+    deployment = make_deployment(database_url, SDFT_MIN_FREE_BYTES="0")
     mount_small_disk(deployment.settings.storage_dir, 4_000)
     deployment.start("valkey", "api")
     kept = deployment.upload()

@@ -28,7 +28,7 @@ FLOOR_SECONDS = 5.0
 MB = 1e6
 REACTION_SECONDS = 5.0
 """The worker looks at a job's row every second, a trainer at its orders after every step; then its process ends."""
-LEAST_OF_HEALTHZ = 0.15
+LEAST_OF_HEALTHZ = 0.1
 """A poll is a key, a limit, a thread and a read row beside what every request is; two more queries would be too much."""
 LEAST_AMONG_MANY = 0.5
 """Nothing that a poll does grows with the number of jobs, but the queue's order, which is read once a second."""

@@ -266,24 +266,20 @@ def without(protection: Protection) -> Iterator[None]:
 
 def verdict_of(test: str) -> tuple[bool, str]:
     """Whether the test fails, and how."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        process.communicate()
         return True, f"still waiting after {PATIENCE_SECONDS} s"
-    last = next((line for line in reversed(output.splitlines()) if line.startswith(("E  ", "FAILED", "ERROR"))), output[-200:])
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)  # it stops what it started
+            process.communicate()
     if process.returncode not in (0, 1):
         raise RuntimeError(output[-3000:])
-    return process.returncode == 1, " ".join(last.split())[:150]
+    how = next((line for line in output.splitlines() if line.startswith("E  ")), output[-200:])
+    return process.returncode == 1, " ".join(how.removeprefix("E").split())[:150]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -299,9 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
         with without(protection):
             noticed, how = verdict_of(protection.test)
         unnoticed += not noticed
-        sys.stdout.write(
-            f"{protection.fault:>2} {'noticed' if noticed else 'NOT NOTICED'} {time.monotonic() - began:4.0f} s  without: {protection.what}\n      {how}\n"
-        )
+        verdict = f"{'noticed' if noticed else 'NOT NOTICED'} in {time.monotonic() - began:.0f} s"
+        sys.stdout.write(f"{protection.fault:>2} {verdict}, without: {protection.what}\n      {how}\n")
         sys.stdout.flush()
     return int(unnoticed > 0)
 

@@ -217,15 +217,6 @@ PROTECTIONS = (
         "tests/core/jobs/test_state_machine.py::test_no_order_of_events_breaks_a_job",
     ),
     Protection(
-        19,
-        "a trainer writes a checkpoint before it stops",
-        (
-            Edit("worker/supervisor.py", "    through_outages(lease, checkpoints.import_new, lease.check_in_time)\n", ""),
-            Edit("worker/supervisor.py", "                checkpoints.import_if_possible()\n", "                pass\n"),
-        ),
-        "tests/faults/test_api.py::test_19_a_storm_of_pauses_leaves_the_same_training[sqlite]",
-    ),
-    Protection(
         20,
         "one load at a time of an adapter",
         (Edit("api/completions/adapter_loading.py", "        if task is None:\n", "        if True:\n"),),

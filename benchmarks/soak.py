@@ -116,7 +116,7 @@ def write(
     """soak.json, with every sample, and soak.md."""
     every = {name: [asdict(sample) for sample in of_process] for name, of_process in samples.items()}
     content = {"minutes": minutes, "database": database, "done": dict(done), "errors": dict(errors), "samples": every}
-    (out / "soak.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "soak.json").write_text(json.dumps(content) + "\n")
     (out / "soak.md").write_text(page(trends, done, errors, minutes, database))
 
 

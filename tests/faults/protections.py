@@ -237,18 +237,26 @@ PROTECTIONS = (
 )
 
 
+def texts_without(protection: Protection) -> dict[Path, str]:
+    """The changed files as they are to be. Raises ValueError where an edit no longer fits its file."""
+    texts: dict[Path, str] = {}
+    for edit in protection.edits:
+        path = ROOT / edit.path
+        text = texts.get(path) or path.read_text()
+        if text.count(edit.old) != 1:
+            raise ValueError(f"{edit.path}: {edit.old!r} occurs {text.count(edit.old)} times")
+        texts[path] = text.replace(edit.old, edit.new)
+    return texts
+
+
 @contextmanager
 def without(protection: Protection) -> Iterator[None]:
-    """Raises ValueError where an edit no longer fits its file."""
-    before: dict[Path, str] = {}
+    """Raises ValueError as `texts_without` does, and has changed nothing then."""
+    texts = texts_without(protection)
+    before = {path: path.read_text() for path in texts}
     try:
-        for edit in protection.edits:
-            path = ROOT / edit.path
-            text = path.read_text()
-            before.setdefault(path, text)
-            if text.count(edit.old) != 1:
-                raise ValueError(f"{edit.path}: {edit.old!r} occurs {text.count(edit.old)} times")
-            path.write_text(text.replace(edit.old, edit.new))
+        for path, text in texts.items():
+            path.write_text(text)
         yield
     finally:
         for path, text in before.items():

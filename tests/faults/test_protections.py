@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.faults.protections import PROTECTIONS, ROOT, Protection
+from tests.faults.protections import PROTECTIONS, ROOT, Protection, texts_without
 
 
 def test_every_fault_has_one() -> None:
@@ -14,13 +14,7 @@ def test_every_fault_has_one() -> None:
 
 @pytest.mark.parametrize("protection", PROTECTIONS, ids=lambda protection: f"{protection.fault}: {protection.what}")
 def test_it_can_be_taken_away(protection: Protection) -> None:
-    paths = {ROOT / edit.path for edit in protection.edits}
-    before = {path: path.read_text() for path in paths}
-    changed = before.copy()
-    for edit in protection.edits:
-        assert changed[ROOT / edit.path].count(edit.old) == 1, edit
-        changed[ROOT / edit.path] = changed[ROOT / edit.path].replace(edit.old, edit.new)
-    for path, text in changed.items():
+    for path, text in texts_without(protection).items():
         compile(text, str(path), "exec")
 
 

@@ -152,7 +152,9 @@ def _unavailable_when_exhausted() -> Iterator[None]:
 
 
 def database_unusable(error: OperationalError) -> str:
-    """For people who started a command: the database's own words, and what to do."""
+    """For people who started a command: the database's own words, and what to do. Raises `error` where a statement of ours was wrong."""
+    if _is_own_mistake(error):
+        raise error
     said = " ".join(str(error.orig).split())[:500]
     return f"the database can't be used: {said}; {DATABASE_REMEDY}"
 

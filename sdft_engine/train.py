@@ -136,10 +136,14 @@ def is_another_s_end(error: Exception) -> bool:
     return isinstance(error, network) or "gloo/transport" in str(error)
 
 
+LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+"""What CUDA, torch's allocator, the system and C++ say, in lower case."""
+
+
 def typed(error: Exception) -> EngineError:
     """The typed form of what torch and the system raise."""
     text = str(error)
-    if isinstance(error, MemoryError) or any(said in text.lower() for said in ("out of memory", "can't allocate memory", "cannot allocate memory")):
+    if isinstance(error, MemoryError) or any(said in text.lower() for said in LACK_OF_MEMORY):
         return OutOfMemory("not enough memory for a training step; lower batch_size, max_completion_tokens or lora_rank", param="method")
     if is_disk_full(error):
         return DiskFull("the disk is full; free space and start the job again")

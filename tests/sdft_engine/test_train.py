@@ -25,8 +25,9 @@ from sdft_engine.train import EXIT_LEASE_EXPIRED, EXIT_NOT_STARTED, Supervision,
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)"),
+        RuntimeError("std::bad_alloc"),
     ],
-    ids=["python", "cuda", "system", "cpu"],
+    ids=["python", "cuda", "system", "cpu", "c++"],
 )
 def test_every_lack_of_memory_is_typed_with_what_to_change(error: Exception) -> None:
     found = typed(error)

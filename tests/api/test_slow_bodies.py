@@ -53,10 +53,10 @@ def test_body_in_small_pieces_does_not_begin_the_wait_anew(monkeypatch: pytest.M
 
 def test_bytes_that_come_buy_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """But never more than the patience that there is with a beginning: much that came at once buys no hours of silence."""
-    monkeypatch.setattr(slow_bodies, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(slow_bodies, "PATIENCE_SECONDS", 1.5)
     much = FIRST | {"body": b"x" * 40_960}
-    assert answer_to(*[(0.2, much)] * 4, (0.2, LAST))[0]["status"] == 200
-    assert answer_to((0, much), (5, LAST))[0]["status"] == 408
+    assert answer_to(*[(0.4, much)] * 4, (0.4, LAST))[0]["status"] == 200
+    assert answer_to((0, much), (10, LAST))[0]["status"] == 408
 
 
 def test_client_is_awaited_after_its_body(monkeypatch: pytest.MonkeyPatch) -> None:

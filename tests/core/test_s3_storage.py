@@ -30,7 +30,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.s3_storage.PART_BYTES", PART)
 
 
-HASTY = replace(SHORT, request_seconds=1.5)
+HASTY = replace(SHORT, request_seconds=3)
 """For servers that hang."""
 
 
@@ -104,12 +104,12 @@ def test_a_failure_that_passes_is_not_noticed_by_a_writer(bucket: Bucket, proxy:
 @pytest.mark.parametrize("meant", [uploads, parts, completions])
 @pytest.mark.parametrize("kind", ["status", "cut_request", "hang"])
 def test_a_failure_that_stays_is_said_and_leaves_nothing(bucket: Bucket, proxy: FaultyProxy, kind: str, meant: object) -> None:
-    storage = bucket.storage(proxy.url, patience=replace(SHORT, request_seconds=0.7, retries=1) if kind == "hang" else SHORT)
+    storage = bucket.storage(proxy.url, patience=replace(SHORT, request_seconds=2, retries=1) if kind == "hang" else SHORT)
     proxy.faults = [Fault(kind, EVERY, meant, after_bytes=10)]  # type: ignore[arg-type]
     started = time.monotonic()
     with pytest.raises(StorageUnavailable) as caught:
         write(storage, LARGE)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     assert (caught.value.status, caught.value.code, caught.value.headers["retry-after"]) == (503, "storage_unavailable", "5")
     assert "http" not in caught.value.message
     assert (bucket.keys(), bucket.unfinished_uploads()) == ([], [])

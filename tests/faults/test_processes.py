@@ -40,7 +40,7 @@ def test_a_killed_worker_s_job_goes_on_elsewhere(database_url: str, make_deploym
     if whole_group:
         os.killpg(trainers[0].pid, signal.SIGKILL)
     deployment.kill("worker")
-    wait_for(lambda: deployment.trainers(job_id) == [], 5)
+    wait_for(lambda: deployment.trainers(job_id) == [], LEASE_SECONDS)
     assert deployment.job(job_id).status == "running", "nobody has noticed yet"
     deployment.start("worker2")
     job = deployment.wait_for_end(job_id)
@@ -50,14 +50,15 @@ def test_a_killed_worker_s_job_goes_on_elsewhere(database_url: str, make_deploym
 
 def test_4_a_frozen_worker_s_trainer_stops_itself_and_the_stale_attempt_writes_nothing(postgres_url: str, make_deployment: Callable[..., Deployment]) -> None:
     """On Postgres: a process that freezes may hold SQLite's one write lock, and then nobody can write."""
-    deployment = make_deployment(postgres_url)
+    lease_seconds = 2 * LEASE_SECONDS
+    deployment = make_deployment(postgres_url, SDFT_LEASE_SECONDS=str(lease_seconds))
     deployment.start("valkey", "inference", "api", "worker")
-    job_id = deployment.create_job()
+    job_id = deployment.create_job(n_epochs=200)
     deployment.wait_for_step(job_id, 30)
     deployment.signal("worker", signal.SIGSTOP)
     frozen_at = time.monotonic()
-    wait_for(lambda: deployment.trainers(job_id) == [], LEASE_SECONDS)
-    assert time.monotonic() - frozen_at < LEASE_SECONDS, "before anybody else may claim it"
+    wait_for(lambda: deployment.trainers(job_id) == [], lease_seconds)
+    assert time.monotonic() - frozen_at < lease_seconds, "before anybody else may claim it"
     assert not (deployment.settings.runs_dir / job_id / "attempt-1" / "result.json").exists(), "it trained to its end instead"
     deployment.start("worker2")
     wait_for(lambda: deployment.job(job_id).attempt == 2, 60)

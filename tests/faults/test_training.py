@@ -55,7 +55,7 @@ def test_14_a_disk_that_is_full_at_a_checkpoint_fails_the_job_and_spares_what_wa
     mount_small_disk(deployment.settings.runs_dir, 20_000)
     deployment.start("valkey", "inference", "api", "worker")
     job_id = deployment.create_job()
-    deployment.wait_for_step(job_id, 27)
+    deployment.wait_for_checkpoint(job_id)
     filler = fill(deployment.settings.runs_dir, 20_000)
     job = deployment.wait_for_end(job_id, "failed")
     assert job.error is not None

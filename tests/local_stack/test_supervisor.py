@@ -162,7 +162,8 @@ def test_it_is_said_when_a_process_answers_again_and_after_how_long(
     assert not any("again after" in line for line in running.said)
     wait_for(lambda: any("again after" in line for line in running.said))
     time.sleep(1.2)
-    assert [line for line in running.said if "again after" in line] in (["loading answers again after 3 s"], ["loading answers again after 4 s"])
+    (line,) = [line for line in running.said if "again after" in line]
+    assert 3 <= int(line.removeprefix("loading answers again after ").removesuffix(" s")) < 30
 
 
 def test_a_restart_that_fails_is_tried_again(

@@ -82,7 +82,7 @@ def start_up(data_dir: Path, port: int) -> Iterator[StartUp]:
 
 def run_up(data_dir: Path, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), *words]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=180, check=False)
 
 
 def test_a_port_in_use_is_named_and_nothing_is_started(data_dir: Path) -> None:
@@ -176,7 +176,7 @@ def test_what_dies_is_restarted_and_a_killed_run_is_cleaned_up(start_up: StartUp
     before = {role: processes[0].pid for role, processes in find_leftovers(data_dir).items()}
     for role in ("api", "valkey"):
         psutil.Process(before[role]).kill()
-    wait_for(lambda: first.said("api answers again after") and first.said("valkey answers again after"))
+    wait_for(lambda: first.said("api answers again after") and first.said("valkey answers again after"), 120)
     wait_for(lambda: _answers(url), 60)
     key = (data_dir / "admin.key").read_text()
 

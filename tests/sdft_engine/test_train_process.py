@@ -144,7 +144,7 @@ def test_a_trainer_dies_with_its_supervisor(tmp_path: Path, tiny_model_dir: Path
                 trainer.suspend()
             supervisor.kill()
             supervisor.wait()
-            until = time.monotonic() + 5
+            until = time.monotonic() + 30
             while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:
                 assert time.monotonic() < until
                 time.sleep(0.05)
@@ -168,7 +168,7 @@ def test_several_processes_die_with_their_supervisor(tmp_path: Path, tiny_model_
             assert sum("sdft_engine.train" in process.cmdline() for process in processes) >= 2
             supervisor.kill()
             supervisor.wait()
-            _, alive = psutil.wait_procs(processes, timeout=5)
+            _, alive = psutil.wait_procs(processes, timeout=30)
             assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
         finally:
             supervisor.kill()

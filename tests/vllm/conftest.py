@@ -117,6 +117,7 @@ def vllm_server(vllm_settings: Settings, real_model_dir: Path, tmp_path_factory:
     command = vllm.server_command(settings, entry, "127.0.0.1", port)
     environment = vllm.server_environment(vllm_settings.model_copy(update={"inference_adapters": "upload"}))
     with running("vllm", command, environment, port, vllm_settings, tmp_path_factory) as server:
+        server.complete([1, 2, 3], max_tokens=1, echo=True, logprobs=1)  # the first of its kind takes half a minute
         yield server
 
 

@@ -93,7 +93,7 @@ def test_a_model_answers_within_five_seconds_of_success_while_another_streams(se
     for times in chunk_times:
         assert times[0] < succeeded_at - 5, "it streamed while the job ran"
         assert times[-1] > succeeded_at, "and after it"
-        assert max(after - before for before, after in itertools.pairwise(times)) < 15
+        assert max(after - before for before, after in itertools.pairwise(times)) < 45
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def streaming(service: Service, model: str, streams: int) -> Iterator[list[list[
 
 def test_a_checkpoint_is_servable_too(service: Service, trained: Any) -> None:
     checkpoint = service.client.fine_tuning.jobs.checkpoints.list(trained.id).data[0].fine_tuned_model_checkpoint
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while (service.client.models.retrieve(checkpoint).model_extra or {})["status"] != "servable":
         assert time.monotonic() < until
         time.sleep(0.5)

@@ -131,7 +131,7 @@ def test_a_checkpoint_that_the_trainer_refuses_is_followed_by_one_that_has_a_sta
 
 
 def test_states_are_collected_beside_a_running_trainer(workshop: Workshop, inference: ScriptedInference) -> None:
-    workshop.script(steps=40, step_seconds=0.05, checkpoint_every=1)
+    workshop.script(steps=300, step_seconds=0.05, checkpoint_every=1)
     job_id = workshop.add_job()
     done = threading.Event()
 
@@ -153,9 +153,10 @@ def test_states_are_collected_beside_a_running_trainer(workshop: Workshop, infer
     assert get_job(workshop.database, job_id).status == "queued"
     assert len(steps_with_state(workshop, job_id)) == KEEP
     workshop.resources.stopping.clear()
+    workshop.script(steps=300, checkpoint_every=50)
     train_next(workshop)
     assert get_job(workshop.database, job_id).status == "succeeded"
-    assert final_state(workshop, job_id, inference) == state_after(40, ROWS)
+    assert final_state(workshop, job_id, inference) == state_after(300, ROWS)
 
 
 def add_ended_job(workshop: Workshop, losses: dict[int, dict[str, Any]], status: str = "succeeded", **columns: Any) -> str:

@@ -23,7 +23,7 @@ from sdft_engine.contract.served_attestation import Verdict
 from tests.fixtures.scripted_inference import ScriptedInference
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, workshop_of
-from tests.worker.test_supervisor import train_next
+from tests.worker.test_supervisor import train_next, wait_for
 from worker import publisher, verification
 from worker.resources import Resources
 from worker.verification import Verifier
@@ -311,8 +311,7 @@ def test_the_verifiers_thread_ends_with_the_worker(workshop: Workshop, monkeypat
     train_next(workshop)
     thread = threading.Thread(target=Verifier(workshop.resources).run)
     thread.start()
-    time.sleep(1)
+    wait_for(lambda: models_of(workshop, job_id)[4].status == "servable")
     workshop.resources.stopping.set()
-    thread.join(5)
+    thread.join(20)
     assert not thread.is_alive()
-    assert models_of(workshop, job_id)[4].status == "servable"

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tests.fixtures.scripted_inference import ScriptedInference
 from tests.fixtures.scripted_model import state_after
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import ROWS, Workshop, workshop_of
-from tests.worker.test_supervisor import final_state, train_in_background, train_next, wait_for, wait_for_step
+from tests.worker.test_supervisor import final_state, train_in_background, train_next, wait_for
 from worker.validation import validate
 
 WAITS = "The object storage can't be reached or fails; the job waits for it"
@@ -90,11 +91,9 @@ def test_failures_that_pass_are_not_noticed(remote: Workshop, bucket: Bucket, pr
 def test_a_trainer_goes_on_while_storage_is_away_and_its_model_waits_for_it(
     remote: Workshop, bucket: Bucket, proxy: FaultyProxy, inference: ScriptedInference, fault: Fault
 ) -> None:
-    remote.script(step_seconds=0.1)
     job_id = remote.add_job()
+    proxy.faults = [replace(fault, meant=lambda method, path: fault.meant(method, path) and get_job(remote.database, job_id).step is not None)]
     thread = train_in_background(remote)
-    wait_for_step(remote, job_id, 1)
-    proxy.faults = [fault]
     wait_for(lambda: WAITS in messages_of(remote.database, job_id))
     assert get_job(remote.database, job_id).step == 12, "trained to its end"
     time.sleep(1)

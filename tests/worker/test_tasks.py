@@ -1,7 +1,6 @@
 """Looking for work: every job once, whatever the number of seekers, and neither kind of work behind the other."""
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -104,8 +103,7 @@ def test_no_more_jobs_train_than_there_are_slots_and_validation_does_not_wait(sh
     for _ in range(4):
         shared_workshop.add_job()
     threads = seek_in_background(shared_workshop.resources, 4)
-    time.sleep(1)
-    assert work.training == 2
+    wait_for(lambda: work.training == 2 and sum(thread.is_alive() for thread in threads) == 2)
     validated = shared_workshop.add_job("validating_files")
     seek_work(shared_workshop.resources)
     assert get_job(shared_workshop.database, validated).status == "queued"
@@ -143,10 +141,9 @@ def test_the_poll_finds_work_nobody_was_told_of_and_is_not_held_up_by_it(shared_
     thread = threading.Thread(target=poll.run)
     thread.start()
     first = shared_workshop.add_job()
-    time.sleep(1)
+    wait_for(lambda: work.done == [first])
     second = shared_workshop.add_job("validating_files")
-    time.sleep(1)
-    assert work.done[:2] == [first, second]
+    wait_for(lambda: work.done[:2] == [first, second])
     shared_workshop.resources.stopping.set()
     work.go_on.set()
     thread.join(10)

@@ -19,6 +19,7 @@ from core.tables.jobs import Job, JobEvent
 from sdft_engine.contract.machine_clock import machine_seconds
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import Workshop, demonstration_file, demonstration_line, workshop_of
+from tests.worker.test_supervisor import wait_for
 from worker import validation
 from worker.validation import validate
 
@@ -227,7 +228,7 @@ def start_slow_validation(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -
     job_id = workshop.add_job("validating_files", content=demonstration_file(400))
     thread = threading.Thread(target=validate_next, args=(workshop,))
     thread.start()
-    time.sleep(1)
+    wait_for(lambda: get_job(workshop.database, job_id).lease_token is not None)
     return job_id, thread
 
 
@@ -247,7 +248,7 @@ def test_cancelling_stops_a_validation(workshop: Workshop, monkeypatch: pytest.M
     job_id, thread = start_slow_validation(workshop, monkeypatch)
     with workshop.database.transaction() as session:
         request_cancellation(session, job_id)
-    thread.join(5)
+    thread.join(15)
     assert get_job(workshop.database, job_id).status == "cancelled"
     assert_sound(workshop.database, job_id)
 
@@ -255,7 +256,7 @@ def test_cancelling_stops_a_validation(workshop: Workshop, monkeypatch: pytest.M
 def test_a_deploy_leaves_the_job_to_another_worker(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, thread = start_slow_validation(workshop, monkeypatch)
     workshop.resources.stopping.set()
-    thread.join(5)
+    thread.join(15)
     job = get_job(workshop.database, job_id)
     assert (job.status, job.lease_token, job.lost_leases) == ("validating_files", None, 0)
     assert_sound(workshop.database, job_id)
@@ -265,7 +266,7 @@ def test_a_lost_lease_ends_a_validation_without_a_word(workshop: Workshop, monke
     job_id, thread = start_slow_validation(workshop, monkeypatch)
     with workshop.database.transaction() as session:
         session.execute(update(Job).where(Job.id == job_id).values(lease_token="another"))
-    thread.join(5)
+    thread.join(15)
     assert not thread.is_alive()
     assert get_job(workshop.database, job_id).lease_token == "another"
     assert messages_of(workshop.database, job_id) == []

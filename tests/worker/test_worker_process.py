@@ -136,7 +136,7 @@ def test_a_ring_starts_a_job_at_once_and_it_runs_to_its_end(workshop: Workshop, 
     workshop.script(steps=60)  # as many as the worker's own validation finds
     job_id = workshop.add_job("validating_files", method={"type": "sdft", "sdft": {"hyperparameters": {"n_epochs": 20, "batch_size": 4}}})
     assert publish(celery_application(workshop.resources.settings))
-    wait_for(lambda: status_of(workshop, job_id) in ("running", "succeeded"), 10)
+    wait_for(lambda: status_of(workshop, job_id) in ("running", "succeeded"), 60)
     assert wait_for_success(workshop, job_id).attempt == 1
     assert final_state(workshop, job_id, inference) == state_after(60, ROWS)
     worker.terminate()
@@ -157,7 +157,7 @@ def test_with_the_broker_down_jobs_start_within_five_seconds_and_the_worker_stil
     worker = workers.start(SDFT_REDIS_URL=NO_BROKER)
     wait_for(lambda: "Cannot connect" in workers.logs())
     job_id = workshop.add_job("validating_files")
-    wait_for(lambda: status_of(workshop, job_id) in ("running", "succeeded"), 10)
+    wait_for(lambda: status_of(workshop, job_id) in ("running", "succeeded"), 60)
     wait_for_success(workshop, job_id)
     worker.terminate()
     worker.wait(60)

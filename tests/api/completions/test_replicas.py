@@ -66,12 +66,12 @@ def test_all_away_is_unavailable(make_api: MakeApi) -> None:
 
 def test_a_model_stays_with_the_server_that_has_its_adapter(make_api: MakeApi, stubs: list[InferenceStub]) -> None:
     api = make_api(*stubs)
-    models: list[Model] = [add_model(api, f"ft:tiny:default:m:{number}") for number in range(12)]
+    models: list[Model] = [add_model(api, f"ft:tiny:default:m:{number}") for number in range(24)]
     for _ in range(3):
         for model in models:
             assert ask(api, model.id).status_code == 200
     assert [len(stub.load_paths) for stub in stubs] == [2 * len(stub.loaded) for stub in stubs]
-    assert all(stub.loaded for stub in stubs), "twelve models go to both servers, but for once in two thousand times"
+    assert all(stub.loaded for stub in stubs), "twenty-four models go to both servers, but for once in eight million times"
     assert sum(len(stub.loaded) for stub in stubs) == len(models)
 
 
@@ -115,7 +115,7 @@ def test_a_server_that_comes_back_is_asked_again(make_api: MakeApi, stubs: list[
 def test_a_server_with_another_key_is_passed_over(make_api: MakeApi, stubs: list[InferenceStub], stream: bool) -> None:
     stubs[0].misbehaviour = lambda request: JSONResponse({"error": "Unauthorized"}, 401)
     api = make_api(*stubs)
-    for number in range(12):
+    for number in range(24):
         add_model(api, f"ft:tiny:default:m:{number}")
         assert ask(api, f"ft:tiny:default:m:{number}", stream=stream).status_code == 200
     assert stubs[0].chats != []
@@ -128,7 +128,7 @@ def test_a_server_that_says_it_can_t_is_passed_over_and_asked_last(make_api: Mak
     stubs[0].misbehaviour = lambda request: JSONResponse({"error": {"message": "no engine"}}, status)
     stubs[0].healthy = False
     api = make_api(*stubs)
-    for number in range(12):  # all to the other server once in four thousand times
+    for number in range(24):  # all to the other server once in seventeen million times
         add_model(api, f"ft:tiny:default:m:{number}")
         assert ask(api, f"ft:tiny:default:m:{number}", stream=stream).status_code == 200
     assert api.state.inference.clients[0].is_down
@@ -148,7 +148,7 @@ def test_a_request_that_breaks_a_server_is_not_handed_to_the_next(make_api: Make
 def test_a_server_that_can_t_load_at_the_moment_is_passed_over(make_api: MakeApi, stubs: list[InferenceStub]) -> None:
     stubs[0].refuses_loads, stubs[0].refusal_status = "starting", 503
     api = make_api(*stubs)
-    for number in range(12):
+    for number in range(24):
         add_model(api, f"ft:tiny:default:m:{number}")
         assert ask(api, f"ft:tiny:default:m:{number}").status_code == 200
     assert stubs[0].answered == {}

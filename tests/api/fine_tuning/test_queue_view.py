@@ -11,6 +11,7 @@ from tests.api.serving import Api
 
 
 def test_many_polls_read_the_queue_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.fine_tuning.jobs.queue_view.FRESH_SECONDS", 3600.0)
     ids = [api.create_job()["id"] for _ in range(2)]
     for _ in ids:
         validate_next(api.database)

@@ -309,19 +309,19 @@ def test_test_that_does_not_arrive(insecure_api: Api, monkeypatch: pytest.Monkey
 
 def test_tests_hold_no_other_request_up(insecure_api: Api) -> None:
     api = insecure_api
-    with receiving(Receiver(wait_seconds=2)) as slow:
+    with receiving(Receiver(held=True)) as slow:
         created = create(api, url=slow.url)
         path = f"{ENDPOINTS}/{created['id']}/test"
         threads = [threading.Thread(target=lambda: api.client.post(path, json={"event_type": ALL[0]})) for _ in range(8)]
         for thread in threads:
             thread.start()
         wait_for(lambda: len(slow.received) == 8)
-        started = time.monotonic()
         refused = api.client.post(path, json={"event_type": ALL[0]})
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "2"
         assert api.client.get("/v1/files").status_code == 200
-        assert time.monotonic() - started < 1.5
+        assert slow.most_at_once == len(slow.received) == 8
+        slow.released.set()
         for thread in threads:
             thread.join()
 

@@ -69,6 +69,7 @@ def test_expired_leases_are_released_once(database: Database, project_id: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_cancel_racing_completion_gives_one_ending(database: Database, project_id: str) -> None:
     endings: Counter[str] = Counter()
     for _ in range(RACES):

@@ -219,7 +219,7 @@ def test_total_time_is_limited(monkeypatch: pytest.MonkeyPatch, handle: Callable
         started = time.monotonic()
         with pytest.raises(NotDelivered, match=r"took longer than 1 seconds|connection failed"):
             post(f"{scheme}://{address}")
-    assert 0.3 < time.monotonic() - started < 2.5 or scheme == "https"
+    assert 0.3 < time.monotonic() - started < 4.5 or scheme == "https"
 
 
 def test_slow_lookup_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ async def _delete_what_expires(state: ApiState) -> None:
     while True:
         for what, delete in {"files": delete_expired_files, "idempotency_records": delete_expired_records}.items():
             try:
-                deleted = await anyio.to_thread.run_sync(delete, state)
+                deleted = await state.storage_threads.run(delete, state, patient=True)
                 if deleted:
                     log.info("expired_deleted", what=what, count=deleted)
             except Exception:  # a boundary: the next round may succeed

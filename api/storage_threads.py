@@ -1,4 +1,5 @@
-"""Threads for what may wait for storage. A bucket that hangs holds these, and none of those that every other request needs."""
+"""Threads for what may wait for storage or an inference server. One that hangs holds these, and none of those that every other
+request needs."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -29,7 +30,7 @@ class StorageThreads:
         with anyio.move_on_after(None if patient else self.patience_seconds) as waiting:
             await self._places.acquire()
         if waiting.cancelled_caught:
-            raise StorageUnavailable("the server is busy: its storage is slow; try again in a moment")
+            raise StorageUnavailable("the server is busy: what it waits for is slow; try again in a moment")
         try:
             return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._limiter)
         finally:

@@ -12,6 +12,7 @@ Every source is converted once into `<cache_dir>/base_models/<name>/` (safetenso
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
@@ -48,6 +49,13 @@ class BaseModelEntry(BaseModel):
 
     def is_prepared(self, cache_dir: Path) -> bool:
         return (self.directory(cache_dir) / PREPARED_MARK).exists()
+
+    def is_base_of(self, attestation: dict[str, Any] | None) -> bool:
+        """Whether a tuned model with this record was trained from what the entry names today. True where nobody can say: a path is
+        another one on each machine, and says nothing of what it holds."""
+        recorded = attestation or {}
+        source = recorded.get("base_source") or "/"
+        return source.startswith("/") or self.source.startswith("/") or (source, recorded.get("base_revision")) == (self.source, self.revision)
 
     @property
     def packaged_file(self) -> tuple[str, str] | None:

@@ -72,13 +72,17 @@ def remove_from_servers(model: Model, served_adapters_dir: Path, servers: Infere
 
 
 def unload_and_remove(directory: Path, servers: InferenceServers) -> None:
-    """The same for an unpacked adapter, which is served under its directory's name."""
+    """The same for an unpacked adapter, which is served under its directory's name. Its files are put aside first: whoever has it loaded
+    again meanwhile unpacks it anew, and keeps what was unpacked."""
+    aside = directory.with_name(f".{directory.name}.{new_token()}")
+    with suppress(FileNotFoundError):
+        directory.rename(aside)
     for client in servers.clients:
         try:
             client.remove_adapter(directory.name)
         except (InferenceUnavailable, InferenceFailed, AdapterRefused) as error:
             log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sent_to_servers(servers: InferenceServers) -> set[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from core.base_models import PREPARED_MARK, BaseModelEntry
 from core.logging import get_logger
 from core.settings import Settings
+from core.tables.models import Model
 from sdft_engine.contract.errors import BaseModelError
 from sdft_engine.contract.prompts import ChatFormat
 from worker.engine_process import downloading_environment, run_to_end
@@ -42,6 +43,14 @@ def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], 
     if not entry.is_prepared(settings.cache_dir):
         _prepare(entry, settings, check)
     return PreparedBaseModel(entry, directory, _chat_format(directory, (directory / PREPARED_MARK).stat().st_mtime_ns), _hidden_size(directory))
+
+
+def require_base_of(model: Model, base: BaseModelEntry) -> None:
+    """Raise BaseModelError where the catalogue's entry names another source or revision than the tuned model was trained from: its factors
+    fit those weights alone, and nothing but their shapes would say so."""
+    if not base.is_base_of(model.attestation):
+        message = f"{model.id} was trained from another {base.id}: the catalogue's entry of that name has another source or revision now"
+        raise BaseModelError(f"{message}; put it back, and give the changed model an id of its own", param="model")
 
 
 @lru_cache(maxsize=KEPT_TOKENIZERS)

@@ -25,6 +25,8 @@ from worker.stored_objects import delete_unreferenced
 LOSSES = ("full_valid_loss", "valid_loss")
 """What says which model is best, the first that was measured; lower is better."""
 
+STATES_AT_A_TIME = 1000
+
 log = get_logger(__name__)
 
 
@@ -42,11 +44,14 @@ def discard_states_of_ended_jobs(resources: Resources) -> int:
 
 
 def _discard_states(resources: Resources, states: Select[str, str | None]) -> int:
-    """Rows first: nobody looks for a state that its row does not name."""
+    """In batches: a statement takes only so many parameters, and the writes of others wait for each."""
     with resources.database.reading() as session:
-        found = {row.id: row.storage_key for row in session.execute(states)}
-    if not found:
-        return 0
+        found = [(row.id, row.storage_key) for row in session.execute(states)]
+    return sum(_discard_batch(resources, dict(found[start : start + STATES_AT_A_TIME])) for start in range(0, len(found), STATES_AT_A_TIME))
+
+
+def _discard_batch(resources: Resources, found: dict[str, str]) -> int:
+    """Rows first: nobody looks for a state that its row does not name."""
     with resources.database.transaction() as session:
         as_found = Checkpoint.storage_key.in_(found.values())  # a resumed attempt may have written the step anew
         discarded = update(Checkpoint).where(Checkpoint.id.in_(found), as_found).values(storage_key=None).returning(Checkpoint.id)

@@ -1,7 +1,6 @@
 """A model on every inference server that can be reached: loaded, and compared with what its trainer measured."""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from core.base_models import BaseModelEntry
@@ -13,6 +12,7 @@ from core.served_adapters import load_proved
 from core.tables.models import Model
 from sdft_engine.contract.prompts import template_source
 from sdft_engine.contract.served_attestation import Verdict, compare_served
+from worker.interruptible import side_by_side
 from worker.resources import Resources
 
 log = get_logger(__name__)
@@ -25,8 +25,7 @@ def prove_on_servers(resources: Resources, model: Model) -> Verdict:
     Raises InferenceUnavailable, InferenceFailed or AdapterRefused where none could be asked; ObjectDamaged or FileNotFoundError.
     """
     clients = resources.inference.clients
-    with ThreadPoolExecutor(len(clients)) as threads:
-        answers = list(threads.map(partial(_prove, resources, model), clients))
+    answers = side_by_side(partial(_prove, resources, model), clients)
     verdicts = [answer for answer in answers if isinstance(answer, Verdict)]
     if not verdicts:
         raise next(answer for answer in answers if isinstance(answer, Exception))

@@ -2,7 +2,7 @@
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ from core.logging import get_logger
 
 CHECK_SECONDS = 0.2
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 log = get_logger(__name__)
@@ -43,3 +44,20 @@ def interruptible(work: Callable[[], Result], check: Callable[[], None]) -> Resu
         left.set()
         raise
     return outcome.result()
+
+
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results of `work`, in order, or what the first raises that raised. As above, no thread of it keeps the process, which those
+    of an executor do."""
+
+    def run(item: Item, outcome: "Future[Result]") -> None:
+        try:
+            outcome.set_result(work(item))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    outcomes: list[Future[Result]] = []
+    for item in items:
+        outcomes.append(Future())
+        threading.Thread(target=contextvars.copy_context().run, args=(run, item, outcomes[-1]), name="side-by-side", daemon=True).start()
+    return [outcome.result() for outcome in outcomes]

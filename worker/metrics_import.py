@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from core.jobs.events import Level, NewEvent, append_event, append_events, upsert_metrics
+from core.jobs.events import Level, NewEvent, append_event, append_events, upsert_metrics, without_nul
 from core.jobs.leases import Claim, assert_held
 from core.jobs.transitions import Progress, record_progress
 from core.logging import get_logger
@@ -51,6 +51,17 @@ class LineTail:
         return whole.splitlines(), self.offset + len(whole)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What was read, and where the files go on after it. `unreadable`: how many lines were no measurement."""
+
+    metrics: list[StepMetrics]
+    events: list[NewEvent]
+    unreadable: int
+    metrics_offset: int
+    events_offset: int
+
+
 class ProgressImport:
     def __init__(self, run: RunDirectory, lease: HeldLease, prepared: PreparedRun) -> None:
         self._trained_tokens = prepared.trained_tokens
@@ -60,23 +71,34 @@ class ProgressImport:
         self._resolved = dict(prepared.job.resolved_hyperparameters or {})
         self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._unreadable = 0
+        self._unwritten: Batch | None = None
 
     def import_new(self) -> bool:
-        """Import what was written since. Returns False where the database can't be reached. Raises LeaseLost."""
+        """Import what was written since. Returns False where the database can't be reached: it may have been written all the same, so
+        the same is written again. Raises LeaseLost."""
+        return (self._unwritten is None or self._import(self._unwritten)) and self._import(self._read())
+
+    def _read(self) -> Batch:
         metrics_lines, metrics_offset = self._metrics.read()
         metrics = [step for line in metrics_lines if (step := _parse_metrics(line)) is not None]
         events_lines, events_offset = self._events.read()
         events = [event for line in events_lines if (event := _parse_event(line)) is not None]
-        if metrics or events:
-            resolved = self._resolved | _settled_by(events)
-            trained_tokens = self._trained_tokens + sum(step.trained_tokens for step in metrics)
-            progress = self._progress(metrics, resolved, trained_tokens)
-            if not self._lease.try_write(lambda session: _write(session, self._lease.claim, metrics, events, progress)):
+        events += [_event_of(step) for step in metrics]
+        return Batch(metrics, events, len(metrics_lines) - len(metrics), metrics_offset, events_offset)
+
+    def _import(self, batch: Batch) -> bool:
+        if batch.events:
+            resolved = self._resolved | _settled_by(batch.events)
+            trained_tokens = self._trained_tokens + sum(step.trained_tokens for step in batch.metrics)
+            progress = self._progress(batch.metrics, resolved, trained_tokens)
+            self._unwritten = batch
+            if not self._lease.try_write(lambda session: _write(session, self._lease.claim, batch, progress)):
                 return False
             self._resolved, self._trained_tokens = resolved, trained_tokens
-            self._recent_seconds.extend(step.step_seconds for step in metrics)
-        self._unreadable += len(metrics_lines) - len(metrics)
-        self._metrics.offset, self._events.offset = metrics_offset, events_offset
+            self._recent_seconds.extend(step.step_seconds for step in batch.metrics)
+        self._unwritten = None
+        self._unreadable += batch.unreadable
+        self._metrics.offset, self._events.offset = batch.metrics_offset, batch.events_offset
         return True
 
     def import_rest(self) -> None:
@@ -113,14 +135,14 @@ class ProgressImport:
         )
 
 
-def _write(session: Session, claim: Claim, metrics: list[StepMetrics], events: list[NewEvent], progress: Progress | None) -> None:
+def _write(session: Session, claim: Claim, batch: Batch, progress: Progress | None) -> None:
     """The fence comes first: it locks the row for what follows."""
     if progress is None:
         assert_held(session, claim)
     else:
         record_progress(session, claim, progress)
-    upsert_metrics(session, claim.job_id, claim.attempt, {step.step: step.model_dump() for step in metrics})
-    append_events(session, claim.job_id, [*events, *(_event_of(step) for step in metrics)])
+    upsert_metrics(session, claim.job_id, claim.attempt, {step.step: step.model_dump() for step in batch.metrics})
+    append_events(session, claim.job_id, batch.events)
 
 
 def _event_of(step: StepMetrics) -> NewEvent:
@@ -145,18 +167,9 @@ def _parse_metrics(line: bytes) -> StepMetrics | None:
         return None
 
 
-def _without_nul(value: Any) -> Any:
-    """Postgres stores no NUL, and an event that can't be stored must not end a job."""
-    if isinstance(value, str):
-        return value.replace("\x00", "\ufffd")
-    if isinstance(value, dict):
-        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
-    return [_without_nul(item) for item in value] if isinstance(value, list) else value
-
-
 def _parse_event(line: bytes) -> NewEvent | None:
     try:
-        value = _without_nul(json.loads(line))
+        value = without_nul(json.loads(line))
         level: Level = value["level"] if value.get("level") in ("warn", "error") else "info"
         data = value.get("data")
         return NewEvent(str(value["message"]), level, data=data if isinstance(data, dict) else None)

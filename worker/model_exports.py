@@ -36,7 +36,7 @@ from core.storage import ObjectDamaged, StoredObject
 from core.tables.models import Model
 from sdft_engine.contract.errors import BaseModelError, ConfigurationError, DiskFull
 from sdft_engine.contract.machine_clock import machine_seconds
-from worker.base_models import load_base_model
+from worker.base_models import load_base_model, require_base_of
 from worker.engine_process import engine_environment, run_to_end
 from worker.held_lease import ExportLease, StopRequested
 from worker.interruptible import interruptible
@@ -148,12 +148,13 @@ class Exporter:
         return stored
 
     def _prepare_base_model(self, model: Model, check: Callable[[], None]) -> BaseModelEntry:
-        """Raises BaseModelError where the catalogue doesn't hold it or it can't be prepared."""
+        """Raises BaseModelError where the catalogue doesn't hold it, or another one, or it can't be prepared."""
         settings = self._resources.settings
         entry = settings.base_model(model.base_model)
-        if entry is not None and entry.is_prepared(settings.cache_dir):  # nothing here needs its tokenizer
-            return entry
-        return load_base_model(settings, model.base_model, check).entry
+        if entry is None or not entry.is_prepared(settings.cache_dir):
+            entry = load_base_model(settings, model.base_model, check).entry
+        require_base_of(model, entry)
+        return entry
 
     def _write_weights(self, model: Model, base: BaseModelEntry, adapter_dir: Path, out_dir: Path, format: str, check: Callable[[], None]) -> Path:
         words = ["--format", format, "--base", str(base.directory(self._resources.settings.cache_dir)), "--adapter", str(adapter_dir)]

@@ -24,7 +24,7 @@ from sdft_engine.contract.dataset import DatasetProblem
 from sdft_engine.contract.hyperparameters import ResolvedSdft, ResolvedSupervised, SdftHyperparameters
 from sdft_engine.contract.probes import PARAM as RETENTION_PARAM
 from sdft_engine.contract.run_directory import RunDirectory, write_atomically
-from worker.base_models import PreparedBaseModel, load_base_model
+from worker.base_models import PreparedBaseModel, load_base_model, require_base_of
 from worker.dataset_files import measured_training_rows, measured_validation_rows, read_lines, retention_file_id, teacher_view, wire_hyperparameters
 from worker.engine_process import SAMPLER_KEY
 from worker.failures import JobRejected
@@ -65,7 +65,7 @@ def prepare_run(resources: Resources, lease: HeldLease, run: RunDirectory) -> Pr
     if retention_file_id(job):
         _write_rows(run.retention_path, read_lines(resources.storage, retention_file, RETENTION_PARAM), set(), lease)
     if job.parent_model:
-        _fetch_parent(resources, lease, parent, run)
+        _fetch_parent(resources, lease, parent, base_model, run)
     resume_step = _fetch_checkpoint(resources, lease, run)
     return PreparedRun(job, project.name, resume_step, _trained_tokens(resources, job.id, resume_step))
 
@@ -160,10 +160,11 @@ def _write_rows(path: Path, lines: Iterable[bytes], dropped: set[int], lease: He
             file.write(b"\n" if number in dropped else line + b"\n")
 
 
-def _fetch_parent(resources: Resources, lease: HeldLease, parent: Model | None, run: RunDirectory) -> None:
+def _fetch_parent(resources: Resources, lease: HeldLease, parent: Model | None, base_model: PreparedBaseModel, run: RunDirectory) -> None:
     try:
         if parent is None or parent.status == "deleted":
             raise FileNotFoundError
+        require_base_of(parent, base_model.entry)
         fetch_directory(resources.storage, parent.storage_key, parent.archive_sha256, run.parent_adapter_dir, lease.check_wanted)
     except FileNotFoundError as error:
         raise JobRejected("the model to continue from does not exist any more", code="model_not_found", param="model") from error

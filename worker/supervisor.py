@@ -1,6 +1,7 @@
 """One attempt of one job: prepare its run directory, start the trainer, keep the lease, carry its output into rows, and
 end it as its result says. The job is never left held by nobody, and no process of the trainer outlives this function."""
 
+import math
 import os
 import shutil
 import time
@@ -34,8 +35,9 @@ from worker.trainer_process import TrainerProcess, last_log_lines
 
 WATCH_SECONDS = 0.2
 IMPORT_SECONDS = 0.5
-GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "pause": 60, "requeue": 20}
-"""How long a trainer may take to reach a step boundary before it is killed. A worker that ends has 30 seconds in all."""
+GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "requeue": 20}
+"""How long a trainer may take to reach a step boundary before it is killed. A worker that ends has 30 seconds in all; a pause has no
+hurry, and what it would cost to kill the trainer is what it promises to keep."""
 
 DEPLOY_MESSAGE = "The worker was stopped, as in a deploy; the job goes back to the queue and continues from its last checkpoint"
 STORAGE_MESSAGE = "The object storage could not be reached for long; the job goes back to the queue and continues from its last checkpoint"
@@ -136,7 +138,7 @@ def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, 
             stop_since = None
         else:
             stop_since = stop_since or time.monotonic()
-            if time.monotonic() - stop_since > GRACE_SECONDS[stop]:
+            if time.monotonic() - stop_since > GRACE_SECONDS.get(stop, math.inf):
                 log.warning("trainer_did_not_stop", asked=stop)
                 return stop
         if time.monotonic() >= next_import:

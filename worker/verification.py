@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, or_, select, true, update
 
 from core.database import database_now
-from core.errors import InferenceFailed, InferenceUnavailable, ServiceError, StorageUnavailable
+from core.errors import InferenceFailed, InferenceUnavailable, ServiceError, StorageFull, StorageUnavailable
 from core.inference_client import AdapterRefused
 from core.jobs.events import append_event
 from core.logging import get_logger
@@ -98,7 +98,7 @@ class Verifier:
     def _verify(self, model: Model) -> bool:
         try:
             verdict = prove_on_servers(self.resources, model)
-        except (*NOT_VERIFIABLE_NOW, StorageUnavailable, ObjectDamaged, FileNotFoundError) as error:
+        except (*NOT_VERIFIABLE_NOW, StorageUnavailable, StorageFull, ObjectDamaged, FileNotFoundError) as error:
             longest = LONGEST_REFUSED_DELAY_SECONDS if isinstance(error, AdapterRefused) else LONGEST_DELAY_SECONDS
             delay_seconds = min(longest, LOOK_SECONDS * 2 ** min(model.verification_attempts - 1, 20))
             self._put_off(model, verify_after=database_now() + delay_seconds)

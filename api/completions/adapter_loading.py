@@ -63,17 +63,18 @@ class AdapterLoading:
             verdict = await anyio.to_thread.run_sync(load_proved, *arguments, limiter=self._threads)
         except AdapterRefused as error:
             log.error("adapter_refused", model=model.id, server=client.url, error=str(error))
-            raise InferenceFailed(f"the inference server can't load the model {model.id}: {error}") from error
+            raise self._refuse((client.url, model.serving_name), f"the inference server can't load the model {model.id}: {error}") from error
         except FileNotFoundError as error:
             log.error("adapter_missing", model=model.id, storage_key=model.storage_key)
             raise InferenceFailed(f"the adapter of the model {model.id} is no longer in storage") from error
         if verdict.reason is not None:
             log.error("served_model_differs", model=model.id, server=client.url, reason=verdict.reason)
             message = f"the inference server does not serve {model.id} as it was trained: {verdict.reason}"
-            self._refuse((client.url, model.serving_name), message)
-            raise InferenceFailed(message)
+            raise self._refuse((client.url, model.serving_name), message)
 
-    def _refuse(self, key: tuple[str, str], reason: str) -> None:
+    def _refuse(self, key: tuple[str, str], reason: str) -> InferenceFailed:
+        """Remembered for some seconds: every try sends the adapter to the server anew."""
         now = time.monotonic()
         self._refused = {other: known for other, known in self._refused.items() if known[0] > now}
         self._refused[key] = (now + REFUSED_SECONDS, reason)
+        return InferenceFailed(reason)

@@ -42,8 +42,9 @@ def list_files(state: ApiState, project_id: str, *, after: str | None, limit: in
         return list(session.scalars(statement))
 
 
-def delete_file(state: ApiState, file: File, actor: Actor) -> None:
-    """Row first, then the bytes. Raises Conflict while an unfinished job needs the file."""
+def delete_file(state: ApiState, file: File, actor: Actor) -> bool:
+    """Row first, then the bytes. Returns False where storage could not be reached for them. Raises Conflict while an unfinished job needs
+    the file."""
     with state.database.transaction() as session:
         locked = session.scalar(select(File).where(File.id == file.id).with_for_update())
         if locked is None:
@@ -53,20 +54,23 @@ def delete_file(state: ApiState, file: File, actor: Actor) -> None:
         session.delete(locked)
         forget_object(session, file.id)
         record(session, actor, "file.deleted", project_id=file.project_id, object_id=file.id)
-    discard(state.storage, file.storage_key)
+    return discard(state.storage, file.storage_key)
 
 
 def delete_expired_files(state: ApiState) -> int:
-    """Rows and bytes of expired files that no unfinished job needs. Returns how many."""
+    """Rows and bytes of expired files that no unfinished job needs. Returns how many. Where storage can't be reached the others are left
+    for the next time: every try takes long."""
     with state.database.reading() as session:
         expired = session.scalars(select(File).where(File.expires_at <= unix_now())).all()
     deleted = 0
     for file in expired:
         try:
-            delete_file(state, file, SERVER)
-            deleted += 1
+            reached = delete_file(state, file, SERVER)
         except (Conflict, NotFound):  # needed a while longer, or gone already
             continue
+        deleted += 1
+        if not reached:
+            break
     return deleted
 
 

@@ -1,7 +1,7 @@
 """Events and metrics of a job, written inside the transaction of the change they describe."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -17,10 +17,22 @@ EventType = Literal["message", "metrics"]
 
 @dataclass(frozen=True)
 class NewEvent:
+    """The same one written again, where the answer to a commit was lost, is one event."""
+
     message: str
     level: Level = "info"
     type: EventType = "message"
     data: dict[str, Any] | None = None
+    id: str = field(default_factory=lambda: new_id("ftevent"))
+
+
+def without_nul(value: Any) -> Any:
+    """A JSON value that Postgres stores: it takes no NUL, and what can't be told must not keep a job from its end."""
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd")
+    if isinstance(value, dict):
+        return {without_nul(key): without_nul(item) for key, item in value.items()}
+    return [without_nul(item) for item in value] if isinstance(value, list) else value
 
 
 def append_event(
@@ -34,12 +46,14 @@ def append_events(session: Session, job_id: str, events: Iterable[NewEvent]) -> 
     """Add events, in order. Those of one job become visible in the order of their sequence, so that whoever has read one has read all
     before it: the job's row is locked before an event gets its number, and stays locked until it is committed."""
     session.execute(select(Job.id).where(Job.id == job_id).with_for_update(key_share=True))
-    rows = (
-        JobEvent(id=new_id("ftevent"), job_id=job_id, created_at=unix_now(), level=event.level, type=event.type, message=event.message, data=event.data)
+    now = unix_now()
+    rows = [
+        {"id": event.id, "job_id": job_id, "created_at": now, "level": event.level, "type": event.type}
+        | {"message": without_nul(event.message), "data": without_nul(event.data)}
         for event in events
-    )
-    session.add_all(rows)
-    session.flush()
+    ]
+    if rows:
+        session.execute(insert_for(session, JobEvent).on_conflict_do_nothing(index_elements=["id"]), rows)
 
 
 def upsert_metrics(session: Session, job_id: str, attempt: int, metrics: dict[int, dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from core.database import database_now, unix_now
 from core.ids import new_id
 from core.jobs.announcements import announce
-from core.jobs.events import Level, append_event
+from core.jobs.events import Level, append_event, without_nul
 from core.jobs.leases import EXPIRED, Claim, take_lease, update_held
 from core.jobs.queue import keep_claims_apart, next_queued, next_to_validate
 from core.tables.jobs import TERMINAL_STATUSES, Job
@@ -170,6 +170,7 @@ def succeed(session: Session, claim: Claim, *, fine_tuned_model: str, result_fil
 
 def fail(session: Session, claim: Claim, error: dict[str, Any]) -> None:
     """Any held status → failed. `error` is the job's {code, message, param}."""
+    error = without_nul(error)
     update_held(session, claim, status="failed", finished_at=unix_now(), error=error, **RELEASED)
     append_event(session, claim.job_id, f"The job failed: {error['message']}", level="error", data={"error": error})
     announce(session, claim.job_id, FAILED)

@@ -12,6 +12,7 @@ import pytest
 from api.storage_threads import THREADS, StorageThreads
 from core.errors import StorageUnavailable
 from core.storage import LocalStorage
+from tests.api.model_rows import add_model
 from tests.api.serving import Api, training_lines, wait_for
 from tests.api.test_errors import assert_error
 
@@ -38,6 +39,30 @@ def test_who_finds_no_thread_is_told_so_and_who_is_patient_waits() -> None:
 
     anyio.run(scene)
     assert done == ["first", "patient"]
+
+
+def test_models_deleted_from_a_server_that_hangs_stop_no_other_request(live_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, waiting = threading.Event(), []
+    names = [f"ft:tiny:default:x:{number}" for number in range(45)]  # more than the threads of all other requests
+    for name in names:
+        add_model(live_api, name)
+
+    def hanging(*arguments: object) -> None:
+        waiting.append(arguments)
+        released.wait(60)
+
+    monkeypatch.setattr("api.models.service.remove_from_servers", hanging)
+    with httpx2.Client(base_url=f"{live_api.base_url}/v1", headers=live_api.headers, timeout=60) as client, ThreadPoolExecutor(len(names)) as pool:
+        answers = [pool.submit(client.delete, f"/models/{name}") for name in names]
+        try:
+            wait_for(lambda: len(waiting) == THREADS)
+            started = time.monotonic()
+            assert client.get("/files").status_code == 200
+            assert client.get("/files", headers=live_api.admin_headers).status_code == 200  # a key that is looked up
+            assert time.monotonic() - started < 5
+        finally:
+            released.set()
+        assert {answer.result(30).status_code for answer in answers} == {200}
 
 
 def test_chunks_pass_and_an_error_between_them_too() -> None:

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import tarfile
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.archives import fetch_directory, store_directory, stream_directory
+from core.errors import StorageFull
 from core.storage import LocalStorage, ObjectDamaged, StoredObject
 
 FILES = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 4096, "empty": b""}
@@ -132,6 +134,22 @@ def test_fetching_can_be_stopped_at_any_chunk_and_leaves_nothing(storage: LocalS
         fetch_directory(storage, "a.tar.gz", stored.sha256, tmp_path / "target" / "copy", check)
     assert check.calls == call
     assert list((tmp_path / "target").iterdir()) == []
+
+
+def test_fetching_on_a_full_disk_is_said_and_leaves_nothing(
+    storage: LocalStorage, directory: Path, scratch_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = store_directory(storage, "adapters/1.tar.gz", directory, scratch_dir)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for where in ("tarfile.TarFile.extractall", "core.archives.rename_durably", "pathlib.Path.open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, full)
+            with pytest.raises(StorageFull):
+                fetch_directory(storage, stored.key, stored.sha256, tmp_path / "there" / "1")
+        assert list((tmp_path / "there").iterdir()) == [], where
 
 
 def test_only_plain_files_are_archived(storage: LocalStorage, directory: Path, scratch_dir: Path) -> None:

@@ -71,3 +71,20 @@ def test_arguments_of_the_preparation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("source", "expected"), [("package:llm_x/weights/x.gguf", ("llm_x", "weights/x.gguf")), ("/a/package:x", None)])
 def test_packaged_file(source: str, expected: tuple[str, str] | None) -> None:
     assert BaseModelEntry(id="x", source=source).packaged_file == expected
+
+
+@pytest.mark.parametrize(
+    ("recorded", "is_base"),
+    [
+        (None, True),
+        ({"matched": True}, True),
+        ({"base_source": "hub:o/n", "base_revision": "1"}, True),
+        ({"base_source": "hub:o/n", "base_revision": "2"}, False),
+        ({"base_source": "hub:o/other", "base_revision": "1"}, False),
+        ({"base_source": "package:p/f.gguf", "base_revision": None}, False),
+        ({"base_source": "/models/n", "base_revision": None}, True),
+    ],
+)
+def test_a_tuned_model_belongs_to_one_source_and_revision(recorded: dict[str, str | None] | None, is_base: bool) -> None:
+    assert BaseModelEntry(id="x", source="hub:o/n", revision="1").is_base_of(recorded) is is_base
+    assert BaseModelEntry(id="x", source="/models/n").is_base_of(recorded), "a path says nothing of what it holds"

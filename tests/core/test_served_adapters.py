@@ -160,3 +160,33 @@ def test_a_server_that_sees_no_disk_of_ours_is_sent_the_adapter(make_settings: C
         remove_from_servers(model, settings.served_adapters_dir, servers)
         assert (server.adapters, server.sent.names()) == ({}, [])
     server.stop()
+
+
+def test_what_is_loaded_anew_while_it_is_removed_keeps_its_files(settings: Settings, tmp_path: Path) -> None:
+    """A gateway that was told of a 404 by the first server, while the second one hesitates."""
+    storage = LocalStorage(settings.storage_dir)
+    adapter_dir = tmp_path / "adapter"
+    adapter_dir.mkdir()
+    write_adapter(adapter_dir, 7)
+    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
+    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    servers = [ScriptedInference("tiny"), ScriptedInference("tiny")]
+    for server in servers:
+        server.start()
+    clients = InferenceServers(settings.model_copy(update={"inference_urls": [server.url for server in servers]}))
+    for client in clients.clients:
+        load(model, storage, settings, client)
+    second = clients.clients[1]
+    remove = second.remove_adapter
+
+    def hesitate(name: str) -> None:
+        load(model, storage, settings, clients.clients[0])
+        remove(name)
+
+    second.remove_adapter = hesitate  # type: ignore[method-assign]
+    remove_from_servers(model, settings.served_adapters_dir, clients)
+    assert [server.adapters for server in servers] == [{"serving-1": 7}, {}]
+    assert (settings.served_adapters_dir / "serving-1" / ADAPTER_WEIGHTS_NAME).exists()
+    assert [path.name for path in settings.served_adapters_dir.iterdir()] == ["serving-1"]
+    for server in servers:
+        server.stop()

@@ -18,6 +18,7 @@ from core.settings import Settings
 from core.tables.jobs import JOB_STATUSES
 from tests.packaging.containers import ROOT, read_dockerfile
 from tests.rows import add_job, add_project
+from worker import await_base_models
 
 DIRECTORY = ROOT / "deploy" / "kubernetes"
 KEDA = DIRECTORY / "components" / "keda"
@@ -120,6 +121,21 @@ def test_what_is_mounted_is_there_and_where_the_process_looks(name: str) -> None
     assert mounts.get("data", "/data") == environment["SDFT_DATA_DIR"]
     assert mounts.get("cache", "/cache") == environment["SDFT_CACHE_DIR"]
     assert mounts["tmp"] == "/tmp"
+
+
+@pytest.mark.parametrize("name", ["sdft-worker", "sdft-worker-cpu"])
+def test_workers_wait_for_base_models_that_they_can_t_prepare(name: str) -> None:
+    container = container_of(name)
+    (first,) = pod_of(name)["initContainers"]
+    assert first["command"] == ["python", "-m", await_base_models.__name__]
+    assert {part: first[part] for part in ("image", "envFrom", "securityContext")} == {
+        part: container[part] for part in ("image", "envFrom", "securityContext")
+    }
+    assert {mount["name"] for mount in first["volumeMounts"]} == {"cache", "tmp"}
+    assert all(mount in container["volumeMounts"] for mount in first["volumeMounts"])
+    (cache,) = [mount for mount in container["volumeMounts"] if mount["name"] == "cache"]
+    assert cache["readOnly"] is True
+    assert "memory" in first["resources"]["limits"]
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -1,5 +1,6 @@
 """sdft_engine.identity: a checkpoint is only continued by the run that wrote it; and what was chosen by the machine is kept."""
 
+import json
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_another_run_does_not_continue_a_checkpoint(stopped: RunDirectory, name:
         train(stopped)
     assert raised.value.param == name
     assert content_of(stopped.checkpoint_dir(2)) == before
+
+
+def test_another_base_model_of_the_same_id_does_not_continue_a_checkpoint(tmp_path: Path, tiny_model_dir: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    run = make_run(tmp_path / "run", base)
+
+    def name_source(source: str, revision: str | None) -> None:
+        (base / "prepared.json").write_text(json.dumps({"id": "tiny", "source": source, "revision": revision}))
+
+    name_source("hub:somebody/tiny", "1")
+    train(run, stop_after(run, 2, "pause"))
+    name_source("hub:somebody/tiny", "2")
+    with pytest.raises(ConfigurationError, match=r"^base_model is 'hub:somebody/tiny@2' now, and was 'hub:somebody/tiny@1' when step_000002"):
+        train(run)
+    name_source("/another/machine's/path", None)
+    assert train(run).outcome == "succeeded"
 
 
 def test_other_data_do_not_continue_a_checkpoint(stopped: RunDirectory) -> None:

@@ -62,7 +62,8 @@ def test_an_unfinished_job_keeps_its_newest_states(workshop: Workshop, status: s
 
 
 @pytest.mark.parametrize("status", TERMINAL_STATUSES)
-def test_a_job_that_has_ended_keeps_no_state(workshop: Workshop, status: str) -> None:
+def test_a_job_that_has_ended_keeps_no_state(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    monkeypatch.setattr("worker.checkpoint_retention.STATES_AT_A_TIME", 1)
     ended = add_job(workshop.database, workshop.project_id, status, finished_at=unix_now())
     running = add_job(workshop.database, workshop.project_id, "running", lease_token="t", lease_until=1e12)
     for job_id in (ended, running):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.worker.test_supervisor import wait_for
 from worker import interruptible as interruptible_module
-from worker.interruptible import interruptible
+from worker.interruptible import interruptible, side_by_side
 
 
 class Stop(Exception):
@@ -46,3 +46,23 @@ def test_work_that_hangs_is_left_soon_and_its_end_is_logged(monkeypatch: pytest.
     assert time.monotonic() - began < 20
     go_on.set()
     wait_for(lambda: logged == [("abandoned_work_ended", "OSError: the store gave up")], 10)
+
+
+def test_side_by_side_results_come_in_order_and_the_first_error_is_passed_on() -> None:
+    meeting = threading.Barrier(3)
+
+    def work(number: int) -> int:
+        meeting.wait(20)  # all three are at work at once
+        return number * number
+
+    assert side_by_side(work, [3, 1, 2]) == [9, 1, 4]
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(lambda number: 1 // number, [1, 0, 2])
+
+
+def test_no_thread_of_it_keeps_the_process() -> None:
+    go_on = threading.Event()
+    threading.Thread(target=side_by_side, args=(lambda _: go_on.wait(60), [1, 2]), daemon=True).start()
+    wait_for(lambda: len([thread for thread in threading.enumerate() if thread.name == "side-by-side"]) == 2)
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "side-by-side")
+    go_on.set()

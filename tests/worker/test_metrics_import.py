@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -180,6 +181,28 @@ def test_lines_are_kept_while_the_database_is_away(run: Run, monkeypatch: pytest
     run.progress.import_rest()
     assert [row.step for row in run.rows()] == [1, 2]
     assert messages_of(run.workshop.database, run.job_id)[0] == "hello"
+    assert run.job().trained_tokens == 200
+
+
+def test_a_commit_whose_answer_got_lost_writes_nothing_twice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_step(1)
+    run.directory.append_event("hello")
+    write = run.lease.try_write
+
+    def lost(change: Any) -> bool:
+        assert write(change)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.lease, "try_write", lost)
+        assert run.progress.import_new() is False
+        run.write_step(2)
+        assert run.progress.import_new() is False
+    run.directory.append_event("bye")
+    run.progress.import_rest()
+    told = messages_of(run.workshop.database, run.job_id)
+    assert sorted(message.partition(":")[0] for message in told) == ["Step 1/10", "Step 2/10", "bye", "hello"]
+    assert [row.step for row in run.rows()] == [1, 2]
     assert run.job().trained_tokens == 200
 
 

@@ -1,6 +1,7 @@
 """Exports made by the engine's own process on a tiny model, and what is left where that goes wrong."""
 
 import io
+import shutil
 import tarfile
 import threading
 import time
@@ -257,6 +258,22 @@ def test_a_base_model_that_left_the_catalogue_is_named(workshop: Workshop, tuned
     error = export_of(workshop, tuned, "merged").error or {}
     assert error["code"] == "base_model_unusable"
     assert "gone" in error["message"]
+
+
+def test_another_revision_of_the_base_model_gets_no_export(workshop: Workshop, tuned: Model) -> None:
+    """Its weights have the same shapes, and the file would look like a good one."""
+    with workshop.database.transaction() as session:
+        session.get_one(Model, tuned.id).attestation = {"base_source": "hub:somebody/tiny", "base_revision": "1"}
+    (entry,) = workshop.resources.settings.base_models
+    changed = entry.model_copy(update={"source": "hub:somebody/tiny", "revision": "2"})
+    directory = changed.directory(workshop.resources.settings.cache_dir)
+    shutil.copytree(entry.directory(workshop.resources.settings.cache_dir), directory)
+    workshop.resources.settings = workshop.resources.settings.model_copy(update={"base_models": [changed]})
+    ask(workshop, tuned, "merged")
+    assert Exporter(workshop.resources).make_one()
+    error = export_of(workshop, tuned, "merged").error or {}
+    assert error["code"] == "base_model_unusable"
+    assert "was trained from another tiny" in error["message"]
 
 
 def test_an_attempt_that_lost_its_lease_leaves_nothing(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,6 +290,25 @@ def test_a_deleted_parent_fails_the_job(workshop: Workshop) -> None:
     assert (job.status, job.error["code"], job.error["param"]) == ("failed", "model_not_found", "model")
 
 
+def test_a_parent_of_another_revision_of_the_base_model_fails_the_job(workshop: Workshop) -> None:
+    first = workshop.add_job()
+    train_next(workshop)
+    parent = get_job(workshop.database, first).fine_tuned_model
+    second = workshop.add_job(parent_model=parent)
+    with workshop.database.transaction() as session:
+        recorded = {"base_source": "hub:somebody/tiny", "base_revision": "1"}
+        session.execute(update(Model).where(Model.id == parent).values(attestation=recorded))
+    (entry,) = workshop.resources.settings.base_models
+    changed = entry.model_copy(update={"source": "hub:somebody/tiny", "revision": "2"})
+    cache_dir = workshop.resources.settings.cache_dir
+    changed.directory(cache_dir).symlink_to(entry.directory(cache_dir))
+    workshop.resources.settings = workshop.resources.settings.model_copy(update={"base_models": [changed]})
+    train_next(workshop)
+    job = get_job(workshop.database, second)
+    assert job.error is not None
+    assert (job.status, job.error["code"]) == ("failed", "base_model_unusable")
+
+
 def test_a_bug_in_the_supervisor_fails_the_job_and_names_no_internals(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise RuntimeError("secret detail")

@@ -97,8 +97,12 @@ def _resolve_model(session: Session, settings: Settings, project_id: str, name: 
     if parent is None:
         known = ", ".join(entry.id for entry in settings.base_models)
         raise ModelNotFound(f"The model {name!r} does not exist. Base models here: {known}.", param="model")
-    if settings.base_model(parent.base_model) is None:
+    base = settings.base_model(parent.base_model)
+    if base is None:
         raise ModelNotFound(f"The model {name!r} was trained from {parent.base_model!r}, which this server no longer has.", param="model")
+    if not base.is_base_of(parent.attestation):
+        said = f"The model {name!r} was trained from another {parent.base_model!r} than this server has under that name now."
+        raise ModelNotFound(said, param="model")
     return parent.base_model, parent.id
 
 

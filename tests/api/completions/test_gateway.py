@@ -192,9 +192,12 @@ def test_base_model_that_is_not_served(http: httpx2.Client, inference: Inference
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_adapter_that_the_inference_server_refuses(http: httpx2.Client, inference: InferenceStub, tuned: Model, stream: bool) -> None:
+    """It is not sent again with the next question."""
     inference.refuses_loads = "rank 64 is too large"
-    assert "rank 64 is too large" in assert_error(http.post(CHAT, json=body(PUBLIC, stream=stream)), 502, "inference_failed")
-    assert len(inference.chats) == 1
+    for _ in range(3):
+        assert "rank 64 is too large" in assert_error(http.post(CHAT, json=body(PUBLIC, stream=stream)), 502, "inference_failed")
+    assert len(inference.chats) == 3
+    assert len(inference.load_paths) == 1
 
 
 def test_adapter_that_is_forgotten_again_is_not_loaded_forever(http: httpx2.Client, inference: InferenceStub, tuned: Model) -> None:

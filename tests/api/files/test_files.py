@@ -7,6 +7,7 @@ from sqlalchemy import select, update
 
 from api.files.service import delete_expired_files
 from core.database import unix_now
+from core.errors import StorageUnavailable
 from core.tables.files import File
 from core.tables.jobs import Job
 from tests.api.serving import Api, training_lines
@@ -154,6 +155,24 @@ def test_expired_file_is_gone(api_on_both: Api) -> None:
     assert api.state.storage.exists(f"files/{kept}")
     with api.database.reading() as session:
         assert session.scalars(select(File.id)).all() == [kept]
+
+
+def test_expired_files_wait_while_storage_can_t_be_reached(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every try takes long: after the first the others are left for the next time."""
+    ids = [api.upload() for _ in range(3)]
+    for file_id in ids:
+        expire(api, file_id)
+    tried: list[str] = []
+
+    def away(storage: object, key: str) -> None:
+        tried.append(key)
+        raise StorageUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(api.state.storage), "delete", away)
+        assert delete_expired_files(api.state) == 1
+    assert len(tried) == 1
+    assert delete_expired_files(api.state) == 2
 
 
 def test_expired_file_of_an_unfinished_job_waits(api_on_both: Api) -> None:

@@ -10,6 +10,7 @@ import redis
 from sqlalchemy import func, select, update
 
 from api.fine_tuning.jobs.schemas import LARGEST_SEED
+from core.base_models import BaseModelEntry
 from core.doorbell import LOOK_FOR_WORK
 from core.errors import Unavailable
 from core.settings import Settings
@@ -281,6 +282,23 @@ def test_tuned_model_that_cannot_be_continued(api: Api) -> None:
     file_id = api.upload()
     for name in ("ft:tiny:default:unverified:1", "ft:tiny:default:deleted:1", "ft:tiny:other:x:1", "ft:gone:default:x:1"):
         refuse(api, 404, "model_not_found", "model", model=name, training_file=file_id)
+
+
+def test_a_model_of_another_revision_of_its_base_cannot_be_continued(api: Api) -> None:
+    add_model(api, "ft:tiny:default:x:1", attestation={"base_source": "hub:somebody/tiny", "base_revision": "1"})
+    file_id = api.upload()
+
+    before = api.state
+
+    def name_revision(name: str) -> None:
+        entry = BaseModelEntry(id="tiny", source="hub:somebody/tiny", revision=name)
+        api.app.state.api = replace(before, settings=api.settings.model_copy(update={"base_models": [entry]}))
+
+    name_revision("2")
+    assert "another 'tiny'" in refuse(api, 404, "model_not_found", "model", model="ft:tiny:default:x:1", training_file=file_id)
+    name_revision("1")
+    assert api.create_job(model="ft:tiny:default:x:1", training_file=file_id)["status"] == "validating_files"
+    api.app.state.api = before
 
 
 def test_parent_of_an_unfinished_job_cannot_be_deleted(api_on_both: Api) -> None:

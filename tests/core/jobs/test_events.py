@@ -1,3 +1,4 @@
+import re
 import threading
 from pathlib import Path
 
@@ -82,5 +83,29 @@ def test_events_of_one_job_become_visible_in_their_order(database: Database) -> 
 def test_only_append_event_writes_events() -> None:
     """It is what keeps their order."""
     root = Path(__file__).parents[3]
-    writers = [path for room in ("api", "core", "worker") for path in (root / room).rglob("*.py") if "JobEvent(" in path.read_text()]
+    writers = [
+        path
+        for room in ("api", "core", "worker")
+        for path in (root / room).rglob("*.py")
+        if re.search(r"JobEvent\(|insert(_for)?\(.*JobEvent\b", path.read_text())
+    ]
     assert [str(path.relative_to(root)) for path in writers] == ["core/jobs/events.py", "core/tables/jobs.py"]
+
+
+def test_an_event_that_is_written_again_is_one(database: Database) -> None:
+    """As after a commit whose answer got lost."""
+    job_id = add_job(database, add_project(database))
+    events = [NewEvent("first"), NewEvent("second")]
+    for written in (events[:1], events, [*events, NewEvent("third")]):
+        with database.transaction() as session:
+            append_events(session, job_id, written)
+    assert messages_of(database, job_id) == ["first", "second", "third"]
+
+
+def test_what_no_database_stores_keeps_no_event_from_being_told(database: Database) -> None:
+    job_id = add_job(database, add_project(database))
+    with database.transaction() as session:
+        append_event(session, job_id, "a\x00b", data={"k\x00": ["\x00", {"x": "\x00"}, 1, None]})
+    assert messages_of(database, job_id) == ["a\ufffdb"]
+    with database.reading() as session:
+        assert session.scalars(select(JobEvent.data)).one() == {"k\ufffd": ["\ufffd", {"x": "\ufffd"}, 1, None]}

@@ -114,7 +114,7 @@ def _adopt_server_logs() -> None:
 async def _delete_what_expires(state: ApiState) -> None:
     while True:
         for what, delete in {"files": delete_expired_files, "idempotency_records": delete_expired_records}.items():
-            try:
+            try:  # files wait for storage, and may for long
                 deleted = await state.storage_threads.run(delete, state, patient=True)
                 if deleted:
                     log.info("expired_deleted", what=what, count=deleted)

@@ -24,6 +24,7 @@ from core.settings import Settings
 from core.storage import Storage
 
 WEBHOOK_TESTS_AT_A_TIME = 8
+MODELS_DELETED_AT_A_TIME = 8
 MEASUREMENTS_SECONDS = 1.0
 
 
@@ -43,6 +44,8 @@ class ApiState:
     """Of /metrics, which asks for no key."""
     webhook_tests: anyio.CapacityLimiter
     storage_threads: StorageThreads
+    deletion_threads: StorageThreads
+    """Of models, which wait for inference servers too."""
     probes: Probes
 
     @classmethod
@@ -64,6 +67,7 @@ class ApiState:
             measurements=Remembered(MEASUREMENTS_SECONDS),
             webhook_tests=anyio.CapacityLimiter(WEBHOOK_TESTS_AT_A_TIME),
             storage_threads=StorageThreads(),
+            deletion_threads=StorageThreads(MODELS_DELETED_AT_A_TIME),
             probes=Probes(),
         )
 

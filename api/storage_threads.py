@@ -1,4 +1,4 @@
-"""Threads for what may wait for storage or an inference server. One that hangs holds these, and none of those that every other
+"""Threads for what may wait for storage or an inference server. What hangs holds those of its own kind, and none that every other
 request needs."""
 
 from collections.abc import AsyncIterator, Callable, Iterator

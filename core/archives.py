@@ -12,9 +12,10 @@ import tarfile
 from pathlib import Path
 from typing import IO
 
-from core.durable_files import rename_durably
+from core.durable_files import is_disk_full, rename_durably
+from core.errors import StorageFull
 from core.ids import new_token
-from core.storage import CHUNK_BYTES, Check, ObjectDamaged, ObjectWriter, Storage, StoredObject, disk_errors, fetch
+from core.storage import CHUNK_BYTES, Check, ObjectDamaged, ObjectWriter, Storage, StoredObject, fetch
 
 
 def store_directory(storage: Storage, key: str, directory: Path, scratch_dir: Path, check: Check = lambda: None) -> StoredObject:
@@ -50,7 +51,7 @@ def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path, 
     """The stored directory, unpacked at `destination`, whole or not at all, a power cut included; at once where it is there
     already.
 
-    Raises ObjectDamaged where the archive's hash differs or it can't be unpacked, StorageFull where the disk is full.
+    Raises ObjectDamaged where the archive's hash differs or it can't be unpacked, StorageFull where this machine's disk is full.
     """
     if destination.exists():
         return destination
@@ -60,14 +61,17 @@ def fetch_directory(storage: Storage, key: str, sha256: str, destination: Path, 
     try:
         fetch(storage, key, archive_path, sha256, check)
         unpacked.mkdir()
-        with disk_errors(), _CheckedFile(archive_path, check) as file, tarfile.open(fileobj=file) as archive:
+        with _CheckedFile(archive_path, check) as file, tarfile.open(fileobj=file) as archive:
             archive.extractall(unpacked, filter="data")
         try:
-            with disk_errors():
-                rename_durably(unpacked, destination)
+            rename_durably(unpacked, destination)
         except OSError:
             if not destination.exists():  # else another thread or process was faster, with the same content
                 raise
+    except OSError as error:
+        if is_disk_full(error):
+            raise StorageFull("the disk is full here: what is stored can't be unpacked") from error
+        raise
     except tarfile.TarError as error:
         raise ObjectDamaged(f"{key} can't be unpacked: {error}") from error
     finally:

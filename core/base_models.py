@@ -12,12 +12,19 @@ Every source is converted once into `<cache_dir>/base_models/<name>/` (safetenso
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 PREPARED_MARK = "prepared.json"
 """Written last into a prepared directory; its presence means that the directory is complete."""
+
+
+def made_from_of(source: str | None, revision: str | None) -> str | None:
+    """As the engine writes it into adapters: source and revision. None for a path, which is another one on each machine and tells nothing of
+    what it holds."""
+    if source is None or source.startswith("/"):
+        return None
+    return f"{source}@{revision}" if revision else source
 
 
 class BaseModelEntry(BaseModel):
@@ -50,12 +57,10 @@ class BaseModelEntry(BaseModel):
     def is_prepared(self, cache_dir: Path) -> bool:
         return (self.directory(cache_dir) / PREPARED_MARK).exists()
 
-    def is_base_of(self, attestation: dict[str, Any] | None) -> bool:
-        """Whether a tuned model with this record was trained from what the entry names today. True where nobody can say: a path is
-        another one on each machine, and says nothing of what it holds."""
-        recorded = attestation or {}
-        source = recorded.get("base_source") or "/"
-        return source.startswith("/") or self.source.startswith("/") or (source, recorded.get("base_revision")) == (self.source, self.revision)
+    def is_base_of(self, made_from: str | None) -> bool:
+        """Whether a model that was trained from this (see `made_from_of`) was trained from what the entry names. True where nobody can say."""
+        own = made_from_of(self.source, self.revision)
+        return own is None or made_from is None or own == made_from
 
     @property
     def packaged_file(self) -> tuple[str, str] | None:

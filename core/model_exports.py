@@ -22,6 +22,7 @@ from core.database import database_now, unix_now
 from core.errors import ExportInProgress, ModelNotFound
 from core.ids import new_token
 from core.jobs.leases import LeaseLost
+from core.storable import without_nul
 from core.storage import StoredObject
 from core.tables.exports import ModelExport
 from core.tables.models import Model
@@ -179,7 +180,7 @@ _RELEASED: dict[str, Any] = {"lease_token": None, "lease_until": None}
 
 
 def _error(code: str, message: str) -> dict[str, Any]:
-    return {"code": code, "message": message}
+    return {"code": code, "message": without_nul(message)}
 
 
 def _lost(claim: ExportClaim) -> ExportLost:

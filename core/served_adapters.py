@@ -45,8 +45,8 @@ def load_proved(model: Model, storage: Storage, served_adapters_dir: Path, clien
     """Have the model's adapter loaded under its serving name, if the server proves under another name first that it serves what was
     trained. `tolerance` in nats. Returns the verdict.
 
-    Raises ObjectDamaged, FileNotFoundError (not in storage any more), InferenceUnavailable, InferenceFailed, or AdapterRefused with
-    the server's reason.
+    Raises ObjectDamaged, FileNotFoundError (not in storage any more), StorageUnavailable, StorageFull, InferenceUnavailable,
+    InferenceFailed, or AdapterRefused with the server's reason.
     """
     trial = f"{model.serving_name}-{new_token()[:12]}"
     with _at_hand(model, storage, served_adapters_dir, stays=not client.sends_files) as directory:
@@ -72,17 +72,24 @@ def remove_from_servers(model: Model, served_adapters_dir: Path, servers: Infere
 
 
 def unload_and_remove(directory: Path, servers: InferenceServers) -> None:
-    """The same for an unpacked adapter, which is served under its directory's name. Its files are put aside first: whoever has it loaded
-    again meanwhile unpacks it anew, and keeps what was unpacked."""
-    aside = directory.with_name(f".{directory.name}.{new_token()}")
-    with suppress(FileNotFoundError):
-        directory.rename(aside)
+    """The same for an unpacked adapter, which is served under its directory's name. Its files stay where a server has it again by then:
+    somebody had it loaded while another server was told."""
+    told: list[InferenceClient] = []
     for client in servers.clients:
         try:
             client.remove_adapter(directory.name)
+            told.append(client)
         except (InferenceUnavailable, InferenceFailed, AdapterRefused) as error:
             log.warning("adapter_not_unloaded", name=directory.name, server=client.url, error=str(error))
-    shutil.rmtree(aside, ignore_errors=True)
+    if directory.exists() and not any(_serves(client, directory.name) for client in told):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _serves(client: InferenceClient, name: str) -> bool:
+    try:
+        return name in client.served_names()
+    except (InferenceUnavailable, InferenceFailed):  # it needs no files now, and unpacks them anew when it is asked to load
+        return False
 
 
 def sent_to_servers(servers: InferenceServers) -> set[str]:

@@ -135,11 +135,11 @@ def discard(storage: Storage, key: str) -> bool:
 
 def fetch(storage: Storage, key: str, path: Path, sha256: str, check: Check = lambda: None) -> None:
     """Copy an object to a local file, whole or not at all. `check` is called before every chunk and may raise. Raises ObjectDamaged
-    where the hash differs, StorageFull where this machine's disk is full."""
+    where the hash differs."""
     digest = hashlib.sha256()
     temporary = path.with_name(f".{path.name}.{new_token()}.tmp")
     try:
-        with disk_errors(), temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             for chunk in storage.read(key):
                 check()
                 digest.update(chunk)
@@ -176,7 +176,7 @@ class LocalStorage:
         return copy_into(self.open_writer(key), path, check)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        with disk_errors():
+        with _disk_errors():
             try:
                 file = self.path_of(key).open("rb")
             except FileNotFoundError:
@@ -190,7 +190,7 @@ class LocalStorage:
 
     def delete(self, key: str) -> None:
         self._require_disk()
-        with disk_errors():
+        with _disk_errors():
             self.path_of(key).unlink(missing_ok=True)
 
     def list_objects(self, prefix: str) -> Iterator[list[ListedObject]]:
@@ -222,7 +222,7 @@ class LocalStorage:
 
     def _require_disk(self) -> None:
         """Raises StorageUnavailable."""
-        with disk_errors():
+        with _disk_errors():
             try:
                 self.temporary_dir.stat()
             except FileNotFoundError as error:
@@ -234,7 +234,7 @@ def _read_range(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
         opened.seek(start)
         left = None if end is None else end - start
         while left is None or left > 0:
-            with disk_errors():
+            with _disk_errors():
                 chunk = opened.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
             if not chunk:
                 return
@@ -249,17 +249,17 @@ class LocalWriter:
         self._path = path
         self._temporary = temporary
         self._digest = hashlib.sha256()
-        with disk_errors():
+        with _disk_errors():
             self._file = temporary.open("xb")
 
     def write(self, chunk: bytes) -> None:
-        with disk_errors():
+        with _disk_errors():
             self._file.write(chunk)
         self._digest.update(chunk)
         self.size_bytes += len(chunk)
 
     def commit(self) -> StoredObject:
-        with disk_errors():
+        with _disk_errors():
             self._file.close()
             try:
                 self._temporary.stat()  # before a directory is made where the disk was mounted
@@ -278,7 +278,7 @@ class LocalWriter:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     """Those that say something of the disk, and not of one object, as errors of the service."""
     try:
         yield

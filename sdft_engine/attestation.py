@@ -14,8 +14,9 @@ class Attestor:
     """Scores the first demonstrations (the end of the prompt with its answer) under the bare base once, and under the
     adapter at every checkpoint."""
 
-    def __init__(self, model: LanguageModel, demonstrations: list[Demonstration]) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, demonstrations: list[Demonstration], base: str | None = None) -> None:
+        """`base`: what the base model was made from."""
+        self.model, self.base = model, base
         chat_format = model.chat_format
         texts = [chat_format.student_prompt_ids(d) + chat_format.answer_ids(d) for d in demonstrations[:PROBES]]
         self.probes = [ids[-PROBE_TOKENS:] for ids in texts]
@@ -26,4 +27,4 @@ class Attestor:
             AttestationProbe(token_ids=ids, adapter_logps=score(self.model, ids, STUDENT)[0], base_logps=base)
             for ids, base in zip(self.probes, self.base_logps, strict=True)
         ]
-        return Attestation(dtype=dtype_name(self.model.dtype), probes=probes)
+        return Attestation(dtype=dtype_name(self.model.dtype), probes=probes, base=self.base)

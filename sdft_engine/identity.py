@@ -1,19 +1,20 @@
 """What a run is, noted in its checkpoints: continuing with another method, other data or other hyperparameters would be
 neither the old run nor a new one, and nothing in the numbers would say so."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sdft_engine.checkpoint import TrainingState
 from sdft_engine.contract.config import TrainingConfig
-from sdft_engine.contract.errors import ConfigurationError
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError
 from sdft_engine.contract.run_directory import RunDirectory
 from sdft_engine.contract.sealed_directory import file_sha256
-from sdft_engine.prepare_base_model import PREPARED_MARK
+from sdft_engine.prepare_base_model import source_of
 
 ELSEWHERE = {"temperature", "mask_clipped_completions", "lora_rank", "lora_alpha"}
 """May be "auto" or the parent's; what they became is part of the checkpoint, and is compared there."""
+BASE_MODEL = "base_model"
+"""Two of one id and shape are told apart by nothing else than what they were made from, where that is known."""
 REMEDY = "put it back, or remove checkpoints/ (and resume/) to begin anew"
 
 Identity = dict[str, Any]
@@ -24,28 +25,18 @@ def identity_of(run: RunDirectory, config: TrainingConfig) -> Identity:
     """What decides the weights, but for the machine."""
     section = config.hyperparameters.model_dump(mode="json", exclude=ELSEWHERE)
     view = {"method": config.method, "seed": config.seed, "teacher_template": config.teacher_template, "reasoning": config.reasoning}
-    return view | section | _base_model(config) | {"train.jsonl": file_sha256(run.train_path)}
-
-
-def _base_model(config: TrainingConfig) -> Identity:
-    """What the base model was made from, where the directory says so: two of one id and shape are told apart by nothing else. A path
-    says nothing of what it holds, and is another one on each machine."""
-    mark = config.base_model_dir / PREPARED_MARK
-    prepared = json.loads(mark.read_text()) if mark.exists() else {}
-    source, revision = prepared.get("source") or "/", prepared.get("revision")
-    if source.startswith("/"):
-        return {}
-    return {"base_model": f"{source}@{revision}" if revision else source}
+    return view | section | {"train.jsonl": file_sha256(run.train_path), BASE_MODEL: source_of(config.base_model_dir)}
 
 
 def require_same_run(state: TrainingState, now: Identity, config: TrainingConfig, checkpoint: Path) -> None:
-    """Raise ConfigurationError naming the first thing that has changed since the checkpoint."""
+    """Raise ConfigurationError naming the first thing that has changed since the checkpoint, BaseModelError where that is the base."""
+    base, base_before = now.get(BASE_MODEL), state.identity.get(BASE_MODEL)
+    if None not in (base, base_before) and base != base_before:
+        raise BaseModelError(f"{config.base_model} is made from {base} now, and was made from {base_before} when {checkpoint.name} was written", param="model")
     for name, before in state.identity.items():
-        if name == "base_model" and name not in now:
-            continue
         if name == "train.jsonl" and now.get(name) != before:
             raise ConfigurationError(f"train.jsonl is not the one that {checkpoint.name} was trained on: {REMEDY}", param="training_file")
-        if now.get(name) != before:
+        if name != BASE_MODEL and now.get(name) != before:
             raise _changed(name, now.get(name), before, checkpoint)
     if config.method == "sdft":
         settled = {"temperature": state.temperature, "mask_clipped_completions": state.mask_clipped_completions}

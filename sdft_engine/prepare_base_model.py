@@ -24,6 +24,17 @@ PREPARED_MARK = "prepared.json"
 SAFE_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 
 
+def source_of(directory: Path) -> str | None:
+    """What a prepared model was made from: `hub:<owner>/<name>@<revision>`, or `package:<package>/<file>`. None where nothing says so; or a
+    path does, which is another one on each machine and tells nothing of what it holds."""
+    mark = directory / PREPARED_MARK
+    prepared = json.loads(mark.read_text()) if mark.exists() else {}
+    source, revision = prepared.get("source"), prepared.get("revision")
+    if source is None or source.startswith("/"):
+        return None
+    return f"{source}@{revision}" if revision else str(source)
+
+
 def prepare_base_model(base_model_id: str, source: str, revision: str | None, directory: Path) -> Path:
     """Prepare `source` at `directory` unless that was done before. Returns the directory. Raises BaseModelError."""
     from filelock import FileLock

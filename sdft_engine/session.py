@@ -26,6 +26,7 @@ from sdft_engine.evaluation import greedy_answers
 from sdft_engine.identity import identity_of, require_same_run
 from sdft_engine.lora import STUDENT, LoraShape, read_adapter
 from sdft_engine.model import LanguageModel, choose_device, choose_dtype, dtype_name, load_base_model
+from sdft_engine.prepare_base_model import source_of
 from sdft_engine.products import choose_onednn, onednn_is_faster
 from sdft_engine.prompt_cache import PromptCache
 from sdft_engine.ranks import Ranks
@@ -159,7 +160,7 @@ def open_session(run: RunDirectory, ranks: Ranks = ALONE) -> Session:
         ],
         teacher=teacher,
         optimizer=optimizer,
-        attestor=Attestor(model, demonstrations),
+        attestor=Attestor(model, demonstrations, source_of(config.base_model_dir)),
         ranks=ranks,
         state=state,
         total_steps=total_steps_of(len(demonstrations), settings.batch_size, settings.n_epochs),

@@ -1,5 +1,5 @@
-"""Wait until every base model of the catalogue is in the cache: for workers whose cache somebody else fills, and who would fail the
-jobs that come before. `python -m worker.await_base_models`."""
+"""Wait until every base model of the catalogue is in the cache, for half an hour at most: for workers whose cache somebody else fills,
+and who would fail the jobs that come before. `python -m worker.await_base_models`."""
 
 import signal
 import sys
@@ -9,8 +9,9 @@ from core.logging import configure_logging, get_logger
 from core.settings import Settings, get_settings
 
 LOOK_SECONDS = 2.0
-TELL_EVERY = 30
-"""Looks."""
+TELL_EVERY_LOOKS = 30
+MOST_SECONDS = 1800.0
+"""After which a worker starts without those that are still missing: jobs of the others must not wait for them."""
 
 log = get_logger(__name__)
 
@@ -21,9 +22,13 @@ def unprepared(settings: Settings) -> list[str]:
 
 
 def await_base_models(settings: Settings) -> None:
+    until = time.monotonic() + MOST_SECONDS
     looks = 0
     while missing := unprepared(settings):
-        if looks % TELL_EVERY == 0:
+        if time.monotonic() > until:
+            log.warning("base_models_missing", base_models=missing, cache_dir=str(settings.cache_dir))
+            return
+        if looks % TELL_EVERY_LOOKS == 0:
             log.info("base_models_awaited", base_models=missing, cache_dir=str(settings.cache_dir))
         looks += 1
         time.sleep(LOOK_SECONDS)

@@ -10,9 +10,10 @@ from pathlib import Path
 from core.base_models import PREPARED_MARK, BaseModelEntry
 from core.logging import get_logger
 from core.settings import Settings
-from core.tables.models import Model
 from sdft_engine.contract.errors import BaseModelError
 from sdft_engine.contract.prompts import ChatFormat
+from sdft_engine.contract.run_directory import Attestation
+from sdft_engine.contract.sealed_directory import ATTESTATION_NAME
 from worker.engine_process import downloading_environment, run_to_end
 
 PREPARE_COMMAND = (sys.executable, "-m", "sdft_engine.prepare_base_model")
@@ -45,12 +46,14 @@ def load_base_model(settings: Settings, base_model_id: str, check: Callable[[], 
     return PreparedBaseModel(entry, directory, _chat_format(directory, (directory / PREPARED_MARK).stat().st_mtime_ns), _hidden_size(directory))
 
 
-def require_base_of(model: Model, base: BaseModelEntry) -> None:
-    """Raise BaseModelError where the catalogue's entry names another source or revision than the tuned model was trained from: its factors
-    fit those weights alone, and nothing but their shapes would say so."""
-    if not base.is_base_of(model.attestation):
-        message = f"{model.id} was trained from another {base.id}: the catalogue's entry of that name has another source or revision now"
-        raise BaseModelError(f"{message}; put it back, and give the changed model an id of its own", param="model")
+def require_base_of(adapter_dir: Path, base: BaseModelEntry, model_id: str) -> None:
+    """Raise BaseModelError where an adapter says that it was trained from another source or revision than the catalogue's entry names: its
+    factors fit those weights alone, and nothing but their shapes would say so."""
+    attestation = adapter_dir / ATTESTATION_NAME
+    made_from = Attestation.model_validate_json(attestation.read_bytes()).base if attestation.exists() else None
+    if not base.is_base_of(made_from):
+        message = f"{model_id} was trained from another {base.id}, made from {made_from}, than the catalogue has under that name now"
+        raise BaseModelError(f"{message}; put it back, and give the other one an id of its own", param="model")
 
 
 @lru_cache(maxsize=KEPT_TOKENIZERS)

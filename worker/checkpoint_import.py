@@ -78,7 +78,7 @@ class CheckpointImport:
                 self._store(step, directory, check)
             except (CheckpointDamaged, ObjectDamaged) as error:
                 log.error("checkpoint_damaged", step=step, error=str(error))
-                self._lease.write(lambda session, step=step: self._report_damage(session, step))  # type: ignore[misc]
+                self._lease.warn(f"The checkpoint of step {step} was damaged and is not kept", {"step": step})
             self._seen.add(step)
 
     def _waiting(self) -> list[tuple[int, Path]]:
@@ -131,7 +131,3 @@ class CheckpointImport:
         )
         append_event(session, self._job.id, f"Checkpoint created at step {step}: {model.id}", data={"step": step, "model": model.id})
         return []
-
-    def _report_damage(self, session: Session, step: int) -> None:
-        assert_held(session, self._lease.claim)
-        append_event(session, self._job.id, f"The checkpoint of step {step} was damaged and is not kept", level="warn", data={"step": step})

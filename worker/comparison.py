@@ -1,6 +1,7 @@
 """A model on every inference server that can be reached: loaded, and compared with what its trainer measured."""
 
 import hashlib
+import math
 from functools import partial
 
 from core.base_models import BaseModelEntry
@@ -22,7 +23,8 @@ def prove_on_servers(resources: Resources, model: Model) -> Verdict:
     """The verdict on the model, with what identifies model, base and chat template in its record: good where a server proved itself,
     because no other ever answers for the model. One that could not be asked proves itself when it is asked for the model later.
 
-    Raises InferenceUnavailable, InferenceFailed or AdapterRefused where none could be asked; ObjectDamaged or FileNotFoundError.
+    Raises InferenceUnavailable, InferenceFailed or AdapterRefused where none could be asked; ObjectDamaged, FileNotFoundError,
+    StorageUnavailable or StorageFull.
     """
     clients = resources.inference.clients
     answers = side_by_side(partial(_prove, resources, model), clients)
@@ -30,7 +32,7 @@ def prove_on_servers(resources: Resources, model: Model) -> Verdict:
     if not verdicts:
         raise next(answer for answer in answers if isinstance(answer, Exception))
     good = [verdict for verdict in verdicts if verdict.reason is None]
-    worst = max(good or verdicts, key=lambda verdict: verdict.record["largest_difference"] or 0)
+    worst = max(good or verdicts, key=_furthest_off)
     record = worst.record | {
         "servers": len(good),
         "base_model": model.base_model,
@@ -39,6 +41,11 @@ def prove_on_servers(resources: Resources, model: Model) -> Verdict:
         "checked_at": unix_now(),
     }
     return Verdict(worst.reason, record)
+
+
+def _furthest_off(verdict: Verdict) -> float:
+    difference: float | None = verdict.record["largest_difference"]
+    return math.inf if difference is None else difference  # JSON has no infinity
 
 
 def _prove(resources: Resources, model: Model, client: InferenceClient) -> Verdict | InferenceUnavailable | InferenceFailed | AdapterRefused:

@@ -15,13 +15,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.errors import ServiceError
-from core.jobs.leases import Claim, LeaseLost, renew_lease
+from core.jobs.events import NewEvent, append_events
+from core.jobs.leases import Claim, LeaseLost, assert_held, renew_lease
 from core.logging import get_logger
 from core.model_exports import ExportClaim, assert_export_held, renew_export
 from core.tables.jobs import Job
@@ -56,7 +57,8 @@ class KeptLease(ABC):
         """What the holder is asked for. A pause may be taken back."""
         self.untold: OSError | None = None
         """Why whoever is reported to could not be told of the newest change; None where it was."""
-        self._stop_asked_at: float | None = None
+        self.stop_asked_at: float | None = None
+        """When that was asked, in this machine's seconds; another reason begins anew."""
         self._requested: str | None = None
         self._resources = resources
         self._lease_seconds = resources.settings.lease_seconds
@@ -112,7 +114,7 @@ class KeptLease(ABC):
         """The same for what should be brought to its end where it can: StopRequested only when it took too long after the request. A
         pause waits for as long as it takes."""
         self.check()
-        stop, asked_at = self.stop, self._stop_asked_at
+        stop, asked_at = self.stop, self.stop_asked_at
         if stop in ("cancel", "requeue") and asked_at is not None and machine_seconds() - asked_at > FINISH_SECONDS:
             raise StopRequested(stop)
 
@@ -174,9 +176,9 @@ class KeptLease(ABC):
 
     def _stop_as(self, wanted: StopReason | None) -> None:
         if wanted is None:
-            self._stop_asked_at = None
+            self.stop_asked_at = None
         elif wanted != self.stop:
-            self._stop_asked_at = machine_seconds()
+            self.stop_asked_at = machine_seconds()
         self.stop = wanted
 
     def _wanted(self) -> StopReason | None:
@@ -214,6 +216,16 @@ class HeldLease(KeptLease):
             raise LeaseLost(f"{self.held} is no longer held by this attempt")
         requested: str | None = row.stop_requested
         return requested
+
+    def warn(self, message: str, data: dict[str, Any] | None = None) -> None:
+        """Add an event to the job, once, however often it has to be written. Raises LeaseLost."""
+        event = NewEvent(message, "warn", data=data)
+
+        def tell(session: Session) -> None:
+            assert_held(session, self.claim)
+            append_events(session, self.claim.job_id, [event])
+
+        self.write(tell)
 
 
 class ExportLease(KeptLease):

@@ -3,7 +3,8 @@
 import contextvars
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import TypeVar
 
 from core.logging import get_logger
@@ -22,42 +23,36 @@ def interruptible(work: Callable[[], Result], check: Callable[[], None]) -> Resu
     Then `work` is left to itself, in a thread that does not keep the process: whatever it writes afterwards has to be fenced, by a
     lease that is no longer held for example. It ends soon where it calls `check` itself.
     """
+    outcome = _in_daemon_thread(work, "interruptible")
+    try:
+        while not wait([outcome], CHECK_SECONDS).done:
+            check()
+    except BaseException:
+        outcome.add_done_callback(_log_abandoned)
+        raise
+    return outcome.result()
+
+
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results of `work`, in order, or what the first raises that raised. No thread of it keeps the process, which those of an
+    executor do."""
+    outcomes = [_in_daemon_thread(partial(work, item), "side-by-side") for item in items]
+    return [outcome.result() for outcome in outcomes]
+
+
+def _in_daemon_thread(work: Callable[[], Result], name: str) -> "Future[Result]":
     outcome: Future[Result] = Future()
-    left = threading.Event()
-    ended = threading.Event()
 
     def run() -> None:
         try:
             outcome.set_result(work())
         except BaseException as error:
             outcome.set_exception(error)
-            if left.is_set():
-                log.info("abandoned_work_ended", error=f"{type(error).__name__}: {error}")
-        finally:
-            ended.set()
 
-    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="interruptible", daemon=True).start()
-    try:
-        while not ended.wait(CHECK_SECONDS):
-            check()
-    except BaseException:
-        left.set()
-        raise
-    return outcome.result()
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name=name, daemon=True).start()
+    return outcome
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The results of `work`, in order, or what the first raises that raised. As above, no thread of it keeps the process, which those
-    of an executor do."""
-
-    def run(item: Item, outcome: "Future[Result]") -> None:
-        try:
-            outcome.set_result(work(item))
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    outcomes: list[Future[Result]] = []
-    for item in items:
-        outcomes.append(Future())
-        threading.Thread(target=contextvars.copy_context().run, args=(run, item, outcomes[-1]), name="side-by-side", daemon=True).start()
-    return [outcome.result() for outcome in outcomes]
+def _log_abandoned(outcome: "Future[Result]") -> None:
+    if (error := outcome.exception()) is not None:
+        log.info("abandoned_work_ended", error=f"{type(error).__name__}: {error}")

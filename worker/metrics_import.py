@@ -14,10 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from core.jobs.events import Level, NewEvent, append_event, append_events, upsert_metrics, without_nul
+from core.jobs.events import Level, NewEvent, append_events, upsert_metrics
 from core.jobs.leases import Claim, assert_held
 from core.jobs.transitions import Progress, record_progress
 from core.logging import get_logger
+from core.storable import without_nul
 from sdft_engine.contract.metrics import StepMetrics
 from sdft_engine.contract.run_directory import RunDirectory
 from worker.held_lease import HeldLease
@@ -111,12 +112,8 @@ class ProgressImport:
             elif before == (self._metrics.offset, self._events.offset):
                 break
         if self._unreadable:
-            self._lease.write(self._report_unreadable)
-
-    def _report_unreadable(self, session: Session) -> None:
-        assert_held(session, self._lease.claim)
-        message = f"The trainer wrote measurements that can't be read and are left out: {self._unreadable}"
-        append_event(session, self._lease.claim.job_id, message, level="warn", data={"unreadable_lines": self._unreadable})
+            message = f"The trainer wrote measurements that can't be read and are left out: {self._unreadable}"
+            self._lease.warn(message, {"unreadable_lines": self._unreadable})
 
     def _progress(self, metrics: list[StepMetrics], resolved: dict[str, Any], trained_tokens: int) -> Progress | None:
         """What the new lines change in the job's row; None: nothing."""

@@ -136,6 +136,7 @@ class Exporter:
             raise NotMade("export_failed", str(error)) from error
         try:
             base = self._prepare_base_model(model, check)
+            require_base_of(adapter_dir, base, model.id)
             weights_dir = self._write_weights(model, base, adapter_dir, scratch_dir / "weights", claim.format, check)
             stored = stream_directory(resources.storage, key, weights_dir, check)
             check_stored(resources.storage, stored, check)
@@ -143,18 +144,15 @@ class Exporter:
             raise NotMade(error.code, error.message) from error
         except ObjectDamaged as error:
             raise NotMade("export_failed", str(error)) from error
-        except StorageFull as error:
-            raise NotMade(DiskFull.code, error.message) from error
         return stored
 
     def _prepare_base_model(self, model: Model, check: Callable[[], None]) -> BaseModelEntry:
-        """Raises BaseModelError where the catalogue doesn't hold it, or another one, or it can't be prepared."""
+        """Raises BaseModelError where the catalogue doesn't hold it or it can't be prepared."""
         settings = self._resources.settings
         entry = settings.base_model(model.base_model)
-        if entry is None or not entry.is_prepared(settings.cache_dir):
-            entry = load_base_model(settings, model.base_model, check).entry
-        require_base_of(model, entry)
-        return entry
+        if entry is not None and entry.is_prepared(settings.cache_dir):  # nothing here needs its tokenizer
+            return entry
+        return load_base_model(settings, model.base_model, check).entry
 
     def _write_weights(self, model: Model, base: BaseModelEntry, adapter_dir: Path, out_dir: Path, format: str, check: Callable[[], None]) -> Path:
         words = ["--format", format, "--base", str(base.directory(self._resources.settings.cache_dir)), "--adapter", str(adapter_dir)]
@@ -199,10 +197,12 @@ def _give_up(lease: ExportLease, error: Exception) -> None:
     if isinstance(error, NotMade):
         code, message = error.code, str(error)
         log.error("export_failed", code=code, error=message)
+    elif isinstance(error, StorageFull) or is_disk_full(error):
+        code, message = DiskFull.code, error.message if isinstance(error, StorageFull) else "the worker's disk is full"
+        log.error("export_failed", code=code, error=str(error))
     else:  # whoever asked is told, and not only this worker's log
         log.error("export_failed_unexpectedly", exc_info=error)
-        code = DiskFull.code if is_disk_full(error) else "export_failed"
-        message = "the worker's disk is full" if is_disk_full(error) else f"the worker failed with {type(error).__name__}; see its log"
+        code, message = "export_failed", f"the worker failed with {type(error).__name__}; see its log"
     lease.settle(lambda session: fail_export(session, lease.claim, code, message))
 
 

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from core.archives import fetch_directory
-from core.jobs.events import append_event
-from core.jobs.leases import assert_held
 from core.logging import get_logger
 from core.settings import Settings
 from core.storage import ObjectDamaged
@@ -164,10 +161,10 @@ def _fetch_parent(resources: Resources, lease: HeldLease, parent: Model | None, 
     try:
         if parent is None or parent.status == "deleted":
             raise FileNotFoundError
-        require_base_of(parent, base_model.entry)
         fetch_directory(resources.storage, parent.storage_key, parent.archive_sha256, run.parent_adapter_dir, lease.check_wanted)
     except FileNotFoundError as error:
         raise JobRejected("the model to continue from does not exist any more", code="model_not_found", param="model") from error
+    require_base_of(run.parent_adapter_dir, base_model.entry, parent.id)
 
 
 def _fetch_checkpoint(resources: Resources, lease: HeldLease, run: RunDirectory) -> int:
@@ -191,12 +188,7 @@ def _fetch_checkpoint(resources: Resources, lease: HeldLease, run: RunDirectory)
 
 def _report_damage(lease: HeldLease, step: int, earlier_step: int | None) -> None:
     instead = f"the one of step {earlier_step} is tried" if earlier_step is not None else "there is none before it, so training starts from the beginning"
-
-    def report(session: Session) -> None:
-        assert_held(session, lease.claim)
-        append_event(session, lease.claim.job_id, f"The checkpoint of step {step} is damaged or gone; {instead}", level="warn", data={"step": step})
-
-    lease.write(report)
+    lease.warn(f"The checkpoint of step {step} is damaged or gone; {instead}", {"step": step})
 
 
 def _trained_tokens(resources: Resources, job_id: str, step: int) -> int:

@@ -4,11 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from sqlalchemy.orm import Session
-
 from core.errors import StorageUnavailable
-from core.jobs.events import append_event
-from core.jobs.leases import assert_held
 from core.logging import get_logger
 from worker.held_lease import HeldLease
 from worker.interruptible import interruptible
@@ -39,7 +35,7 @@ def through_outages(lease: HeldLease, work: Callable[[], Result], check: Callabl
         except StorageUnavailable as error:
             if began is None:
                 began = time.monotonic()
-                lease.write(lambda session: _say(session, lease))
+                lease.warn("The object storage can't be reached or fails; the job waits for it")
             if time.monotonic() - began > PATIENCE_SECONDS:
                 raise
             log.warning("storage_awaited", error=error.message, pause_seconds=pause_seconds)
@@ -48,8 +44,3 @@ def through_outages(lease: HeldLease, work: Callable[[], Result], check: Callabl
             lease.check_wanted()
             time.sleep(LOOK_SECONDS)
         pause_seconds = min(LONGEST_PAUSE_SECONDS, 2 * pause_seconds)
-
-
-def _say(session: Session, lease: HeldLease) -> None:
-    assert_held(session, lease.claim)
-    append_event(session, lease.claim.job_id, "The object storage can't be reached or fails; the job waits for it", level="warn")

@@ -18,6 +18,7 @@ from core.jobs.transitions import Progress, fail, finish_cancellation, record_pr
 from core.logging import get_logger
 from core.tables.jobs import Checkpoint, Job
 from sdft_engine.contract.errors import CheckpointDamaged
+from sdft_engine.contract.machine_clock import machine_seconds
 from sdft_engine.contract.run_directory import EXIT_LEASE_EXPIRED, Control, RunDirectory, StopReason, TrainingResult
 from worker.checkpoint_import import CheckpointImport
 from worker.devices import DeviceGroup
@@ -35,7 +36,7 @@ from worker.trainer_process import TrainerProcess, last_log_lines
 
 WATCH_SECONDS = 0.2
 IMPORT_SECONDS = 0.5
-GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "requeue": 20}
+GRACE_SECONDS: dict[StopReason, float] = {"cancel": 60, "requeue": 20, "pause": math.inf}
 """How long a trainer may take to reach a step boundary before it is killed. A worker that ends has 30 seconds in all; a pause has no
 hurry, and what it would cost to kill the trainer is what it promises to keep."""
 
@@ -130,17 +131,12 @@ def _watch(trainer: TrainerProcess, lease: HeldLease, progress: ProgressImport, 
     which may be taken back at any moment. Raises LeaseLost."""
     next_import = 0.0
     stop: StopReason | None = None
-    stop_since: float | None = None
     while not trainer.exited():
         lease.check()
-        stop = lease.stop
-        if stop is None:  # maybe again
-            stop_since = None
-        else:
-            stop_since = stop_since or time.monotonic()
-            if time.monotonic() - stop_since > GRACE_SECONDS.get(stop, math.inf):
-                log.warning("trainer_did_not_stop", asked=stop)
-                return stop
+        stop, asked_at = lease.stop, lease.stop_asked_at
+        if stop is not None and asked_at is not None and machine_seconds() - asked_at > GRACE_SECONDS[stop]:
+            log.warning("trainer_did_not_stop", asked=stop)
+            return stop
         if time.monotonic() >= next_import:
             if progress.import_new():
                 checkpoints.import_if_possible()

@@ -3,12 +3,10 @@
 Torch-free. The upload was checked for syntax already; it is read again here because rules and limits may have changed.
 """
 
-from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
 from core.errors import Unavailable
-from core.jobs.events import append_event
-from core.jobs.leases import Claim, LeaseLost, assert_held
+from core.jobs.leases import Claim, LeaseLost
 from core.jobs.transitions import fail, finish_validation, release_validation
 from core.logging import get_logger
 from core.tables.files import File
@@ -117,14 +115,7 @@ def _reject_or_report(lease: HeldLease, fitting: FittingRows, param: str, may_dr
     dropped = [problem.line for problem in fitting.too_long]
     counted = f"{len(dropped)} of {len(dropped) + len(fitting.rows)} rows of the {param.replace('_', ' ')}"
     message = f"{counted} don't fit the context and are left out: {name_lines(fitting.too_long)}"
-
-    def report(session: Session) -> None:
-        assert_held(session, lease.claim)
-        append_event(
-            session, lease.claim.job_id, message, level="warn", data={"param": param, "dropped": len(dropped), "lines": dropped[:MAX_REPORTED_PROBLEMS]}
-        )
-
-    lease.write(report)
+    lease.warn(message, {"param": param, "dropped": len(dropped), "lines": dropped[:MAX_REPORTED_PROBLEMS]})
 
 
 def _resolve(

@@ -31,8 +31,9 @@ CLAIM_SECONDS = 300.0
 """Well above what loading and comparing one model takes; then another worker may take up what this one's end left."""
 MODELS_AT_A_TIME = 10
 
-NOT_VERIFIABLE_NOW = (InferenceUnavailable, InferenceFailed, AdapterRefused)
-"""What may be different later: the server is down, starting, or serves another base model at the moment."""
+NOT_VERIFIABLE_NOW = (InferenceUnavailable, InferenceFailed, AdapterRefused, StorageFull)
+"""What may be different later: the server is down, starting, or serves another base model at the moment; or there is no space to unpack
+the adapter."""
 
 log = get_logger(__name__)
 
@@ -98,7 +99,7 @@ class Verifier:
     def _verify(self, model: Model) -> bool:
         try:
             verdict = prove_on_servers(self.resources, model)
-        except (*NOT_VERIFIABLE_NOW, StorageUnavailable, StorageFull, ObjectDamaged, FileNotFoundError) as error:
+        except (*NOT_VERIFIABLE_NOW, StorageUnavailable, ObjectDamaged, FileNotFoundError) as error:
             longest = LONGEST_REFUSED_DELAY_SECONDS if isinstance(error, AdapterRefused) else LONGEST_DELAY_SECONDS
             delay_seconds = min(longest, LOOK_SECONDS * 2 ** min(model.verification_attempts - 1, 20))
             self._put_off(model, verify_after=database_now() + delay_seconds)

@@ -22,7 +22,7 @@ from sdft_engine.contract.served_attestation import compare_served
 LOADS_AT_A_TIME = 4
 """In threads of their own: those of the pool are every other request's."""
 REFUSED_SECONDS = 30.0
-"""For which a server that did not prove itself is not asked again."""
+"""For which a server that did not prove itself, or refused the adapter, is not asked again."""
 
 log = get_logger(__name__)
 
@@ -39,7 +39,8 @@ class AdapterLoading:
         self._refused: dict[tuple[str, str], tuple[float, str]] = {}
 
     async def load(self, model: Model, client: InferenceClient) -> None:
-        """Raises InferenceUnavailable, ObjectDamaged, or InferenceFailed with the reason, which may be some seconds old."""
+        """Raises InferenceUnavailable, StorageUnavailable, StorageFull, ObjectDamaged, or InferenceFailed with the reason, which may be some
+        seconds old."""
         key = (client.url, model.serving_name)
         until, reason = self._refused.get(key, (0.0, ""))
         if time.monotonic() < until:

@@ -35,5 +35,5 @@ def get_model(model_id: str, state: State, project_id: ProjectId) -> ModelObject
 @router.delete("/{model_id:path}")
 async def delete_model(model_id: str, state: State, project_id: ProjectId, actor: RequestActor) -> DeletedModel:
     model = await to_thread.run_sync(service.get_tuned_model, state, project_id, model_id)
-    await state.storage_threads.run(service.delete_model, state, model, actor)
+    await state.deletion_threads.run(service.delete_model, state, model, actor)
     return DeletedModel(id=model_id, deleted=True)

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from core.database import insert_for, unix_now
 from core.ids import new_id
+from core.storable import without_nul
 from core.tables.jobs import Job, JobEvent, JobMetrics
 
 Level = Literal["info", "warn", "error"]
@@ -24,15 +25,6 @@ class NewEvent:
     type: EventType = "message"
     data: dict[str, Any] | None = None
     id: str = field(default_factory=lambda: new_id("ftevent"))
-
-
-def without_nul(value: Any) -> Any:
-    """A JSON value that Postgres stores: it takes no NUL, and what can't be told must not keep a job from its end."""
-    if isinstance(value, str):
-        return value.replace("\x00", "\ufffd")
-    if isinstance(value, dict):
-        return {without_nul(key): without_nul(item) for key, item in value.items()}
-    return [without_nul(item) for item in value] if isinstance(value, list) else value
 
 
 def append_event(

@@ -24,9 +24,10 @@ from sqlalchemy.orm import Session
 from core.database import database_now, unix_now
 from core.ids import new_id
 from core.jobs.announcements import announce
-from core.jobs.events import Level, append_event, without_nul
+from core.jobs.events import Level, append_event
 from core.jobs.leases import EXPIRED, Claim, take_lease, update_held
 from core.jobs.queue import keep_claims_apart, next_queued, next_to_validate
+from core.storable import without_nul
 from core.tables.jobs import TERMINAL_STATUSES, Job
 from core.tables.projects import Project
 from core.webhooks.events import CANCELLED, FAILED, SUCCEEDED

@@ -60,6 +60,8 @@ class Attestation(BaseModel):
 
     dtype: str
     probes: list[AttestationProbe]
+    base: str | None = None
+    """What the base model was made from, with its revision; None where nothing says so."""
 
 
 class TrainingResult(BaseModel):

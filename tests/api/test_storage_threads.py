@@ -9,6 +9,7 @@ import anyio
 import httpx2
 import pytest
 
+from api.state import MODELS_DELETED_AT_A_TIME
 from api.storage_threads import THREADS, StorageThreads
 from core.errors import StorageUnavailable
 from core.storage import LocalStorage
@@ -42,6 +43,7 @@ def test_who_finds_no_thread_is_told_so_and_who_is_patient_waits() -> None:
 
 
 def test_models_deleted_from_a_server_that_hangs_stop_no_other_request(live_api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    file_id = live_api.upload()
     released, waiting = threading.Event(), []
     names = [f"ft:tiny:default:x:{number}" for number in range(45)]  # more than the threads of all other requests
     for name in names:
@@ -55,14 +57,15 @@ def test_models_deleted_from_a_server_that_hangs_stop_no_other_request(live_api:
     with httpx2.Client(base_url=f"{live_api.base_url}/v1", headers=live_api.headers, timeout=60) as client, ThreadPoolExecutor(len(names)) as pool:
         answers = [pool.submit(client.delete, f"/models/{name}") for name in names]
         try:
-            wait_for(lambda: len(waiting) == THREADS)
+            wait_for(lambda: len(waiting) == MODELS_DELETED_AT_A_TIME)
             started = time.monotonic()
-            assert client.get("/files").status_code == 200
+            assert client.get(f"/files/{file_id}/content").content == training_lines()
             assert client.get("/files", headers=live_api.admin_headers).status_code == 200  # a key that is looked up
             assert time.monotonic() - started < 5
         finally:
             released.set()
-        assert {answer.result(30).status_code for answer in answers} == {200}
+        assert {answer.result(30).status_code for answer in answers} <= {200, 503}
+        assert sum(answer.result().status_code == 200 for answer in answers) >= MODELS_DELETED_AT_A_TIME
 
 
 def test_chunks_pass_and_an_error_between_them_too() -> None:

@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from core.base_models import BaseModelEntry
+from core.base_models import PREPARED_MARK, BaseModelEntry, made_from_of
+from sdft_engine.prepare_base_model import source_of
 
 REVISION = "0123456789abcdef"
 
@@ -74,17 +76,19 @@ def test_packaged_file(source: str, expected: tuple[str, str] | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recorded", "is_base"),
+    ("source", "revision", "is_base"),
     [
-        (None, True),
-        ({"matched": True}, True),
-        ({"base_source": "hub:o/n", "base_revision": "1"}, True),
-        ({"base_source": "hub:o/n", "base_revision": "2"}, False),
-        ({"base_source": "hub:o/other", "base_revision": "1"}, False),
-        ({"base_source": "package:p/f.gguf", "base_revision": None}, False),
-        ({"base_source": "/models/n", "base_revision": None}, True),
+        (None, None, True),
+        ("hub:o/n", "1", True),
+        ("hub:o/n", "2", False),
+        ("hub:o/other", "1", False),
+        ("package:p/f.gguf", None, False),
+        ("/models/n", None, True),
     ],
 )
-def test_a_tuned_model_belongs_to_one_source_and_revision(recorded: dict[str, str | None] | None, is_base: bool) -> None:
-    assert BaseModelEntry(id="x", source="hub:o/n", revision="1").is_base_of(recorded) is is_base
-    assert BaseModelEntry(id="x", source="/models/n").is_base_of(recorded), "a path says nothing of what it holds"
+def test_a_tuned_model_belongs_to_one_source_and_revision(tmp_path: Path, source: str | None, revision: str | None, is_base: bool) -> None:
+    made_from = made_from_of(source, revision)
+    assert BaseModelEntry(id="x", source="hub:o/n", revision="1").is_base_of(made_from) is is_base
+    assert BaseModelEntry(id="x", source="/models/n").is_base_of(made_from), "a path says nothing of what it holds"
+    (tmp_path / PREPARED_MARK).write_text(json.dumps({"id": "x", "source": source, "revision": revision}))
+    assert source_of(tmp_path) == made_from, "as the engine writes it into adapters"

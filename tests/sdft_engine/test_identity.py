@@ -11,8 +11,9 @@ import pytest
 
 from sdft_engine import products, session
 from sdft_engine.contract.config import read_config
-from sdft_engine.contract.errors import ConfigurationError
-from sdft_engine.contract.run_directory import RunDirectory
+from sdft_engine.contract.errors import BaseModelError, ConfigurationError
+from sdft_engine.contract.run_directory import Attestation, RunDirectory
+from sdft_engine.contract.sealed_directory import ATTESTATION_NAME
 from sdft_engine.trainer import train
 from tests.sdft_engine.runs import SUPERVISED, content_of, example, make_run, messages_of, stop_after, write_lines
 
@@ -66,10 +67,11 @@ def test_another_base_model_of_the_same_id_does_not_continue_a_checkpoint(tmp_pa
     name_source("hub:somebody/tiny", "1")
     train(run, stop_after(run, 2, "pause"))
     name_source("hub:somebody/tiny", "2")
-    with pytest.raises(ConfigurationError, match=r"^base_model is 'hub:somebody/tiny@2' now, and was 'hub:somebody/tiny@1' when step_000002"):
+    with pytest.raises(BaseModelError, match="is made from hub:somebody/tiny@2 now, and was made from hub:somebody/tiny@1 when step_000002"):
         train(run)
     name_source("/another/machine's/path", None)
     assert train(run).outcome == "succeeded"
+    assert Attestation.model_validate_json((run.checkpoint_dir(2) / ATTESTATION_NAME).read_bytes()).base == "hub:somebody/tiny@1"
 
 
 def test_other_data_do_not_continue_a_checkpoint(stopped: RunDirectory) -> None:

@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from core.base_models import PREPARED_MARK, BaseModelEntry
+from core.settings import Settings
 from tests.worker.test_supervisor import wait_for
+from worker.await_base_models import await_base_models
 
 ENTRIES = [BaseModelEntry(id=name, source=f"/{name}") for name in ("one", "two")]
 
@@ -53,3 +56,11 @@ def test_it_ends_when_told(tmp_path: Path) -> None:
         wait_for(lambda: "two" in (tmp_path / "said").read_text())
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_one_that_never_comes_keeps_no_worker_from_the_others(make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.await_base_models.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("worker.await_base_models.MOST_SECONDS", 0.1)
+    with capture_logs() as logs:
+        await_base_models(make_settings(base_models=ENTRIES))
+    assert [entry["base_models"] for entry in logs if entry["event"] == "base_models_missing"] == [["one", "two"]]

@@ -15,12 +15,14 @@ from structlog.testing import CapturingLogger
 
 from core.archives import store_directory
 from core.database import unix_now
-from core.errors import ModelNotFound, Unavailable
+from core.errors import ModelNotFound, StorageFull, Unavailable
 from core.ids import new_token
 from core.model_exports import claim_export, finish_export, request_export, tokens_of_running_exports
 from core.storage import LocalStorage, LocalWriter, ObjectDamaged
 from core.tables.exports import ModelExport
 from core.tables.models import Model
+from sdft_engine.contract.run_directory import Attestation
+from sdft_engine.contract.sealed_directory import ATTESTATION_NAME
 from tests.rows import add_job
 from tests.sdft_engine.plain import add_adapter
 from tests.worker.conftest import Workshop
@@ -260,10 +262,12 @@ def test_a_base_model_that_left_the_catalogue_is_named(workshop: Workshop, tuned
     assert "gone" in error["message"]
 
 
-def test_another_revision_of_the_base_model_gets_no_export(workshop: Workshop, tuned: Model) -> None:
+def test_another_revision_of_the_base_model_gets_no_export(workshop: Workshop, tmp_path: Path) -> None:
     """Its weights have the same shapes, and the file would look like a good one."""
-    with workshop.database.transaction() as session:
-        session.get_one(Model, tuned.id).attestation = {"base_source": "hub:somebody/tiny", "base_revision": "1"}
+    adapter_dir = tmp_path / "adapter"
+    adapter_dir.mkdir()
+    (adapter_dir / ATTESTATION_NAME).write_text(Attestation(dtype="float32", probes=[], base="hub:somebody/tiny@1").model_dump_json())
+    tuned = add_model(workshop, adapter_dir)
     (entry,) = workshop.resources.settings.base_models
     changed = entry.model_copy(update={"source": "hub:somebody/tiny", "revision": "2"})
     directory = changed.directory(workshop.resources.settings.cache_dir)
@@ -309,12 +313,15 @@ def test_workers_on_one_data_directory_leave_each_other_alone(workshop: Workshop
     assert [path.name for path in root.iterdir()] == [held.lease_token]
 
 
-@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), "disk_full"), (RuntimeError("odd"), "export_failed")])
-def test_whatever_goes_wrong_is_told(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str) -> None:
+@pytest.mark.parametrize("step", ["fetch_directory", "stream_directory"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(28, "No space left on device"), "disk_full"), (StorageFull("full"), "disk_full"), (RuntimeError("odd"), "export_failed")]
+)
+def test_whatever_goes_wrong_is_told(workshop: Workshop, tuned: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str, step: str) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("worker.model_exports.stream_directory", fail)
+    monkeypatch.setattr(f"worker.model_exports.{step}", fail)
     ask(workshop, tuned, "merged")
     assert make_all(workshop) == 3
     export = export_of(workshop, tuned, "merged")

@@ -44,7 +44,7 @@ def test_a_paused_job_keeps_its_step_and_goes_on_when_resumed(
     workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch, step_seconds: float
 ) -> None:
     """However long its steps take: nobody is in a hurry, so no trainer is killed for it."""
-    monkeypatch.setattr("worker.supervisor.GRACE_SECONDS", {"cancel": 0.2, "requeue": 0.2})
+    monkeypatch.setattr("worker.supervisor.GRACE_SECONDS", supervisor.GRACE_SECONDS | {"cancel": 0.2, "requeue": 0.2})
     workshop.script(steps=60, step_seconds=step_seconds)
     job_id = workshop.add_job()
     thread = train_in_background(workshop)
@@ -123,6 +123,7 @@ def test_a_pause_taken_back_between_two_looks_fails_nothing(monkeypatch: pytest.
 
     class Lease:
         reads = 0
+        stop_asked_at = 0.0
 
         def check(self) -> None:
             pass
@@ -160,6 +161,24 @@ def test_a_pause_taken_back_after_the_trainer_ended_without_a_result_charges_not
     thread.join(20)
     job = get_job(workshop.database, job_id)
     assert (job.status, job.lost_leases) == ("queued", 0)
+
+
+def test_a_deploy_while_a_pause_is_awaited_gives_the_trainer_its_time(
+    workshop: Workshop, inference: ScriptedInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.supervisor.GRACE_SECONDS", supervisor.GRACE_SECONDS | {"requeue": 4})
+    workshop.script(steps=60, step_seconds=6.0)
+    job_id = workshop.add_job()
+    thread = train_in_background(workshop)
+    wait_for_step(workshop, job_id, 1)
+    with workshop.database.transaction() as session:
+        assert request_pause(session, job_id)
+    time.sleep(4.5)  # longer than a deploy may take, and the step ends within the time that one may
+    workshop.resources.stopping.set()
+    thread.join(30)
+    job = get_job(workshop.database, job_id)
+    assert (job.status, job.step) == ("paused", 2)
+    assert newest_checkpoint(workshop, job_id) == 2
 
 
 @pytest.mark.parametrize(("reason", "said"), [("requeue", "deploy"), ("pause", "The pause was taken back")])

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,10 +17,13 @@ from core.storage import Check, LocalStorage, StoredObject
 from core.tables.jobs import Checkpoint, Job, JobEvent, JobMetrics
 from core.tables.models import Model
 from sdft_engine.contract.machine_clock import machine_seconds
+from sdft_engine.contract.run_directory import Attestation
+from sdft_engine.contract.sealed_directory import ATTESTATION_NAME
 from tests.fixtures.scripted_inference import ScriptedInference
 from tests.fixtures.scripted_model import state_after
 from tests.rows import assert_sound, get_job, messages_of
 from tests.worker.conftest import ROWS, Workshop, demonstration_file, demonstration_line
+from worker import run_preparation
 from worker.devices import DeviceGroup
 from worker.supervisor import train
 
@@ -290,14 +294,20 @@ def test_a_deleted_parent_fails_the_job(workshop: Workshop) -> None:
     assert (job.status, job.error["code"], job.error["param"]) == ("failed", "model_not_found", "model")
 
 
-def test_a_parent_of_another_revision_of_the_base_model_fails_the_job(workshop: Workshop) -> None:
+def test_a_parent_of_another_revision_of_the_base_model_fails_the_job(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     first = workshop.add_job()
     train_next(workshop)
     parent = get_job(workshop.database, first).fine_tuned_model
     second = workshop.add_job(parent_model=parent)
-    with workshop.database.transaction() as session:
-        recorded = {"base_source": "hub:somebody/tiny", "base_revision": "1"}
-        session.execute(update(Model).where(Model.id == parent).values(attestation=recorded))
+    fetch = run_preparation.fetch_directory
+
+    def fetch_parent(*arguments: Any) -> Path:
+        directory = fetch(*arguments)
+        attestation = Attestation.model_validate_json((directory / ATTESTATION_NAME).read_bytes())
+        (directory / ATTESTATION_NAME).write_text(attestation.model_copy(update={"base": "hub:somebody/tiny@1"}).model_dump_json())
+        return directory
+
+    monkeypatch.setattr(run_preparation, "fetch_directory", fetch_parent)
     (entry,) = workshop.resources.settings.base_models
     changed = entry.model_copy(update={"source": "hub:somebody/tiny", "revision": "2"})
     cache_dir = workshop.resources.settings.cache_dir

@@ -12,6 +12,7 @@ from api.fine_tuning.jobs.schemas import LARGEST_SEED, CreateJob, job_object
 from api.idempotency import AlreadyCreated, Creation, record_creation, refuse_repetition
 from api.state import ApiState
 from core.audit import Actor, record
+from core.base_models import made_from_of
 from core.errors import BadRequest, ModelNotFound
 from core.jobs import transitions
 from core.logging import get_logger
@@ -100,7 +101,8 @@ def _resolve_model(session: Session, settings: Settings, project_id: str, name: 
     base = settings.base_model(parent.base_model)
     if base is None:
         raise ModelNotFound(f"The model {name!r} was trained from {parent.base_model!r}, which this server no longer has.", param="model")
-    if not base.is_base_of(parent.attestation):
+    proved = parent.attestation or {}
+    if not base.is_base_of(made_from_of(proved.get("base_source"), proved.get("base_revision"))):
         said = f"The model {name!r} was trained from another {parent.base_model!r} than this server has under that name now."
         raise ModelNotFound(said, param="model")
     return parent.base_model, parent.id

@@ -123,7 +123,7 @@ def test_supervised_training_on_the_same_rails(service: Service, training_file: 
 
 @pytest.mark.parametrize("form", ["merged", "gguf"])
 def test_other_forms_of_the_model_are_made_and_downloaded(service: Service, trained: Any, tmp_path: Path, form: str) -> None:
-    """Merged: stock transformers gives the served answer. What llama.cpp makes of the GGUF is tests/downloads' to show."""
+    """Merged: stock transformers gives the served answer. What llama.cpp makes of the GGUF is tests/llama's to show."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -4,7 +4,8 @@
 
 For one fault after the other the protecting lines are changed in this checkout, the test is run, and the lines are put back. A test that
 passes all the same proves nothing: the program says so and exits non-zero. Of most faults the test waits for what does not come, so all of
-them take about half an hour. The numbers are those of the tests' names (`test_1_…` to `test_22_…` in tests/faults and elsewhere).
+them take about half an hour. The numbers are those of the faults, in the names of the tests in tests/faults; 18 and 22 are tried where
+their races can be had by the thousand, or a schema by its number: in tests/core/jobs and tests/worker.
 """
 
 import argparse

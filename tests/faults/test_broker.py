@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -66,6 +67,24 @@ def test_10_without_the_broker_jobs_are_created_and_start_soon_after_it_is_back(
     deployment.wait_for_end(job_id)
     after = deployment.create_job(file_id, n_epochs=2)
     deployment.wait_for_end(after)
+
+
+@on_sqlite
+def test_10_a_broker_that_dies_leaves_the_running_task_alone_and_nudges_arrive_again(database_url: str, make_deployment: Callable[..., Deployment]) -> None:
+    """The polls are off: what starts here was nudged, and runs as Celery's task."""
+    deployment = make_deployment(database_url, SDFT_POLL_SECONDS="3600")
+    deployment.start("valkey", "inference", "api", "worker")
+    file_id = deployment.upload()
+    job_id = deployment.create_job(file_id)
+    deployment.wait_for_step(job_id, 5)
+    deployment.kill("valkey")
+    time.sleep(DOWN_SECONDS)
+    deployment.start("valkey")
+    job = deployment.wait_for_end(job_id)
+    assert (job.attempt, job.lost_leases) == (1, 0)
+    assert deployment.losses(job_id) == deployment.undisturbed_losses(file_id)
+    after = deployment.create_job(file_id, n_epochs=2)
+    assert deployment.wait_for_end(after).attempt == 1
 
 
 @on_postgres

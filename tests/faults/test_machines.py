@@ -122,7 +122,11 @@ def test_16_a_bucket_that_fails_delays_a_job_and_never_lets_it_succeed_unstored(
     wait_for(lambda: (deployment.job(job_id).step or 0) == deployment.job(job_id).total_steps, 120, lambda: deployment.story(job_id))
     wait_for(lambda: any("storage" in message for message in deployment.messages(job_id)), 60, lambda: deployment.story(job_id))
     assert deployment.job(job_id).status == "running", "it waits, with everything at hand"
-    proxy.faults = [Fault("cut_request", times=1, meant=is_write, after_bytes=1000), Fault("lost_answer", times=1, meant=is_write)]
+    proxy.faults = [
+        Fault("cut_request", times=1, meant=is_write, after_bytes=1000),
+        Fault("lost_answer", times=1, meant=is_write),
+        Fault("hang", times=1, meant=is_write),
+    ]
     job = deployment.wait_for_end(job_id)
     assert (job.attempt, job.lost_leases) == (1, 0)
     proxy.faults = []

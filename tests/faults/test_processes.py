@@ -40,7 +40,7 @@ def test_a_killed_worker_s_job_goes_on_elsewhere(database_url: str, make_deploym
     if whole_group:
         os.killpg(trainers[0].pid, signal.SIGKILL)
     deployment.kill("worker")
-    wait_for(lambda: deployment.trainers(job_id) == [], LEASE_SECONDS)
+    wait_for(lambda: deployment.trainers(job_id) == [], 5)
     assert deployment.job(job_id).status == "running", "nobody has noticed yet"
     deployment.start("worker2")
     job = deployment.wait_for_end(job_id)

@@ -237,7 +237,11 @@ def test_networks_are_closed_but_for_what_is_needed(name: str) -> None:
     ]
     public = {port for cidr, port in reached if cidr == "0.0.0.0/0"}
     assert public == ({443} if name == "sdft-prepare-base-model" else set())
-    urls = [secret()["SDFT_DATABASE_URL"], secret()["SDFT_REDIS_URL"], named("ConfigMap", "sdft")["data"]["SDFT_INFERENCE_URLS"]]
+    urls = [
+        secret()["SDFT_DATABASE_URL"],
+        secret()["SDFT_REDIS_URL"],
+        *(named("ConfigMap", "sdft")["data"][name] for name in ("SDFT_INFERENCE_URLS", "SDFT_S3_ENDPOINT_URL")),
+    ]
     needed = {int(found) for url in urls for found in re.findall(r":(\d+)(?:/|$)", url)}
     assert needed | {443} == {port for _, port in reached}
 

@@ -1,4 +1,4 @@
-"""A downloaded adapter in a stock vLLM, started as its documentation says, with nothing of ours."""
+"""An adapter as it is downloaded in a stock vLLM, started as its documentation says, with nothing of ours."""
 
 from pathlib import Path
 

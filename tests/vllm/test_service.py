@@ -1,6 +1,7 @@
 """The whole service over vLLM, as `sdft up --inference vllm` starts it: rollouts, hot serving, a restart of the server, downloads."""
 
 import itertools
+import json
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from openai import APIStatusError
+from openai import APIStatusError, NotFoundError
 
 from core.settings import Settings
 from local_stack.ports import free_local_port
@@ -126,14 +127,76 @@ def test_a_checkpoint_is_servable_too(service: Service, trained: Any) -> None:
     assert service.client.chat.completions.create(model=checkpoint, messages=QUESTION, max_tokens=3).choices
 
 
+def test_the_gateway_scores_prompts_of_token_ids(service: Service, trained: Any) -> None:
+    """What lm-eval's local-completions asks for: the prompt echoed with its log-probabilities, and nothing written."""
+    ids = [504, 1080, 5338, 1112, 260, 2260]
+    scores = {}
+    for model in (BASE, trained.fine_tuned_model):
+        choice = service.client.completions.create(model=model, prompt=[ids, ids[:3]], max_tokens=1, temperature=0, echo=True, logprobs=1).choices
+        found = [part.logprobs.token_logprobs for part in choice if part.logprobs is not None]
+        assert [len(each or []) for each in found] == [len(ids) + 1, 4]
+        assert all(each is not None and each[0] is None and all(value <= 0 for value in each[1:]) for each in found)
+        assert (found[0] or [])[1:3] == pytest.approx((found[1] or [])[1:3], abs=1e-3)
+        scores[model] = found[0]
+    assert scores[BASE] != scores[trained.fine_tuned_model]
+
+
+def test_a_client_that_leaves_ends_its_answer_in_vllm(service: Service, trained: Any) -> None:
+    stream = service.client.chat.completions.create(
+        model=trained.fine_tuned_model, messages=QUESTION, max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    assert running_in_vllm(service) == 1
+    stream.close()
+    until = time.monotonic() + 20
+    while running_in_vllm(service):
+        assert time.monotonic() < until, "1,500 tokens take longer"
+        time.sleep(0.2)
+
+
+def vllm_client(service: Service) -> httpx2.Client:
+    """As the service itself asks it."""
+    settings = dict(re.findall(r"^(SDFT_INFERENCE_[A-Z_]+)=(.*)$", (service.data_dir / "service.env").read_text(), re.MULTILINE))
+    url, key = settings["SDFT_INFERENCE_URLS"].strip("'"), settings["SDFT_INFERENCE_API_KEY"].strip("'")
+    return httpx2.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60, trust_env=False)
+
+
+def running_in_vllm(service: Service) -> int:
+    with vllm_client(service) as client:
+        found = re.findall(r"^vllm:num_requests_running\{[^}]*\} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    assert found
+    return int(sum(map(float, found)))
+
+
+def test_a_deleted_model_is_unloaded(service: Service, trained: Any) -> None:
+    checkpoint = service.client.fine_tuning.jobs.checkpoints.list(trained.id).data[0].fine_tuned_model_checkpoint
+    assert service.client.chat.completions.create(model=checkpoint, messages=QUESTION, max_tokens=2).choices
+    with vllm_client(service) as client:
+        loaded = {card["id"] for card in client.get("/v1/models").json()["data"]}
+        assert service.client.models.delete(checkpoint).deleted
+        left = {card["id"] for card in client.get("/v1/models").json()["data"]}
+    (gone,) = loaded - left
+    assert not (service.data_dir / "served_adapters" / gone).exists()
+    with pytest.raises(NotFoundError):
+        service.client.chat.completions.create(model=checkpoint, messages=QUESTION, max_tokens=2)
+
+
 def test_what_vllm_can_do_passes_through(service: Service, trained: Any) -> None:
-    """Schemas and tools, which the embedded server refuses."""
+    """Schemas, and tools that the request names: the embedded server refuses both."""
     schema: Any = {
         "type": "json_schema",
         "json_schema": {"name": "who", "schema": {"type": "object", "properties": {"name": {"enum": ["Ann", "Bob"]}}, "required": ["name"]}},
     }
     answer = service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, response_format=schema, max_tokens=30, temperature=0)
     assert (answer.choices[0].message.content or "").replace(" ", "").replace("\n", "") in ('{"name":"Ann"}', '{"name":"Bob"}')
+    tool: Any = {"type": "function", "function": {"name": "look_up", "parameters": schema["json_schema"]["schema"]}}
+    named: Any = {"type": "function", "function": {"name": "look_up"}}
+    asked = service.client.chat.completions.create(
+        model=trained.fine_tuned_model, messages=QUESTION, tools=[tool], tool_choice=named, max_tokens=30, temperature=0
+    )
+    (call,) = asked.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)["name"] in ("Ann", "Bob")) == ("look_up", True)
     stream = service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, max_tokens=8, n=2, logprobs=True, seed=3, stream=True)
     chunks = list(stream)
     assert {choice.index for chunk in chunks for choice in chunk.choices} == {0, 1}
@@ -155,6 +218,7 @@ def test_vllm_answers_the_service_alone(service: Service, trained: Any) -> None:
 def test_a_server_that_died_is_restarted_and_proves_itself_again(service: Service, trained: Any) -> None:
     before = service.processes("vllm.entrypoints")
     assert len(before) == 1
+    loads_before = adapter_loads(service)
     before[0].kill()
     with pytest.raises(APIStatusError) as caught:
         service.client.chat.completions.create(model=BASE, messages=QUESTION, max_tokens=2)
@@ -166,8 +230,11 @@ def test_a_server_that_died_is_restarted_and_proves_itself_again(service: Servic
         time.sleep(1)
     assert set(refused) <= {503}
     assert answer.choices
-    api_log = "".join(path.read_text() for path in (service.data_dir / "logs").glob("api.log*"))
-    assert "adapter_loading" in api_log
+    assert adapter_loads(service) > loads_before, "which prove the server each time"
+
+
+def adapter_loads(service: Service) -> int:
+    return "".join(path.read_text() for path in (service.data_dir / "logs").glob("api.log*")).count("adapter_loading")
 
 
 def answered(service: Service, model: str, refused: list[int]) -> Any:

@@ -5,14 +5,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = """
+SETTINGS = {
+    "task_ignore_result": True,
+    "result_backend": None,
+    "task_serializer": "json",
+    "accept_content": ["json"],
+    "task_acks_late": False,
+    "worker_prefetch_multiplier": 1,
+    "worker_disable_prefetch": True,
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    "broker_connection_retry_on_startup": True,
+    "broker_connection_max_retries": None,
+}
+"""Without any of these, a job would be run from a message instead of its row, be given back while it runs, or the worker would give up."""
+PROGRAM = (
+    f"NAMES = {list(SETTINGS)}"
+    + """
 import json, sys
 from worker.app import app
 heavy = sorted({"torch", "transformers", "peft", "numpy", "safetensors"} & sys.modules.keys())
 print(json.dumps({"heavy": heavy, "tasks": sorted(name for name in app.tasks if not name.startswith("celery.")),
-                  "threads": app.conf.worker_concurrency, "pool": app.conf.worker_pool, "acks_late": app.conf.task_acks_late,
-                  "disable_prefetch": app.conf.worker_disable_prefetch}))
+                  "threads": app.conf.worker_concurrency, "pool": app.conf.worker_pool,
+                  "settings": {name: app.conf[name] for name in NAMES}}))
 """
+)
 
 
 def test_a_worker_without_the_devices_it_needs_ends_with_a_message(tmp_path: Path) -> None:
@@ -31,7 +47,6 @@ def test_the_worker_is_light_and_knows_one_task(tmp_path: Path) -> None:
         "tasks": ["worker.look_for_work"],
         "threads": 5,
         "pool": "threads",
-        "acks_late": False,
-        "disable_prefetch": True,
+        "settings": SETTINGS,
     }
     assert not (tmp_path / "data").exists(), "importing the application makes nothing"

@@ -62,6 +62,8 @@ class Deployment:
     settings: Settings
     environment: dict[str, str]
     children: dict[str, Child] = field(default_factory=dict)
+    leaves_something: bool = False
+    """Whether the fault keeps a process from tidying up after itself: a kill, a disk or a bucket that fails. Else nothing may be left."""
 
     def __post_init__(self) -> None:
         self.stack = Stack(self.settings)
@@ -79,7 +81,8 @@ class Deployment:
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.settings.admin_key_path.read_text().strip(), timeout=60, max_retries=0)
 
     def start(self, *names: str, application: str | None = None, **variables: str) -> None:
-        """Start `valkey`, `inference`, `api`, `worker` or further workers (`worker2`), and wait until they are ready."""
+        """Start `valkey`, `inference`, `api`, `worker` or further ones (`worker2`, `inference2` at the second of the inference servers' URLs),
+        and wait until they are ready."""
         for name in names:
             self.launch(name, application, variables)
         for name in names:
@@ -87,10 +90,15 @@ class Deployment:
 
     def launch(self, name: str, application: str | None, variables: dict[str, str]) -> None:
         """`application`: another module in place of `api.app:app` or `worker.app`."""
-        spec: ProcessSpec = getattr(self.stack, f"{name.rstrip('0123456789')}_process")()
-        argv = [word.replace(self.stack.worker_name, f"{name}-{self.stack.worker_name}") if name[-1].isdigit() else word for word in spec.argv]
+        kind = name.rstrip("0123456789")
+        number = int(name.removeprefix(kind) or 1)
+        stack = self.stack
+        if kind == "inference":
+            stack = Stack(self.settings.model_copy(update={"inference_urls": self.settings.inference_urls[number - 1 :]}))
+        spec: ProcessSpec = getattr(stack, f"{kind}_process")()
+        argv = [word.replace(self.stack.worker_name, f"{name}-{self.stack.worker_name}") if number > 1 else word for word in spec.argv]
         argv = [application if application and word in ("api.app:app", "worker.app") else word for word in argv]
-        is_ready = spec.is_ready if not name[-1].isdigit() else lambda: "ready." in self.log_of(name)
+        is_ready = spec.is_ready if number == 1 or kind == "inference" else lambda: "ready." in self.log_of(name)
         environment = {**spec.environment, **self.environment, **variables}
         child = Child(replace(spec, argv=argv, environment=environment, log_path=self.stack.logs_dir / f"{name}.log", is_ready=is_ready))
         child.start()
@@ -103,6 +111,7 @@ class Deployment:
 
     def kill(self, name: str) -> None:
         """SIGKILL to the process itself, whose children stay."""
+        self.leaves_something = True
         self.signal(name, signal.SIGKILL)
         self.ended(name)
 
@@ -212,13 +221,17 @@ class Deployment:
         """What must hold once all jobs have ended or wait and nothing runs but the servers."""
         assert self.trainers() == [], "orphans"
         self.stop_workers()  # which may be unpacking checkpoints, to verify their models
+        if not self.leaves_something:
+            self._assert_no_object_without_a_row()
+            self._assert_nothing_temporary()
         self.collect()
         with self.database.reading() as session:
             projects = set(session.scalars(select(Job.project_id)))
         for project_id in projects:
             assert_all_sound(self.database, project_id)
         self._assert_steps_are_whole()
-        self._assert_objects_and_rows_match()
+        stored, named = self._assert_no_object_without_a_row()
+        assert named - stored == set(), "rows without their object"
         self._assert_nothing_temporary()
 
     def _assert_steps_are_whole(self) -> None:
@@ -230,7 +243,8 @@ class Deployment:
                 attempts = session.scalars(select(JobMetrics.attempt).where(JobMetrics.job_id == job.id).order_by(JobMetrics.step)).all()
                 assert attempts == sorted(attempts), "a stale attempt wrote after a newer one"
 
-    def _assert_objects_and_rows_match(self) -> None:
+    def _assert_no_object_without_a_row(self) -> tuple[set[str], set[str]]:
+        """The keys in storage, and those that rows name."""
         storage = open_storage(self.settings)
         stored = {found.key for prefix in OBJECT_PREFIXES for page in storage.list_objects(prefix) for found in page}
         with self.database.reading() as session:
@@ -238,7 +252,7 @@ class Deployment:
             named = {key for column in columns for key in session.scalars(select(column)) if key is not None}
             named |= set(session.scalars(select(Model.storage_key).where(Model.status != "deleted")))
         assert stored - named == set(), "objects without a row"
-        assert named - stored == set(), "rows without their object"
+        return stored, named
 
     def _assert_nothing_temporary(self) -> None:
         """What is written under another name first has one that begins with a dot, or is in such a directory. A lock's stays."""

@@ -1,6 +1,7 @@
 """Faults of the API and of what it talks to: killed in the middle of an upload or between a commit and its answer; an inference server
 that is killed; clients that change their minds all the time."""
 
+import json
 import random
 import socket
 import threading
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 from openai import APIConnectionError, APIStatusError, BadRequestError, OpenAI
 from sqlalchemy import func, select
 
 from core.tables.files import File
-from core.tables.jobs import Job
+from core.tables.jobs import TERMINAL_STATUSES, Job
+from local_stack.ports import free_local_port
 from tests.faults.conftest import on_postgres, on_sqlite
 from tests.faults.deployment import BASE, LINES, ROOT, Deployment, wait_for
 
@@ -126,6 +129,58 @@ def test_20_a_killed_inference_server_is_told_of_and_its_adapters_come_back(depl
         thread.join()
     assert statuses == [200] * 6, "loaded again from the database's word"
     assert (deployment.stack.logs_dir / "api.log").read_text().count('"event": "adapter_loading"') == 1, "once, for all who ask"
+
+
+@on_postgres
+def test_18_a_cancellation_that_races_the_end_gives_one_ending(database_url: str, make_deployment: Callable[..., Deployment]) -> None:
+    """The real API and worker, with a trainer that takes a moment. The thousand races are tests/core/jobs'. One that is asked for while the
+    trained model is being stored may come too late."""
+    deployment = make_deployment(database_url)
+    deployment.start("valkey", "inference", "api")
+    script = deployment.settings.data_dir / "script.json"
+    script.write_text(json.dumps({"steps": 3, "step_seconds": 0.01, "checkpoint_every": 100}))
+    deployment.start("worker", application="tests.fixtures.scripted_worker", TRAINER_SCRIPT=str(script), PYTHONPATH=str(ROOT))
+    file_id = deployment.upload()
+    first = deployment.create_job(file_id, n_epochs=1)
+    ended = deployment.wait_for_end(first)
+    delay_seconds = (ended.finished_at or 0) - ended.created_at
+    accepted: dict[str, bool] = {}
+    for number in range(15):
+        job_id = deployment.create_job(file_id, seed=number, n_epochs=1)
+        time.sleep(delay_seconds)
+        accepted[job_id] = was_cancelled(deployment.client, job_id)
+        delay_seconds *= 1.15 if accepted[job_id] else 0.87  # towards the end, from both sides
+    for job_id, was_accepted in accepted.items():
+        wait_for(lambda job_id=job_id: deployment.job(job_id).status in TERMINAL_STATUSES, 60)  # type: ignore[misc]
+        assert deployment.job(job_id).status in (("cancelled", "succeeded") if was_accepted else ("succeeded",))
+    assert 0 < sum(accepted.values()) < len(accepted), "else none was near the end"
+
+
+def was_cancelled(client: OpenAI, job_id: str) -> bool:
+    """False where the job had ended before."""
+    try:
+        client.fine_tuning.jobs.cancel(job_id)
+    except BadRequestError as refused:
+        if refused.code != "job_already_finished":
+            raise
+        return False
+    return True
+
+
+@on_sqlite
+def test_20_of_two_inference_servers_a_dead_one_is_passed_over_and_catches_up(database_url: str, make_deployment: Callable[..., Deployment]) -> None:
+    deployment = make_deployment(database_url, SDFT_INFERENCE_URLS=",".join(f"http://127.0.0.1:{free_local_port()}" for _ in range(2)))
+    deployment.start("valkey", "inference", "inference2", "api", "worker")
+    file_id = deployment.upload()
+    jobs = [deployment.create_job(file_id, seed=seed, n_epochs=1) for seed in range(3)]
+    models = [str(deployment.wait_for_end(job_id).fine_tuned_model) for job_id in jobs]
+    client = deployment.client
+    assert [chat_status(client, model) for model in models] == [200] * 3
+    for dead, other in (("inference", "inference2"), ("inference2", "inference")):
+        deployment.kill(dead)
+        assert [chat_status(client, model) for model in models] == [200] * 3, f"{other} answers for every adapter"
+        deployment.start(dead)
+        wait_for(lambda: httpx2.get(f"{deployment.url}/readyz").json()["degraded"] == [], 30)
 
 
 def chat_status(client: OpenAI, model: str) -> int:

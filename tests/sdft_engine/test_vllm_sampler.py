@@ -94,6 +94,15 @@ def test_a_server_that_goes_on_with_old_weights_ends_the_run(tmp_path: Path, tin
     assert list((tmp_path / "served").iterdir()) == []
 
 
+def test_old_weights_are_found_at_the_usual_tolerance_too(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
+    """A little later: as soon as training has moved the student by more than two precisions differ."""
+    server.stale = True
+    run = sampled_run(tmp_path / "run", tiny_model_dir, server, n_epochs=20)
+    with pytest.raises(StaleSampler):
+        train(run)
+    assert 1 <= len(records(run.metrics_path)) <= 5
+
+
 def test_another_precision_is_told_apart_from_none(tmp_path: Path, tiny_model_dir: Path, server: ScriptedVllm) -> None:
     server.drift = 0.04
     run = sampled_run(tmp_path / "within", tiny_model_dir, server, n_epochs=1)

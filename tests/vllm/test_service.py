@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from openai import APIStatusError, NotFoundError
+from openai import APIStatusError, BadRequestError, NotFoundError
 
 from core.settings import Settings
 from local_stack.ports import free_local_port
@@ -156,8 +156,8 @@ def test_a_client_that_leaves_ends_its_answer_in_vllm(service: Service, trained:
 
 def vllm_client(service: Service) -> httpx2.Client:
     """As the service itself asks it."""
-    settings = dict(re.findall(r"^(SDFT_INFERENCE_[A-Z_]+)=(.*)$", (service.data_dir / "service.env").read_text(), re.MULTILINE))
-    url, key = settings["SDFT_INFERENCE_URLS"].strip("'"), settings["SDFT_INFERENCE_API_KEY"].strip("'")
+    (api,) = service.processes("api.app:app")
+    url, key = (api.environ()[name] for name in ("SDFT_INFERENCE_URLS", "SDFT_INFERENCE_API_KEY"))  # the key is in no file
     return httpx2.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60, trust_env=False)
 
 
@@ -182,7 +182,7 @@ def test_a_deleted_model_is_unloaded(service: Service, trained: Any) -> None:
 
 
 def test_what_vllm_can_do_passes_through(service: Service, trained: Any) -> None:
-    """Schemas, and tools that the request names: the embedded server refuses both."""
+    """Schemas, and tools, of which vLLM says what the operator has to set: the embedded server refuses both."""
     schema: Any = {
         "type": "json_schema",
         "json_schema": {"name": "who", "schema": {"type": "object", "properties": {"name": {"enum": ["Ann", "Bob"]}}, "required": ["name"]}},
@@ -191,12 +191,8 @@ def test_what_vllm_can_do_passes_through(service: Service, trained: Any) -> None
     assert (answer.choices[0].message.content or "").replace(" ", "").replace("\n", "") in ('{"name":"Ann"}', '{"name":"Bob"}')
     tool: Any = {"type": "function", "function": {"name": "look_up", "parameters": schema["json_schema"]["schema"]}}
     named: Any = {"type": "function", "function": {"name": "look_up"}}
-    asked = service.client.chat.completions.create(
-        model=trained.fine_tuned_model, messages=QUESTION, tools=[tool], tool_choice=named, max_tokens=30, temperature=0
-    )
-    (call,) = asked.choices[0].message.tool_calls or []
-    assert call.type == "function"
-    assert (call.function.name, json.loads(call.function.arguments)["name"] in ("Ann", "Bob")) == ("look_up", True)
+    with pytest.raises(BadRequestError, match="--tool-call-parser"):  # this model's template shows none, so the service has no parser for them
+        service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, tools=[tool], tool_choice=named, max_tokens=30)
     stream = service.client.chat.completions.create(model=trained.fine_tuned_model, messages=QUESTION, max_tokens=8, n=2, logprobs=True, seed=3, stream=True)
     chunks = list(stream)
     assert {choice.index for chunk in chunks for choice in chunk.choices} == {0, 1}

@@ -1,7 +1,6 @@
 """The whole service over vLLM, as `sdft up --inference vllm` starts it: rollouts, hot serving, a restart of the server, downloads."""
 
 import itertools
-import json
 import os
 import re
 import threading

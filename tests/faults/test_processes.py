@@ -53,7 +53,7 @@ def test_4_a_frozen_worker_s_trainer_stops_itself_and_the_stale_attempt_writes_n
     lease_seconds = 2 * LEASE_SECONDS
     deployment = make_deployment(postgres_url, SDFT_LEASE_SECONDS=str(lease_seconds))
     deployment.start("valkey", "inference", "api", "worker")
-    job_id = deployment.create_job(n_epochs=200)
+    job_id = deployment.create_job(batch_size=1)
     deployment.wait_for_step(job_id, 30)
     deployment.signal("worker", signal.SIGSTOP)
     frozen_at = time.monotonic()

@@ -128,8 +128,10 @@ def test_the_choice_is_measured_with_a_margin(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(products, "_onednn_linear", taking("onednn"))
     monkeypatch.setattr(products, "onednn_is_available", lambda: True)
     ticks = clock()
-    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(time, "thread_time", lambda: next(ticks))
+    before = torch.get_num_threads()
     assert products._is_measured_faster.__wrapped__() is faster
+    assert torch.get_num_threads() == before
 
 
 def test_without_onednn_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,10 @@ def interruptible(work: Callable[[], Result], check: Callable[[], None]) -> Resu
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The results of `work`, in order, or what the first raises that raised. No thread of it keeps the process, which those of an
-    executor do."""
+    """The results of `work`, in order, or what the first raises that raised, once all have ended. No thread of it keeps the process, which
+    those of an executor do."""
     outcomes = [_in_daemon_thread(partial(work, item), "side-by-side") for item in items]
+    wait(outcomes)
     return [outcome.result() for outcome in outcomes]
 
 

@@ -37,13 +37,18 @@ def load(model: Model, storage: LocalStorage, settings: Settings, client: Infere
     return load_proved(model, storage, settings.served_adapters_dir, client, compare, 0.05)
 
 
-def test_adapter_is_unpacked_where_the_server_reads_it_and_loaded_again_after_a_restart(settings: Settings, tmp_path: Path) -> None:
-    storage = LocalStorage(settings.storage_dir)
+def stored_model(storage: LocalStorage, tmp_path: Path) -> Model:
+    """With the adapter 7, whose files are in `tmp_path` / adapter as well."""
     adapter_dir = tmp_path / "adapter"
     adapter_dir.mkdir()
     write_adapter(adapter_dir, 7)
     stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
-    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    return Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+
+
+def test_adapter_is_unpacked_where_the_server_reads_it_and_loaded_again_after_a_restart(settings: Settings, tmp_path: Path) -> None:
+    storage = LocalStorage(settings.storage_dir)
+    model = stored_model(storage, tmp_path)
     for _ in range(2):  # the second time its directory is there, and the server has forgotten it
         server = ScriptedInference("tiny")
         server.start()
@@ -109,11 +114,7 @@ def test_adapter_is_removed_whether_the_server_answers_or_not(settings: Settings
 def test_a_server_that_did_not_prove_itself_never_has_the_serving_name(settings: Settings, tmp_path: Path, trouble: str) -> None:
     """Whoever else asks meanwhile, or after a crash, gets a 404 and has it proved."""
     storage = LocalStorage(settings.storage_dir)
-    adapter_dir = tmp_path / "adapter"
-    adapter_dir.mkdir()
-    write_adapter(adapter_dir, 7)
-    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
-    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    model = stored_model(storage, tmp_path)
     server = ScriptedInference("tiny")
     server.start()
     client = InferenceClient(server.url, settings)
@@ -138,11 +139,7 @@ def test_a_server_that_sees_no_disk_of_ours_is_sent_the_adapter(make_settings: C
     """Once for both names, and nothing stays here, where nobody would hear of the model's end."""
     settings = make_settings(inference_adapters="upload")
     storage = LocalStorage(settings.storage_dir)
-    adapter_dir = tmp_path / "adapter"
-    adapter_dir.mkdir()
-    write_adapter(adapter_dir, 7)
-    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
-    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    model = stored_model(storage, tmp_path)
     server = ScriptedInference("tiny")
     server.start()
     server.sent.taken = True
@@ -165,11 +162,7 @@ def test_a_server_that_sees_no_disk_of_ours_is_sent_the_adapter(make_settings: C
 def test_what_is_loaded_anew_while_it_is_removed_keeps_its_files(settings: Settings, tmp_path: Path) -> None:
     """A gateway that was told of a 404 by the first server, while the second one hesitates."""
     storage = LocalStorage(settings.storage_dir)
-    adapter_dir = tmp_path / "adapter"
-    adapter_dir.mkdir()
-    write_adapter(adapter_dir, 7)
-    stored = store_directory(storage, "adapters/1.tar.gz", adapter_dir, tmp_path)
-    model = Model(id="ft:tiny:default::1", serving_name="serving-1", storage_key=stored.key, archive_sha256=stored.sha256)
+    model = stored_model(storage, tmp_path)
     servers = [ScriptedInference("tiny"), ScriptedInference("tiny")]
     for server in servers:
         server.start()

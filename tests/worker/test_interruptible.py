@@ -56,8 +56,16 @@ def test_side_by_side_results_come_in_order_and_the_first_error_is_passed_on() -
         return number * number
 
     assert side_by_side(work, [3, 1, 2]) == [9, 1, 4]
+    ended: list[int] = []
+
+    def slower_after_the_failure(number: int) -> int:
+        time.sleep(number / 5)
+        ended.append(number)
+        return 1 // number
+
     with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda number: 1 // number, [1, 0, 2])
+        side_by_side(slower_after_the_failure, [0, 2])
+    assert ended == [0, 2], "whoever tidies up afterwards meets nobody at work"
 
 
 def test_no_thread_of_it_keeps_the_process() -> None:
